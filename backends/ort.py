@@ -1,0 +1,197 @@
+"""ONNX Runtime: write a Program as an ONNX model, load it, run it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
+from qcompiler.backends.ort_translate import OPSET, translations
+from qcompiler.errors import UnsupportedError
+from qcompiler.program import Program
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+EXTERNAL_ABOVE = 1 << 30  # bytes of weights; protobuf ends at 2 GiB
+IR_VERSION = 11
+
+
+def lower(
+    program: Program,
+    folder: Path,
+    *,
+    output_names: tuple[str, ...] = (),
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    fused: bool = True,
+    external_above: int = EXTERNAL_ABOVE,
+) -> Path:
+    """Write `program` as `folder/model.onnx`.
+
+    Args:
+        program: with or without quantization; only ATen and qc ops.
+        folder: must exist.
+        output_names: names of the flat outputs; `output_0`, … where not given.
+        dynamic_shapes: names of the dynamic sizes by input and dimension.
+        fused: allow operators of ONNX Runtime's own domain (com.microsoft).
+        external_above: bytes of weights above which they go to `model.onnx.data`.
+
+    Returns:
+        The path of the model. It passed `onnx.checker` and shape inference.
+
+    Raises:
+        UnsupportedError: if an op has no ONNX form.
+    """
+    model = _export(program)
+    graph = gs.import_onnx(model)
+    operate(graph, fused)
+    _rename(graph, program, output_names, dynamic_shapes or {})
+    if any(node.domain == MICROSOFT for node in graph.nodes):
+        graph.import_domains = [*_without(graph.import_domains, MICROSOFT), onnx.helper.make_opsetid(MICROSOFT, 1)]
+    result = gs.export_onnx(graph, do_type_check=False)
+    pack_constants(graph, result)
+    _tidy(result, program)
+    path = folder / MODEL
+    size = sum(_bytes(t) for t in result.graph.initializer)
+    if size > external_above:
+        onnx.save(
+            result, path, save_as_external_data=True, all_tensors_to_one_file=True, location=DATA,
+            size_threshold=1024,
+        )  # fmt: skip
+    else:
+        onnx.save(result, path)
+    onnx.checker.check_model(path, full_check=True)
+    return path
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
+
+
+def _without(domains: Any, name: str) -> list[Any]:
+    return [d for d in domains or [] if d.domain != name]
+
+
+def _export(program: Program) -> onnx.ModelProto:
+    try:
+        with _quiet(), torch.no_grad():
+            exported = torch.onnx.export(
+                program.exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=translations(),
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(f"no ONNX form: {_reason(error)}") from error
+    assert exported is not None
+    return exported.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message of the exporter's chain of exceptions, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:400]
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The exporter prints progress and warnings that say nothing to a user of this package."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _rename(
+    graph: gs.Graph,
+    program: Program,
+    output_names: tuple[str, ...],
+    dynamic_shapes: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Inputs, outputs and dynamic sizes get the model's names."""
+    symbols: dict[str, str] = {}
+    for tensor, name in zip(graph.inputs, program.inputs, strict=True):
+        tensor.name = name
+        for dim, size in dynamic_shapes.get(name, {}).items():
+            symbols[str(tensor.shape[dim])] = size
+    taken = {t.name for t in graph.inputs}
+    for index, tensor in enumerate(graph.outputs):
+        name = output_names[index] if index < len(output_names) else f"output_{index}"
+        if name in taken:
+            raise UnsupportedError(f"the output name '{name}' is the name of an input; choose another")
+        tensor.name = name
+    for tensor in [*graph.inputs, *graph.outputs]:
+        if tensor.shape is not None:
+            tensor.shape = [symbols.get(str(s), s) for s in tensor.shape]
+
+
+def _tidy(model: onnx.ModelProto, program: Program) -> None:
+    from qcompiler import __version__
+
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "qcompiler", __version__
+    model.graph.name = "main"
+    model.graph.doc_string = ""
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+
+
+def session(path: Path, threads: int | None = None, optimised: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        path: the model.
+        threads: of one operator; ONNX Runtime's choice when not given.
+        optimised: where to write the graph that the session really runs.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The artifact's model as a function of flat inputs, returning flat outputs."""
+    return load_model(folder / MODEL, threads)
+
+
+def load_model(path: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """An ONNX model as a function of flat inputs, returning flat outputs."""
+    running = session(path, threads)
+    names = [i.name for i in running.get_inputs()]
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        feed = {n: np.ascontiguousarray(x.detach().numpy()) for n, x in zip(names, inputs, strict=True)}
+        return tuple(torch.from_numpy(np.asarray(y)) for y in running.run(None, feed))
+
+    return run

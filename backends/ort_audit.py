@@ -1,0 +1,145 @@
+"""The fusion audit: what ONNX Runtime really does with the model that it is given.
+
+The graph that a session runs is written out and read back; every product of matrices and every convolution is listed with the kernel that computes
+it. A layer that the plan made integer and that runs in float is a broken promise.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qcompiler.backends.ort import MODEL, session
+
+INTEGER = {
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv",
+    "ConvInteger", "QAttention",
+}  # fmt: skip
+WEIGHTS = {"MatMulNBits"}
+FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv"}
+PAIRS = ("QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix product or convolution of the optimised graph.
+
+    Attributes:
+        name: the node's name.
+        op: the operator that runs.
+        kernel: "integer", "weights only" (integer weights, activations quantized inside or float) or "float".
+        reason: why it is not integer; empty for integer kernels.
+    """
+
+    name: str
+    op: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings.
+
+    Attributes:
+        layers: all products and convolutions, in order.
+        kernels: how often each operator runs.
+        stray: Q/DQ nodes that feed a float kernel or undo each other, instead of being fused.
+        broken: promises that were not kept, for people.
+    """
+
+    layers: tuple[Layer, ...]
+    kernels: Mapping[str, int]
+    stray: int
+    broken: tuple[str, ...] = ()
+    time_share: tuple[tuple[str, float], ...] = field(default=())
+
+
+def audit(folder: Path, planned: int, integer: bool) -> Audit:
+    """Read the optimised graph of `folder/model.onnx`.
+
+    Args:
+        folder: the artifact.
+        planned: layers (linears and convolutions) with quantized weights in the plan.
+        integer: whether their activations are quantized too, so that integer kernels are promised.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "optimised.onnx"
+        session(folder / MODEL, 1, path)
+        graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {i.name for i in graph.initializer}
+    layers, stray = [], 0
+    for node in graph.node:
+        if node.op_type in INTEGER:
+            layers.append(Layer(node.name, node.op_type, "integer"))
+        elif node.op_type in WEIGHTS:
+            layers.append(
+                Layer(
+                    node.name, node.op_type, "weights only",
+                    "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)",
+                )
+            )  # fmt: skip
+        elif node.op_type in FLOAT:
+            reason, loose = _why_float(node, makers, constants)
+            stray += loose
+            layers.append(Layer(node.name, node.op_type, "float", reason))
+        elif node.op_type == "QuantizeLinear":
+            source = makers.get(node.input[0])
+            stray += source is not None and source.op_type == "DequantizeLinear"
+    kept = sum(layer.kernel == "integer" or not integer and layer.kernel != "float" for layer in layers)
+    broken = []
+    if kept < planned:
+        unfused = [layer for layer in layers if layer.kernel == "float" and "Dequantize" in layer.reason]
+        names = ", ".join(layer.name for layer in unfused[:5]) or "see the list"
+        kind = "integer kernels" if integer else "kernels that read the integer weights"
+        broken.append(f"{planned} layers were planned for {kind}, {kept} run so ({names})")
+    counts = Counter(node.op_type for node in graph.node)
+    return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
+
+
+def _why_float(
+    node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], constants: set[str]
+) -> tuple[str, int]:
+    """The reason why a layer runs in float, and how many Q/DQ nodes it reads from."""
+    sources = [makers[name].op_type if name in makers else None for name in node.input[:2]]
+    loose = sum(op == "DequantizeLinear" for op in sources)
+    if loose:
+        return "DequantizeLinear stayed before it: ONNX Runtime did not fuse the pattern", loose
+    if all(name not in constants for name in node.input[:2]):
+        return "both operands are activations", 0
+    return "its weight was left in float by the plan", 0
+
+
+def profile(folder: Path, inputs: Mapping[str, np.ndarray[Any, Any]], runs: int = 20) -> list[tuple[str, float]]:
+    """Share of the kernels' time by operator, largest first, from ONNX Runtime's own profiler (one thread)."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        running = onnxruntime.InferenceSession(
+            str(folder / MODEL), options, providers=["CPUExecutionProvider"]
+        )
+        for _ in range(runs):
+            running.run(None, dict(inputs))
+        events = json.loads(Path(running.end_profiling()).read_text())
+    totals: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            totals[event["args"]["op_name"]] += int(event["dur"])
+    whole = sum(totals.values()) or 1
+    return [(name, time / whole) for name, time in totals.most_common()]
+
+

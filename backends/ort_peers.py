@@ -1,0 +1,69 @@
+"""ONNX Runtime's own quantizers, applied to the same float model: what an artifact is compared with in `qcompiler bench`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.errors import InputError, nearest
+from qcompiler.program import Batch
+
+PEERS = ("ort-dynamic", "ort-static")
+
+
+def build(name: str, model: Path, folder: Path, batches: Callable[[], Iterable[Batch]], inputs: list[str]) -> Path:
+    """Quantize `model` with ONNX Runtime's tools as their documentation recommends for the CPU.
+
+    Args:
+        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max, per channel).
+        model: the float ONNX model.
+        folder: where to write the result.
+        batches: calibration batches for `ort-static`.
+        inputs: names of the inputs.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if name not in PEERS:
+        raise InputError(f"bench: nothing known as '{name}'; {nearest(name, ['float', *PEERS])}")
+    result = folder / f"{name}.onnx"
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if name == "ort-dynamic":
+            quantize_dynamic(model, result, per_channel=True, weight_type=QuantType.QInt8)
+            return result
+        prepared = folder / "prepared.onnx"
+        try:
+            quant_pre_process(model, prepared, skip_symbolic_shape=True)
+        except Exception:  # the tool fails on some graphs; its documentation calls this step optional
+            prepared = model
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+            def __init__(self) -> None:
+                self.rest = iter(batches())
+
+            def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+                batch = next(self.rest, None)
+                return batch and {n: t.numpy() for n, t in zip(inputs, batch, strict=True)}
+
+        quantize_static(
+            prepared, result, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )  # fmt: skip
+    finally:
+        logger.setLevel(level)
+    return result

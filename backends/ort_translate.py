@@ -1,0 +1,132 @@
+"""How each op of a Program is written in ONNX: the translations handed to `torch.onnx.export`.
+
+Operators of ONNX Runtime's own domain have no schema in the onnx package; the ones used are declared here, after
+ONNX Runtime's ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnx.defs import OpSchema
+from onnxscript import opset23 as op
+from onnxscript.values import Op, Opset
+
+from qcompiler import ops
+from qcompiler.qtype import QType
+
+aten = torch.ops.aten
+OPSET = 23
+INTERNAL = "qcompiler"  # domain of nodes that the surgery replaces; none is left in an artifact
+_TYPES = ["float", "int8", "uint8", "int32", "int64", "bool"]
+
+
+def _declare(name: str, inputs: int, outputs: int, attributes: dict[str, OpSchema.AttrType]) -> Op:
+    """An operator that the onnx package does not know; any input after the first may be left out."""
+    parameter, option = OpSchema.FormalParameter, OpSchema.FormalParameterOption
+    constraints = [(f"T{i}", [f"tensor({t})" for t in _TYPES], "") for i in range(inputs + outputs)]
+    schema = OpSchema(
+        name,
+        INTERNAL,
+        1,
+        inputs=[
+            parameter(f"input_{i}", f"T{i}", param_option=option.Optional if i else option.Single)
+            for i in range(inputs)
+        ],
+        outputs=[parameter(f"output_{i}", f"T{inputs + i}") for i in range(outputs)],
+        type_constraints=constraints,
+        attributes=[OpSchema.Attribute(key, kind, required=True) for key, kind in attributes.items()],
+    )
+    return Op(Opset(INTERNAL, 1), name, schema)
+
+
+_Unpack = _declare("Unpack", 1, 1, {"element": OpSchema.AttrType.STRING, "shape": OpSchema.AttrType.INTS})
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: int, qmax: int) -> Any:
+    return op.QuantizeLinear(x, scale, zero_point, axis=axis, block_size=group)
+
+
+def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
+    if len(scale.shape) == len(q.shape) and len(q.shape) > 0 and not group:
+        # One scale for each row: DequantizeLinear has no such form.
+        return op.Mul(op.Cast(q, to=1), scale)
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group)
+
+
+def _dynamic_quantize(x: Any, qtype: str) -> Any:
+    kind = QType.parse(qtype)
+    assert kind.element == "uint8" and kind.granularity == "tensor" and not kind.symmetric
+    return op.DynamicQuantizeLinear(x)
+
+
+def _unpack(packed: Any, element: str, shape: Any) -> Any:
+    return _Unpack(packed, element=element, shape=list(shape))
+
+
+def _attention(
+    q: Any, k: Any, v: Any, mask: Any, heads: int, kv_heads: int, scale: float, causal: bool
+) -> Any:
+    if mask is not None and mask.shape[-2] == 1:
+        # ONNX Runtime's kernel wants a row of the mask for each query.
+        ones = op.Constant(value_ints=[1] * (len(mask.shape) - 2))
+        queries, keys = op.Shape(q, start=1, end=2), op.Shape(k, start=1, end=2)
+        mask = op.Expand(mask, op.Concat(ones, queries, keys, axis=0))
+    out, *_ = op.Attention(
+        q, k, v, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale, is_causal=int(causal)
+    )
+    return out
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+def _layer_norm(
+    x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: bool = False
+) -> Any:
+    scale = weight if weight is not None else op.Constant(value_floats=[1.0] * _product(shape))
+    out, *_ = op.LayerNormalization(x, scale, bias, axis=-len(shape), epsilon=eps)
+    return out
+
+
+def _rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    scale = weight if weight is not None else op.Constant(value_floats=[1.0] * _product(shape))
+    return op.RMSNormalization(
+        x, scale, axis=-len(shape), epsilon=torch.finfo(torch.float32).eps if eps is None else eps
+    )
+
+
+def _slice(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    def bound(value: Any, default: int) -> Any:
+        if value is None or isinstance(value, int):
+            return op.Constant(value_ints=[default if value is None else value])
+        return op.Reshape(op.Cast(value, to=7), op.Constant(value_ints=[1]))
+
+    axes, steps = op.Constant(value_ints=[dim]), op.Constant(value_ints=[step])
+    return op.Slice(x, bound(start, 0), bound(end, 2**63 - 1), axes, steps)
+
+
+def _product(shape: Any) -> int:
+    total = 1
+    for size in shape:
+        total *= int(size)
+    return total
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Op overload → function that writes it in ONNX."""
+    return {
+        ops.quantize: _quantize,
+        ops.dequantize: _dequantize,
+        ops.dynamic_quantize: _dynamic_quantize,
+        ops.unpack: _unpack,
+        ops.attention: _attention,
+        aten.linear.default: _linear,
+        aten.slice.Tensor: _slice,
+        aten.layer_norm.default: _layer_norm,
+        aten.rms_norm.default: _rms_norm,
+    }

@@ -1,0 +1,172 @@
+"""Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
+
+Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row. Convolutions: the weight and what it reads; ONNX Runtime's
+integer convolution also writes integers, so each value between convolutions (after its ReLU or clip), residual sums and pools of
+such values are quantized where they are made, once for all readers.
+
+Left in float, with the reason: layers that the recipe keeps, weights that are computed or tied to something else, convolutions whose
+output goes to float operators, what the target has no kernel for.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+import torch
+from torch.fx import Node
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.plan import Assignment, Plan, Site
+from qcompiler.program import Program, Refusal
+from qcompiler.qtype import QType
+from qcompiler.recipe import Recipe
+from qcompiler.regions import ADDS, CONVS, LINEAR, MOVES
+from qcompiler.rewrite import Draft, module_path, place
+from qcompiler.target import Target
+
+aten = torch.ops.aten
+CLIPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+POOLS = (aten.adaptive_avg_pool2d.default, aten.max_pool2d.default)
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
+EMBEDDING = aten.embedding.default
+
+
+def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
+    """One format for every layer of a kind, as the recipe says.
+
+    Raises:
+        UnsupportedError: if the target has no kernel for the recipe's formats.
+    """
+    weight, activation = recipe.weight_type, recipe.activation_type
+    reason = target.refusal(weight, activation)
+    if reason:
+        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    if weight is not None and activation is not None and target.saturates:
+        weight = QType(weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True)
+    draft = Draft(program)
+    entries: dict[Site, Assignment] = {}
+    refusals: list[Refusal] = []
+    chain = _conv_chain(draft) if activation is not None and not activation.dynamic else {}
+    for node in draft.calls(LINEAR, EMBEDDING, *CONVS):
+        reason = _obstacle(draft, node, recipe, chain, activation)
+        if reason:
+            refusals.append(Refusal(place(node), f"stays float: {reason}"))
+            continue
+        if node.target is EMBEDDING:
+            if recipe.embedding_type is not None:
+                entries[_site(node, 0)] = Assignment(recipe.embedding_type)
+            continue
+        if weight is None:
+            continue
+        fitted = _fit(draft, node, weight)
+        if fitted != weight and fitted is not None:
+            refusals.append(Refusal(place(node), f"{weight} does not divide its weight; {fitted} instead"))
+        if fitted is None:
+            refusals.append(Refusal(place(node), f"stays float: its weight has no groups for {weight}"))
+            continue
+        entries[_site(node, 1)] = Assignment(fitted)
+        source = node.args[0]
+        if activation is not None and not _is_quantized(source, entries):  # type: ignore[arg-type]
+            reader = source if isinstance(source, Node) and source.target in PADS else node
+            entries[_site(reader, 0)] = Assignment(activation)
+        if node.target in CONVS and activation is not None:
+            for value in chain[node]:
+                entries[_site(value, -1)] = Assignment(activation)
+    if activation is not None and not activation.dynamic:
+        _join(draft, entries, activation, chain)
+    order = {n.name: i for i, n in enumerate(program.exported.graph.nodes)}
+    ordered = dict(sorted(entries.items(), key=lambda e: (order[e[0].node], e[0].operand)))
+    return Plan(ordered, tuple(refusals))
+
+
+def _site(node: Node, operand: int) -> Site:
+    return Site(node.name, operand, module_path(node))
+
+
+def _obstacle(
+    draft: Draft, node: Node, recipe: Recipe, chain: dict[Node, list[Node]], activation: QType | None
+) -> str | None:
+    path = module_path(node)
+    if any(fnmatch(path, pattern) for pattern in recipe.keep_float):
+        return "the recipe keeps it"
+    table = node.args[0] if node.target is EMBEDDING else node.args[1]
+    if not draft.is_constant(table):
+        return "its weight is computed"
+    if len(table.users) > 1 and {u.target for u in table.users} != {node.target}:  # type: ignore[union-attr]
+        others = [u for u in table.users if u is not node]  # type: ignore[union-attr]
+        if node.target is EMBEDDING:
+            return f"its table is tied to {place(others[0])}"
+    if node.target in CONVS and activation is not None:
+        if activation.dynamic:
+            return "ONNX Runtime has no fast convolution with dynamic ranges"
+        if node not in chain:
+            return "its output goes to float operators, and the integer convolution writes integers"
+    return None
+
+
+def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:
+    """The format with the largest group, not above the wanted, that divides the layer's input features."""
+    if weight.group is None:
+        return weight
+    if node.target in CONVS:
+        return QType("int8", "channel")
+    features = draft.constant(node.args[1]).shape[1]  # type: ignore[arg-type]
+    group = weight.group
+    while features % group and group > 16:
+        group //= 2
+    if features % group:
+        return None
+    return QType(weight.element, "group", group, weight.symmetric)
+
+
+def _final(node: Node) -> Node:
+    """The value after the ReLU or clip that alone reads `node`."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in CLIPS else node
+
+
+def _conv_chain(draft: Draft) -> dict[Node, list[Node]]:
+    """Convolutions whose output stays among integer ops, each with the values to quantize (its own, after the clip)."""
+    values: dict[Node, Node] = {}  # value → the convolution, sum or pool that makes it
+    for node in draft.calls():
+        if node.target in CONVS:
+            values[_final(node)] = node
+        elif node.target in ADDS and all(a in values for a in node.args[:2]):
+            values[_final(node)] = node
+        elif node.target in POOLS and node.args[0] in values:
+            values[node] = node
+    good = {
+        value
+        for value in values
+        if any(u.target in (*CONVS, *ADDS, *POOLS, *PADS) for u in value.users)
+        or any(u.target in (LINEAR, *MOVES) for u in value.users)
+        and values[value].target in POOLS
+    }
+    return {maker: [value] for value, maker in values.items() if value in good and maker.target in CONVS}
+
+
+def _join(
+    draft: Draft, entries: dict[Site, Assignment], activation: QType, chain: dict[Node, list[Node]]
+) -> None:
+    """Sums and pools of quantized values are quantized as well, so that no convolution meets a float between."""
+    if not chain:
+        return
+    for node in draft.calls(*ADDS, *POOLS):
+        operands = node.args[:2] if node.target in ADDS else node.args[:1]
+        if all(isinstance(a, Node) and _site(a, -1) in entries for a in operands):
+            entries[_site(_final(node), -1)] = Assignment(activation)
+    for site in [s for s in entries if s.operand == 0]:
+        node = next(n for n in draft.graph.nodes if n.name == site.node)
+        if _is_quantized(node.args[0], entries):
+            del entries[site]
+
+
+def _is_quantized(source: Node, entries: dict[Site, Assignment]) -> bool:
+    """Whether a value is already quantized where it is made, seen through data movement and padding."""
+    while isinstance(source, Node):
+        if _site(source, -1) in entries:
+            return True
+        if source.target not in MOVES and source.target not in PADS:
+            return False
+        source = source.args[0]  # type: ignore[assignment]
+    return False

@@ -1,0 +1,148 @@
+"""Insert a quantize/dequantize pair at every site of a plan.
+
+Weights: `dequantize(quantize(W))` on the constant, which `pack_weights` computes. Activations: a static pair with the plan's range, or
+`dynamic_quantize`. Readers of one value with one format share the pair. Embeddings: the rows are looked up as integers and dequantized after
+that, never the whole table. A convolution's bias becomes int32 with the scale s_x · s_w, which integer accumulators add
+without rounding ("A Survey of Low-bit Large Language Models", section 2.2; Jacob 2018, section 2.2).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler import ops
+from qcompiler.plan import Assignment, Plan, Site
+from qcompiler.qtype import QType
+from qcompiler.regions import CONVS
+from qcompiler.rewrite import Draft, rewrite
+
+aten = torch.ops.aten
+
+
+@rewrite(exact=False)
+def insert_qdq(draft: Draft, plan: Plan) -> None:
+    """Quantize and dequantize at the plan's sites."""
+    nodes = {n.name: n for n in draft.graph.nodes}
+    shared: dict[tuple[Node, Assignment], Node] = {}
+    for site, assignment in plan.items():
+        node = nodes.get(site.node)
+        if node is None:
+            raise ValueError(f"the plan names '{site.node}', which the program does not have")
+        if site.operand == -1:
+            _quantize_value(draft, node, assignment)
+        elif node.target is aten.embedding.default:
+            _quantize_table(draft, node, assignment.qtype)
+        elif draft.is_constant(node.args[site.operand]):
+            _quantize_weight(draft, node, site, assignment.qtype)
+        else:
+            source = node.args[site.operand]
+            assert isinstance(source, Node)
+            key = (source, assignment)
+            if key not in shared:
+                shared[key] = _pair(draft, source, assignment, before=_after(draft, source))
+            draft.set_input(node, site.operand, shared[key])
+    for node in draft.calls(*CONVS):
+        _quantize_bias(draft, node)
+    if plan:
+        draft.note(f"{len(plan)} sites quantized")
+
+
+def _after(draft: Draft, source: Node) -> Node:
+    """The node before which a call that reads `source` may stand."""
+    if source.op != "placeholder":
+        return source.next
+    return next(n for n in draft.graph.nodes if n.op != "placeholder")
+
+
+def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> Node:
+    """quantize → dequantize of an activation; returns the float side."""
+    kind = assignment.qtype
+    if kind.dynamic:
+        triple = draft.call(ops.dynamic_quantize, source, str(kind), before=before, like=source)
+        q, scale, zero = (
+            draft.call(operator.getitem, triple, i, before=before, like=source) for i in range(3)
+        )
+    else:
+        assert assignment.low is not None and assignment.high is not None
+        s, z = kind.scale_for(torch.tensor(assignment.low), torch.tensor(assignment.high))
+        scale = draft.add_constant(f"{source.name}_scale", s)
+        zero = draft.add_constant(f"{source.name}_zero_point", z)
+        q = draft.call(
+            ops.quantize, source, scale, zero, 0, 0, kind.qmin, kind.qmax, before=before, like=source
+        )  # fmt: skip
+    return draft.call(ops.dequantize, q, scale, zero, 0, 0, before=before, like=source)
+
+
+def _quantize_value(draft: Draft, node: Node, assignment: Assignment) -> None:
+    readers = list(node.users)
+    float_side = _pair(draft, node, assignment, before=_after(draft, node))
+    for reader in readers:
+        if reader.target is not aten.sym_size.int:
+            reader.replace_input_with(node, float_side)
+
+
+def weight_scales(weight: Tensor, kind: QType, axis: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight from its extremes; the shape is that of `QType.ranges`."""
+    return kind.scale_for(*kind.ranges(weight, axis))
+
+
+def _quantize_weight(draft: Draft, node: Node, site: Site, kind: QType) -> None:
+    constant = node.args[site.operand]
+    assert isinstance(constant, Node)
+    axis = 1 if kind.group else 0
+    scale, zero = weight_scales(draft.constant(constant), kind, axis)
+    pair = _constant_pair(draft, constant, scale, zero, axis, kind, node)
+    draft.set_input(node, site.operand, pair)
+
+
+def _constant_pair(
+    draft: Draft, constant: Node, scale: Tensor, zero: Tensor, axis: int, kind: QType, node: Node
+) -> Node:
+    s = draft.add_constant(f"{node.name}_weight_scale", scale)
+    z = draft.add_constant(f"{node.name}_weight_zero_point", zero)
+    group = kind.group or 0
+    q = draft.call(ops.quantize, constant, s, z, axis, group, kind.qmin, kind.qmax, before=node)
+    q.meta["qtype"] = str(kind)
+    return draft.call(ops.dequantize, q, s, z, axis, group, before=node)
+
+
+def _quantize_table(draft: Draft, node: Node, kind: QType) -> None:
+    table = node.args[0]
+    assert isinstance(table, Node)
+    scale, zero = weight_scales(draft.constant(table), kind, 0)
+    s = draft.add_constant(f"{node.name}_table_scale", scale)
+    z = draft.add_constant(f"{node.name}_table_zero_point", zero)
+    q = draft.call(ops.quantize, table, s, z, 0, 0, kind.qmin, kind.qmax, before=node)
+    q.meta["qtype"] = str(kind)
+    rows = draft.call(aten.embedding.default, q, *node.args[1:], before=node)
+    column = draft.add_constant(f"{node.name}_row_scale", scale[:, None].contiguous())
+    scales = draft.call(aten.embedding.default, column, node.args[1], before=node)
+    middle = draft.add_constant(f"{node.name}_row_zero_point", torch.full((), kind.middle, dtype=kind.dtype))
+    draft.swap(node, draft.call(ops.dequantize, rows, scales, middle, 0, 0, before=node))
+
+
+def _quantize_bias(draft: Draft, node: Node) -> None:
+    """int32 bias of a convolution whose input and weight are quantized with static scales."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    data: Any = node.args[0]
+    while isinstance(data, Node) and data.target in (aten.pad.default, aten.constant_pad_nd.default):
+        data = data.args[0]
+    weight = node.args[1]
+    pairs = [n for n in (data, weight) if isinstance(n, Node) and n.target is ops.dequantize]
+    if not isinstance(bias, Node) or not draft.is_constant(bias) or len(pairs) != 2:
+        return
+    scales = [p.args[1] for p in pairs]
+    if not all(draft.is_constant(s) for s in scales):
+        return
+    scale = (draft.constant(scales[0]).double() * draft.constant(scales[1]).double()).float()  # type: ignore[arg-type]
+    s = draft.add_constant(f"{node.name}_bias_scale", scale)
+    z = draft.add_constant(f"{node.name}_bias_zero_point", torch.zeros_like(scale, dtype=torch.int32))
+    low, high = -(2**31), 2**31 - 1
+    q = draft.call(ops.quantize, bias, s, z, 0, 0, low, high, before=node)
+    q.meta["qtype"] = "int32:channel"
+    draft.set_input(node, 2, draft.call(ops.dequantize, q, s, z, 0, 0, before=node))

@@ -1,0 +1,312 @@
+"""Bring a captured graph into the form that the other passes match on.
+
+- In-place ops become their functional form; dropout, assertions, full slices and other no-ops go.
+- What depends on constants alone is computed now, when the result is no larger than what it was made from.
+- `addmm`, `mm` and `matmul` with a constant matrix become `linear`.
+- Batch normalization after a convolution is folded into it:  W' = W·γ/√(σ²+ε),  b' = (b−μ)·γ/√(σ²+ε) + β.
+- RMSNorm spelled out (x · rsqrt(mean(x²) + ε) · γ) becomes `aten.rms_norm`.
+- GELU (erf and tanh) and SiLU become one op each, however they are spelled: an elementwise subgraph with one input is evaluated on
+  a grid and compared with the function itself.
+
+Refused, with the reason: batch normalization that no convolution feeds alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.rewrite import Draft, place, rewrite
+
+aten = torch.ops.aten
+
+_DROP = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+         "sym_constrain_range_for_size")  # fmt: skip
+_ELEMENTWISE = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.erf.default,
+    aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.neg.default, aten.reciprocal.default,
+    aten.square.default, aten.rsub.Scalar, aten.add.Scalar, aten.mul.Scalar,
+}  # fmt: skip
+_CURVED = {aten.erf.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default}
+_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+_LAST = 9223372036854775807
+
+
+@rewrite(exact=True)
+def normalize(draft: Draft) -> None:
+    """Functional form, no no-ops, one op for each norm and activation."""
+    _make_functional(draft)
+    _drop_no_ops(draft)
+    _fold_constants(draft)
+    _make_linears(draft)
+    _fold_batch_norms(draft)
+    _recognise_rms_norms(draft)
+    _recognise_activations(draft)
+
+
+def _make_functional(draft: Draft) -> None:
+    for node in draft.calls():
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not str(node.target).split(".")[1].endswith("_"):
+            continue
+        target = node.args[0]
+        packet, overload = str(node.target).removeprefix("aten.").split(".")
+        functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        if functional is None or not isinstance(target, Node) or draft.is_constant(target):
+            raise UnsupportedError(f"{place(node)} writes into its input in a way that has no functional form")
+        if _has_alias(target, node):
+            raise UnsupportedError(
+                f"{place(node)} writes into a view that is read later; use the out-of-place operation in the model"
+            )
+        fresh = draft.call(functional, *node.args, before=node, **node.kwargs)
+        order = {n: i for i, n in enumerate(draft.graph.nodes)}
+        target.replace_all_uses_with(
+            fresh, delete_user_cb=lambda user, at=order[node], order=order: order.get(user, -1) > at
+        )
+        draft.swap(node, fresh)
+        draft.graph.erase_node(node)
+
+
+def _has_alias(target: Node, writer: Node) -> bool:
+    """Whether `target` shares memory with a value that is read after the write."""
+    views = ("view", "transpose", "permute", "select", "slice", "expand", "unsqueeze", "squeeze", "t", "alias")
+    if target.op == "call_function" and str(target.target).split(".")[1] in views:
+        return True
+    return any(
+        user.op == "call_function" and str(user.target).split(".")[1] in views and user < writer
+        for user in target.users
+    )
+
+
+def _drop_no_ops(draft: Draft) -> None:
+    count = 0
+    for node in draft.calls():
+        name = str(node.target).removeprefix("aten.").split(".")[0]
+        if name in _DROP:
+            draft.graph.erase_node(node)
+            draft.changed = True
+            count += 1
+        elif node.args and isinstance(node.args[0], Node) and _is_no_op(node, name):
+            draft.swap(node, node.args[0])
+            draft.graph.erase_node(node)  # dropout counts as impure: dead-code elimination would keep it
+            count += 1
+    if count:
+        draft.note(f"{count} no-ops dropped")
+
+
+def _is_no_op(node: Node, name: str) -> bool:
+    source = node.args[0]
+    value, before = node.meta.get("val"), source.meta.get("val")  # type: ignore[union-attr]
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor) or value.dtype != before.dtype:
+        return False
+    if name in ("dropout", "feature_dropout", "alpha_dropout"):
+        return node.args[2] is False or node.args[1] == 0
+    if name in ("to", "contiguous", "alias", "clone", "detach", "lift_fresh_copy", "_to_copy", "detach_"):
+        return value.device == before.device
+    if name == "slice":
+        start = node.args[2] if len(node.args) > 2 else None
+        end = node.args[3] if len(node.args) > 3 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        return start in (None, 0) and end in (None, _LAST) and step == 1
+    if name in ("add", "sub") and not node.kwargs:
+        return len(node.args) == 2 and type(node.args[1]) in (int, float) and node.args[1] == 0
+    if name in ("mul", "div") and not node.kwargs:
+        return len(node.args) == 2 and type(node.args[1]) in (int, float) and node.args[1] == 1
+    if name in ("view", "reshape", "expand", "flatten"):
+        return _same_shape(value, before)
+    return False
+
+
+def _same_shape(left: Tensor, right: Tensor) -> bool:
+    """Equal shapes, dynamic sizes compared as symbols."""
+    return left.ndim == right.ndim and all(
+        str(a) == str(b) for a, b in zip(left.shape, right.shape, strict=True)
+    )
+
+
+def _fold_constants(draft: Draft) -> None:
+    count = 0
+    for node in draft.calls():
+        inputs = node.all_input_nodes
+        value = node.meta.get("val")
+        if not inputs or not isinstance(value, Tensor) or not all(draft.is_constant(n) for n in inputs):
+            continue
+        if not str(node.target).startswith("aten.") or not all(type(s) is int for s in value.shape):
+            continue
+        if value.numel() > sum(draft.constant(n).numel() for n in inputs) or str(node.target) in (
+            "aten.rand_like.default", "aten.bernoulli.p",
+        ):  # fmt: skip
+            continue
+        args = torch.fx.node.map_arg(node.args, draft.constant)
+        kwargs = torch.fx.node.map_arg(node.kwargs, draft.constant)
+        with torch.no_grad():
+            folded = node.target(*args, **kwargs)  # type: ignore[operator]
+        draft.swap(node, draft.add_constant(f"{node.name}_folded", folded.contiguous()))
+        count += 1
+    if count:
+        draft.note(f"{count} constant expressions computed")
+
+
+def _make_linears(draft: Draft) -> None:
+    for node in draft.calls(aten.addmm.default, aten.mm.default, aten.matmul.default):
+        bias = node.args[0] if node.target is aten.addmm.default else None
+        x, weight = node.args[-2:]
+        if not draft.is_constant(weight) or draft.constant(weight).ndim != 2 or node.kwargs:  # type: ignore[arg-type]
+            continue
+        if not isinstance(x, Node) or x.meta["val"].ndim < 2:
+            continue
+        if bias is not None and (
+            not draft.is_constant(bias) or draft.constant(bias).ndim != 1  # type: ignore[arg-type]
+        ):
+            continue
+        turned = draft.add_constant(f"{node.name}_weight", draft.constant(weight).t().contiguous())  # type: ignore[arg-type]
+        draft.swap(node, draft.call(aten.linear.default, x, turned, bias, before=node))
+
+
+def _fold_batch_norms(draft: Draft) -> None:
+    folded = 0
+    for norm in draft.calls(aten.batch_norm.default):
+        conv, gamma, beta, mean, variance, training, _, eps, *_ = norm.args
+        if training:
+            draft.refuse(norm, "the batch normalization is in training mode: call eval() on the module")
+            continue
+        if not isinstance(conv, Node) or conv.target not in _CONVS or len(conv.users) > 1:
+            draft.refuse(norm, "no convolution feeds this batch normalization alone")
+            continue
+        weight_node = conv.args[1]
+        if not draft.is_constant(weight_node) or len(weight_node.users) > 1:  # type: ignore[union-attr]
+            draft.refuse(norm, "the convolution's weight is computed or has another reader")
+            continue
+        weight = draft.constant(weight_node).double()  # type: ignore[arg-type]
+
+        def value(node: Any, default: float, like: Tensor = weight) -> Tensor:
+            if node is None:
+                return torch.full((like.shape[0],), default, dtype=torch.float64)
+            return draft.constant(node).double()
+
+        scale = value(gamma, 1.0) / (value(variance, 1.0) + eps).sqrt()  # type: ignore[operator]
+        old_bias = value(conv.args[2] if len(conv.args) > 2 else None, 0.0)
+        bias = (old_bias - value(mean, 0.0)) * scale + value(beta, 0.0)
+        folded_weight = weight * scale.reshape([-1] + [1] * (weight.ndim - 1))
+        dtype = draft.constant(weight_node).dtype  # type: ignore[arg-type]
+        new_weight = draft.add_constant(f"{conv.name}_weight", folded_weight.to(dtype))
+        new_bias = draft.add_constant(f"{conv.name}_bias", bias.to(dtype))
+        args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
+        draft.swap(norm, draft.call(conv.target, *args, before=conv, **conv.kwargs))
+        folded += 1
+    if folded:
+        draft.note(f"{folded} batch normalizations folded")
+
+
+def _operands(node: Node, *ops: Any) -> list[Any]:
+    return list(node.args[:2]) if node.op == "call_function" and node.target in ops else []
+
+
+def _through_casts(node: Any) -> Any:
+    while isinstance(node, Node) and str(node.target).startswith(("aten.to.", "aten._to_copy")):
+        node = node.args[0]
+    return node
+
+
+def _recognise_rms_norms(draft: Draft) -> None:
+    count = 0
+    for root in draft.calls(aten.rsqrt.default):
+        total = root.args[0]
+        eps = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, float)), None)  # type: ignore[arg-type]
+        mean = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, Node)), None)  # type: ignore[arg-type]
+        if eps is None or mean is None or mean.target is not aten.mean.dim:
+            continue
+        square = mean.args[0]
+        if mean.args[1] not in ([-1], [square.meta["val"].ndim - 1]) or mean.args[2:] != (True,):  # type: ignore[union-attr]
+            continue
+        if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:  # type: ignore[union-attr]
+            x = square.args[0]  # type: ignore[union-attr]
+        elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:  # type: ignore[union-attr]
+            x = square.args[0]  # type: ignore[union-attr]
+        else:
+            continue
+        for scaled in [u for u in root.users if set(_operands(u, aten.mul.Tensor)) == {x, root}]:
+            weight, final = _gain(draft, scaled)
+            size = [x.meta["val"].shape[-1]]
+            fused = draft.call(aten.rms_norm.default, x, size, weight, eps, before=final, like=root)
+            draft.swap(final, fused)
+            count += 1
+    if count:
+        draft.note(f"{count} RMSNorms recognised")
+
+
+def _gain(draft: Draft, scaled: Node) -> tuple[Node | None, Node]:
+    """The constant weight that the only reader multiplies by, and the node where the norm ends."""
+    reader = next(iter(scaled.users)) if len(scaled.users) == 1 else None
+    for operand in _operands(reader, aten.mul.Tensor) if reader else []:
+        if draft.is_constant(operand) and draft.constant(operand).ndim == 1:
+            assert reader is not None
+            if draft.constant(operand).shape[0] == scaled.meta["val"].shape[-1]:
+                return operand, reader
+    return None, scaled
+
+
+_GRID = torch.linspace(-12.0, 12.0, 4097, dtype=torch.float64)
+_ACTIVATIONS = (
+    ("gelu", aten.gelu.default, {}, torch.nn.functional.gelu(_GRID)),
+    ("tanh-gelu", aten.gelu.default, {"approximate": "tanh"}, torch.nn.functional.gelu(_GRID, approximate="tanh")),
+    ("silu", aten.silu.default, {}, torch.nn.functional.silu(_GRID)),
+)  # fmt: skip
+
+
+def _recognise_activations(draft: Draft) -> None:
+    found: dict[str, int] = {}
+    for node in reversed(list(draft.calls(aten.mul.Tensor, aten.div.Tensor))):
+        if node._erased or not node.users:
+            continue
+        for source in _cuts(node):
+            values = _on_grid(node, source)
+            if values is None:
+                continue
+            match = next((a for a in _ACTIVATIONS if torch.allclose(values, a[3], rtol=1e-6, atol=1e-6)), None)
+            if match is not None:
+                name, op, kwargs, _ = match
+                draft.swap(node, draft.call(op, source, before=node, **kwargs))
+                draft.graph.eliminate_dead_code()
+                found[name] = found.get(name, 0) + 1
+                break
+    for name, count in found.items():
+        draft.note(f"{count} × {name} recognised")
+
+
+def _cuts(node: Node, limit: int = 14) -> list[Node]:
+    """Nodes upstream of `node` through elementwise ops that two or more paths lead to, nearest first."""
+    cone, queue = [], [node]
+    curved = False
+    while queue and len(cone) < limit:
+        current = queue.pop(0)
+        curved = curved or current.target in _CURVED
+        for source in current.all_input_nodes:
+            if source not in cone:
+                cone.append(source)
+                if source.target in _ELEMENTWISE:
+                    queue.append(source)
+    return [c for c in cone if len(c.users) > 1 and c.op != "get_attr"] if curved else []
+
+
+def _on_grid(node: Node, source: Node) -> Tensor | None:
+    """The subgraph from `source` to `node` evaluated on the grid, or None if it has another input."""
+    values: dict[Node, Tensor] = {source: _GRID}
+
+    def visit(current: Node, depth: int) -> bool:
+        if current in values:
+            return True
+        if current.target not in _ELEMENTWISE or depth > 12:
+            return False
+        if not all(visit(s, depth + 1) for s in current.all_input_nodes):
+            return False
+        args = torch.fx.node.map_arg(current.args, values.__getitem__)
+        values[current] = current.target(*args, **current.kwargs)  # type: ignore[operator]
+        return True
+
+    return values[node] if visit(node, 0) and not math.isnan(float(values[node].sum())) else None

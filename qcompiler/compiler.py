@@ -1,0 +1,224 @@
+"""compile(): the only place that knows the order of the passes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler import artifact as artifacts
+from qcompiler.artifact import Artifact
+from qcompiler.data import Data, flatten
+from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
+from qcompiler.errors import InputError, UnsupportedError, VerifyError
+from qcompiler.observe import Statistics, choose_range, observe
+from qcompiler.passes.allocate import allocate
+from qcompiler.passes.correct_bias import correct_bias
+from qcompiler.passes.fold_norm import fold_norm
+from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.merge_linears import merge_linears
+from qcompiler.passes.normalize import normalize
+from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
+from qcompiler.passes.smooth import smooth
+from qcompiler.plan import Assignment, Factor, Plan
+from qcompiler.program import Program, capture
+from qcompiler.recipe import Recipe, load_recipe
+from qcompiler.spec import Batches, Inputs, ModelSpec
+from qcompiler.target import Target
+from qcompiler.verify import Reference, check_exact, compare_sites
+
+CHECKED = 2  # batches on which exact passes are proven
+
+__all__ = ["bench", "compile", "quantize", "verify"]
+
+
+def compile(
+    model: ModelSpec | torch.nn.Module | Program,
+    example_inputs: Inputs | None = None,
+    *,
+    target: str | Target = "ort:cpu",
+    recipe: str | Recipe = "w8a8",
+    calibration: Batches | Iterable[Inputs] | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    out: str | Path,
+    force: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Artifact:
+    """Compile a model to a folder.
+
+    Args:
+        model: a torch module, a `ModelSpec`, or a captured `Program`.
+        example_inputs: tensors by name or position; not needed with a `ModelSpec` or `Program`.
+        target: what will run it, such as `ort:cpu`.
+        recipe: a preset's name, a YAML file, or a `Recipe`.
+        calibration: batches like the example inputs, or a function that gives them; real data. A quarter of them is held out
+            and used for verification only.
+        dynamic_shapes: input → {dimension: name}.
+        out: the folder to write.
+        force: replace an artifact that is there.
+        progress: called with the name of each step.
+        command: what reproduces this, for the report.
+
+    Returns:
+        The artifact; `artifact.load()` gives a callable.
+
+    Raises:
+        QCompilerError: one of its kinds, with a message that says what, where and what to do. Nothing is left half-written.
+    """
+    say = progress or (lambda step: None)
+    target = Target.parse(target) if isinstance(target, str) else target
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    reason = target.refusal(recipe.weight_type, recipe.activation_type)
+    if reason:
+        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    out = Path(out)
+    with artifacts.writing(out, force) as folder:
+        spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
+        say("capture")
+        program = model if isinstance(model, Program) else capture(
+            spec.module, spec.example_inputs, spec.dynamic_shapes
+        )  # fmt: skip
+        data = Data(program, spec, recipe)
+        compiled = quantize(program, data, recipe, target, say)
+        deliver(folder, spec, compiled, data, recipe, target, say, command)
+    return Artifact.open(out)
+
+
+def quantize(
+    program: Program, data: Data, recipe: Recipe, target: Target, say: Progress
+) -> Compiled:
+    """The order of the passes, from the captured program to the quantized one."""
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+    say("reference")
+    reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
+    source = program
+
+    def step(after: Program, before: Program) -> Program:
+        return check_exact(before, after, reference) if after.exported is not before.exported else after
+
+    for rewrite in (normalize, fold_norm):
+        say(rewrite.__name__)
+        program = step(rewrite(program), program)
+
+    weight, activation = recipe.weight_type, recipe.activation_type
+    factors: Mapping[str, Factor] = {}
+    before: dict[str, Statistics] = {}
+    if recipe.smooth and weight is not None and activation is not None:
+        say("observe")
+        names = smoothing_sites(program, recipe.insert_scale)
+        before = observe(program, names, data.calibration(), mask=data.mask) if names else {}
+        say("search_smoothing")
+        factors = search_smoothing(program, before, weight, activation, recipe.insert_scale)
+        say("smooth")
+        program = step(smooth(program, factors, recipe.insert_scale), program)
+
+    say("fuse_attention")
+    program = step(fuse_attention(program), program)
+    if recipe.merge_linears:
+        say("merge_linears")
+        program = step(merge_linears(program), program)
+
+    say("allocate")
+    plan = allocate(program, recipe, target)
+    floating = program
+    static = {s: a for s, a in plan.items() if _is_activation(program, s)}
+    tensors = {s: _source(program, s) for s in static}
+    axes = {name: _axis(program, name) for name in tensors.values()}
+    say("calibrate")
+    after = observe(program, axes, data.calibration(), mask=data.mask) if axes else {}
+    ranges = {}
+    for site, assignment in static.items():
+        if not assignment.qtype.dynamic:
+            parameter = recipe.p if recipe.calibration == "pnorm" else recipe.percentile
+            low, high = choose_range(after[tensors[site]], assignment.qtype, recipe.calibration, parameter)
+            ranges[site] = Assignment(assignment.qtype, low, high)
+    plan = plan.with_entries(ranges)
+
+    say("insert_qdq")
+    program = insert_qdq(program, plan)
+    if recipe.correct_bias and after:
+        say("correct_bias")
+        program = correct_bias(program, after)
+    say("pack_weights")
+    quantized = pack_weights(program)
+    _same_integers(program, quantized, reference)
+    seconds["passes"] = time.perf_counter() - clock
+
+    say("compare sites")
+    layers = [n.name for n in floating.exported.graph.nodes if _is_layer(n)]
+    sites = compare_sites(floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask)
+    plain = fuse_attention(normalize(source))
+    return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites, seconds)
+
+
+def _is_layer(node: torch.fx.Node) -> bool:
+    return str(node.target) in ("aten.linear.default", "aten.conv2d.default", "aten.conv1d.default")
+
+
+def _node(program: Program, name: str) -> torch.fx.Node:
+    return next(n for n in program.exported.graph.nodes if n.name == name)
+
+
+def _source(program: Program, site: Any) -> str:
+    node = _node(program, site.node)
+    return node.name if site.operand == -1 else node.args[site.operand].name  # type: ignore[union-attr]
+
+
+def _is_activation(program: Program, site: Any) -> bool:
+    return site.operand == -1 or _source(program, site) not in program.constants()
+
+
+def _axis(program: Program, name: str) -> int:
+    value = _node(program, name).meta["val"]
+    return 1 if value.ndim == 4 else -1
+
+
+def _same_integers(before: Program, after: Program, reference: Reference) -> None:
+    """Packing must not change a bit."""
+    for batch in reference.batches[:1]:
+        for old, new in zip(before.run(batch), after.run(batch), strict=True):
+            if isinstance(old, Tensor) and not torch.equal(old, new):
+                raise VerifyError("pack_weights changed the outputs; please report this model")
+
+
+def _as_spec(
+    model: ModelSpec | torch.nn.Module | Program,
+    example_inputs: Inputs | None,
+    calibration: Batches | Iterable[Inputs] | None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None,
+) -> ModelSpec:
+    factory: Batches | None = None
+    if callable(calibration):
+        factory = calibration
+    elif calibration is not None:
+        kept = list(calibration)
+        factory = lambda: kept  # noqa: E731 - a factory is what ModelSpec takes
+    if isinstance(model, ModelSpec):
+        if factory is None:
+            return model
+        return replace(model, calibration=factory, held_out=None)
+    if isinstance(model, Program):
+        example: Inputs = example_inputs if example_inputs is not None else _examples(model)
+        return ModelSpec("program", torch.nn.Identity(), example, dynamic_shapes or {}, factory)
+    if example_inputs is None:
+        raise InputError("example_inputs are needed to capture a module: a tuple of tensors, or a mapping by name")
+    return ModelSpec(type(model).__name__, model, example_inputs, dynamic_shapes or {}, factory)
+
+
+def _examples(program: Program) -> Inputs:
+    """The example inputs that were saved with an exported program."""
+    saved = program.exported.example_inputs
+    if saved is None:
+        raise InputError("the saved program brings no example inputs; give --calibration")
+    args, kwargs = saved
+    return tuple(torch.utils._pytree.tree_leaves((args, kwargs)))

@@ -1,0 +1,422 @@
+"""What follows the passes: lower, audit, verify, time, report; and doing so again with an artifact on disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.utils import _pytree as pytree
+
+from qcompiler import artifact as artifacts
+from qcompiler.artifact import Artifact
+from qcompiler.bench import interleave
+from qcompiler.data import Data
+from qcompiler.errors import InputError, UnsupportedError, VerifyError
+from qcompiler.observe import Statistics
+from qcompiler.plan import Factor, Plan
+from qcompiler.program import Program
+from qcompiler.recipe import Recipe
+from qcompiler.rewrite import module_path
+from qcompiler.spec import ModelSpec
+from qcompiler.target import Target, cpu_feature
+from qcompiler.verify import compare
+
+KEPT = 4  # batches of each kind kept with the artifact
+REFERENCE = "reference"  # folder of the float model in an artifact
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Compiled:
+    """What the passes left, for the report.
+
+    Attributes:
+        source: as captured.
+        plain: the float model in the form that runs fastest; what the quantized model is compared with.
+        floating: smoothed, just before quantization.
+        quantized: with packed integers.
+        plan, factors: the decisions.
+        ranges_before, ranges_after: statistics before and after smoothing.
+        sites: SQNR in dB of each layer's output on held-out batches.
+        seconds: wall time of the phases.
+    """
+
+    source: Program
+    plain: Program
+    floating: Program
+    quantized: Program
+    plan: Plan
+    factors: Mapping[str, Factor]
+    ranges_before: Mapping[str, Statistics]
+    ranges_after: Mapping[str, Statistics]
+    sites: Mapping[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _output_names(program: Program, spec: ModelSpec) -> tuple[str, ...]:
+    count = len(program.exported.graph_signature.user_outputs)
+    return tuple([*spec.output_names, *(f"output_{i}" for i in range(len(spec.output_names), count))][:count])
+
+
+def deliver(
+    folder: Path,
+    spec: ModelSpec,
+    compiled: Compiled,
+    data: Data,
+    recipe: Recipe,
+    target: Target,
+    say: Progress,
+    command: str,
+) -> None:
+    """Lower, audit, verify, time, and write everything that an artifact holds."""
+    from qcompiler import report
+
+    names = _output_names(compiled.quantized, spec)
+    inputs = list(compiled.quantized.inputs)
+    calibration = list(itertools.islice(data.calibration(), KEPT))
+    held_out = list(itertools.islice(data.held_out(), KEPT))
+    match target.runtime:
+        case "ort":
+            from qcompiler.backends import ort, ort_audit
+
+            say("lower")
+            ort.lower(compiled.quantized, folder, output_names=names, dynamic_shapes=spec.dynamic_shapes,
+                      fused=recipe.fused)  # fmt: skip
+            reference = folder / REFERENCE
+            reference.mkdir()
+            say("lower the float model")
+            ort.lower(compiled.plain, reference, output_names=names, dynamic_shapes=spec.dynamic_shapes)
+            say("audit")
+            integer = recipe.activation_type is not None
+            audit = ort_audit.audit(folder, _planned(compiled), integer)
+            run, run_float = ort.load(folder, 1), ort.load(reference, 1)
+            share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in held_out[0]), strict=True)))
+        case _:
+            raise UnsupportedError(f"no backend for '{target}'")
+    say("verify")
+    errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
+    for kind, batches in (("calibration", calibration), ("held-out", held_out)):
+        quantized = [compiled.quantized.run(b) for b in batches]
+        captured = [compiled.source.run(b) for b in batches]
+        actual = [run(*b) for b in batches]
+        masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None
+        errors["quantization"] += [asdict(c) for c in compare(captured, actual, names, kind, masks)]
+        errors["lowering"] += [asdict(c) for c in compare(quantized, actual, names, kind, masks)]
+        artifacts.save_batches(folder, kind, batches, inputs)
+        artifacts.save_batches(folder, f"{kind}-captured", captured, list(names))
+        artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
+    say("time")
+    batch = held_out[0]
+    timings = interleave({"float": lambda: run_float(*batch), "quantized": lambda: run(*batch)}, 2.0)
+    metric = None
+    if spec.metric is not None:
+        say(f"metric: {spec.metric_name}")
+        spec_of = compiled.source.exported.call_spec.out_spec
+        metric = {
+            "name": spec.metric_name,
+            "float": spec.metric(_as_module(run_float, spec_of)),
+            "quantized": spec.metric(_as_module(run, spec_of)),
+        }
+    for name, source in spec.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    (folder / "program.txt").write_text(str(compiled.quantized) + "\n")
+    manifest = _manifest(spec, compiled, recipe, target, command, names)
+    manifest |= {
+        "errors": errors,
+        "metric": metric,
+        "size": {"float_bytes": _size(reference), "model_bytes": _size(folder)},
+        "latency": [
+            {
+                "shape": " ".join("×".join(map(str, t.shape)) for t in batch[:1]), "threads": 1,
+                "float_ms": timings[0].ms, "quantized_ms": timings[1].ms, "ratio": timings[1].ratio,
+                "low": timings[1].low, "high": timings[1].high,
+            }
+        ],
+        "audit": asdict(audit) | {"time_share": [{"op": o, "share": s} for o, s in share]},
+        "bounds": {"min_sqnr": recipe.min_sqnr, "min_lowering_sqnr": _lowering_bound(errors)},
+    }  # fmt: skip
+    if not recipe.keep_reference:
+        shutil.rmtree(reference)
+    manifest["warnings"] = _warnings(manifest)
+    manifest["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _judge(manifest, recipe)
+    (folder / artifacts.REPORT).write_text(report.render(manifest))
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    manifest["files"] = {p.relative_to(folder).as_posix(): artifacts.sha256(p) for p in files}
+    (folder / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _planned(compiled: Compiled) -> int:
+    """Linears and convolutions whose weights the plan quantizes."""
+    return sum(site.operand == 1 for site in compiled.plan)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the model file and its external data."""
+    return sum(p.stat().st_size for p in folder.glob("model.onnx*"))
+
+
+def _as_module(run: Callable[..., Any], spec: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_unflatten(list(run(*pytree.tree_leaves((args, kwargs)))), spec)
+
+    return call
+
+
+def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """What `verify` demands of the artifact against the program: what was measured here, less 6 dB for another CPU's kernels."""
+    measured = [row["sqnr_db"] for row in errors["lowering"]]
+    return round(max(0.0, min(measured, default=0.0) - 6.0), 1)
+
+
+def _manifest(
+    spec: ModelSpec, compiled: Compiled, recipe: Recipe, target: Target, command: str, names: Sequence[str]
+) -> dict[str, Any]:
+    program = compiled.quantized
+    nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
+    values = {n.name: n.meta.get("val") for n in program.exported.graph.nodes}
+    outputs = [values.get(str(o)) for o in program.exported.graph_signature.user_outputs]
+    sizes = {str(values[i].shape[d]): s for i in program.inputs if isinstance(values[i], torch.Tensor)  # type: ignore[union-attr]
+             for d, s in spec.dynamic_shapes.get(i, {}).items()}  # fmt: skip
+
+    def path(name: str) -> str:
+        return module_path(nodes[name]) if name in nodes else ""
+
+    try:
+        structure = pytree.treespec_dumps(program.exported.call_spec.out_spec)  # type: ignore[arg-type]
+    except Exception:  # an output type that torch cannot write down: the artifact then returns a tuple
+        structure = ""
+    return {
+        "format": artifacts.FORMAT,
+        "name": spec.name,
+        "target": str(target),
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": artifacts.versions(),
+        "machine": machine(),
+        "inputs": [artifacts.describe_tensor(n, values[n], sizes) for n in program.inputs],
+        "outputs": [artifacts.describe_tensor(n, v, sizes) for n, v in zip(names, outputs, strict=True)],
+        "out_spec": structure,
+        "padding_mask": spec.padding_mask,
+        "history": [asdict(entry) for entry in program.history],
+        "plan": json.loads(compiled.plan.to_json()),
+        "refusals": [asdict(r) for r in compiled.plan.refusals],
+        "smoothing": [
+            {"tensor": n, "path": path(n), "method": f.method, "gain_db": f.gain, "merged": f.merged}
+            for n, f in compiled.factors.items()
+        ],
+        "ranges": _ranges(compiled, path),
+        "sites": [{"node": n, "path": path(n), "sqnr_db": db} for n, db in compiled.sites.items()],
+        "seconds": compiled.seconds,
+    }  # fmt: skip
+
+
+def _ranges(compiled: Compiled, path: Callable[[str], str]) -> list[dict[str, Any]]:
+    def describe(stats: Statistics | None) -> dict[str, Any] | None:
+        if stats is None:
+            return None
+        spread = torch.quantile(stats.absmax, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double())
+        return {
+            "low": float(stats.low.min()),
+            "high": float(stats.high.max()),
+            "channel_absmax": [float(v) for v in spread],
+        }
+
+    rows = []
+    for name, stats in compiled.ranges_after.items():
+        before = compiled.ranges_before.get(name) or compiled.ranges_before.get(_origin(compiled, name))
+        rows.append(
+            {"tensor": name, "path": path(name), "before": describe(before), "after": describe(stats)}
+        )
+    return rows
+
+
+def _origin(compiled: Compiled, name: str) -> str:
+    """The tensor that an inserted smoothing multiplication reads, or, fused away, the one that its successor replaced."""
+    node = next(n for n in compiled.floating.exported.graph.nodes if n.name == name)
+    first = node.args[0] if node.args else None
+    return first.name if str(node.target) == "aten.mul.Tensor" and isinstance(first, torch.fx.Node) else name
+
+
+def machine() -> dict[str, Any]:
+    """The machine that measured."""
+    import os
+    import platform
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(l.partition(":")[2].strip() for l in lines if l.startswith("model name"))  # noqa: E741
+    except (OSError, StopIteration):
+        pass
+    return {"cpu": cpu, "cores": os.cpu_count() or 1, "feature": cpu_feature()}
+
+
+def _warnings(manifest: Mapping[str, Any]) -> list[str]:
+    found = list(manifest["audit"]["broken"])
+    slow = [row for row in manifest["latency"] if row["ratio"] > 1]
+    found += [
+        f"slower than the float model: {row['ratio']:.2f} times its time at {row['shape']}; the audit lists the kernels"
+        for row in slow
+    ]
+    if "MatMulNBits" in manifest["audit"]["kernels"]:
+        found.append(
+            "ONNX Runtime quantizes activations to 8 bits inside MatMulNBits (its accuracy level 4): "
+            "a lowering error beyond rounding, shown above"
+        )
+    return found
+
+
+def _judge(manifest: Mapping[str, Any], recipe: Recipe) -> None:
+    """Fail where the recipe's bounds or promises are broken."""
+    worst = min((r["sqnr_db"] for r in manifest["errors"]["quantization"] if r["data"] == "held-out"), default=200.0)
+    if worst < recipe.min_sqnr:
+        raise VerifyError(
+            f"SQNR on held-out data is {worst:.1f} dB, recipe '{recipe.name}' demands {recipe.min_sqnr:.1f}: try "
+            "another calibration, keep layers in float (--set keep_float=…), or accept it with --set min_sqnr=0"
+        )
+    broken = manifest["audit"]["broken"]
+    if broken and recipe.promise == "error":
+        raise VerifyError(f"{broken[0]}; --set promise=warn accepts it")
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Check an artifact again, on the data kept with it: files, lowering error, quantization error.
+
+    Returns:
+        `{"ok": bool, "checks": [{"what", "value", "bound", "ok"}]}`; values in dB except for the files.
+
+    Raises:
+        VerifyError: if a file is missing or changed.
+        InputError: if the folder is no artifact.
+    """
+    artifact = Artifact.open(folder)
+    artifact.check_files()
+    checks: list[dict[str, Any]] = [
+        {"what": "files", "value": len(artifact.manifest["files"]), "bound": "checksums", "ok": True}
+    ]
+    run = artifact.runner(1)
+    names = [o["name"] for o in artifact.manifest["outputs"]]
+    bounds = artifact.manifest["bounds"]
+    for kind in ("calibration", "held-out"):
+        batches = artifact.batches(kind)
+        got = [run(*batch) for batch in batches]
+        masks = artifact.masks(batches)
+        for stored, what, bound in (
+            ("quantized", "artifact against the quantized program", bounds["min_lowering_sqnr"]),
+            ("captured", "artifact against the float model", bounds["min_sqnr"]),
+        ):
+            path = artifact.folder / artifacts.DATA / f"{kind}-{stored}.safetensors"
+            expected = artifacts.unpack_batches(load_file(path), names) if path.is_file() else []
+            for row in compare(expected, got, names, kind, masks) if expected else []:
+                demanded = bound if stored == "quantized" or kind == "held-out" else 0.0
+                checks.append(
+                    {"what": f"{what}: {row.output}, {kind}", "value": row.sqnr_db, "bound": demanded,
+                     "ok": row.sqnr_db >= demanded}
+                )  # fmt: skip
+    return {"ok": all(c["ok"] for c in checks), "checks": checks}
+
+
+def bench(
+    folder: str | Path,
+    against: Sequence[str] = ("float",),
+    threads: int = 1,
+    seconds: float = 3.0,
+    shape: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time an artifact beside its float model and ONNX Runtime's own quantizers, interleaved, in one run.
+
+    Args:
+        folder: the artifact; its float model must have been kept.
+        against: `float`, `ort-dynamic`, `ort-static`. The float model is always measured: all ratios are to it.
+        threads: of one operator.
+        seconds: of measuring, all candidates together.
+        shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order.
+    """
+    from qcompiler.backends import ort, ort_peers
+
+    say = progress or (lambda step: None)
+    artifact = Artifact.open(folder)
+    base = artifact.folder / REFERENCE
+    if not (base / ort.MODEL).is_file():
+        raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
+    batches = artifact.batches("held-out")
+    if not batches:
+        raise InputError(f"{folder} keeps no data to run; compile it again")
+    batch = batches[0] if shape is None else _resize(batches[0], artifact.manifest["inputs"], shape)
+    names = [o["name"] for o in artifact.manifest["outputs"]]
+    inputs = [i["name"] for i in artifact.manifest["inputs"]]
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
+        notes: dict[str, str] = {}
+        for peer in against:
+            if peer == "float":
+                continue
+            say(peer)
+            try:
+                paths[peer] = ort_peers.build(
+                    peer, base / ort.MODEL, Path(scratch), lambda: artifact.batches("calibration"), inputs
+                )
+            except InputError:
+                raise
+            except Exception as error:  # a peer that fails is a result, not our failure
+                notes[peer] = f"failed: {str(error).splitlines()[0][:200]}"
+        runs = {name: ort.load_model(path, threads) for name, path in paths.items()}
+        expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
+        quality = {
+            name: min(c.sqnr_db for c in compare(expected, [run(*b) for b in batches], names, "held-out", masks))
+            for name, run in runs.items()
+        }
+        say("time")
+        timings = interleave({n: (lambda run=run: run(*batch)) for n, run in runs.items()}, seconds)  # type: ignore[misc]
+        rows: list[dict[str, Any]] = [
+            {
+                "name": t.name, "ms": t.ms, "ratio": t.ratio, "low": t.low, "high": t.high, "rounds": t.rounds,
+                "size_bytes": sum(p.stat().st_size for p in paths[t.name].parent.glob(paths[t.name].name + "*")),
+                "sqnr_db": None if t.name == "float" else quality[t.name], "note": "",
+            }
+            for t in timings
+        ]  # fmt: skip
+    rows += [
+        {"name": n, "ms": None, "ratio": None, "low": None, "high": None, "rounds": 0, "size_bytes": None,
+         "sqnr_db": None, "note": note}
+        for n, note in notes.items()
+    ]  # fmt: skip
+    first = batch[0]
+    return {"rows": rows, "threads": threads, "shape": "×".join(map(str, first.shape)), "machine": machine()}
+
+
+def _resize(batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str) -> tuple[torch.Tensor, ...]:
+    """The batch with its dynamic sizes set, in order of appearance, by repeating and cutting its data."""
+    symbols: list[str] = []
+    for entry in inputs:
+        symbols += [s for s in entry["shape"] if isinstance(s, str) and s not in symbols]
+    try:
+        sizes = [int(part) for part in shape.lower().replace("×", "x").split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != len(symbols) or any(s < 1 for s in sizes):
+        raise InputError(f"--shape {shape}: give {len(symbols)} sizes for {', '.join(symbols)}, such as 8x128")
+    wanted = dict(zip(symbols, sizes, strict=True))
+    resized = []
+    for tensor, entry in zip(batch, inputs, strict=True):
+        for dim, size in enumerate(entry["shape"]):
+            if isinstance(size, str):
+                index = torch.arange(wanted[size]) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, index)
+        resized.append(tensor)
+    return tuple(resized)

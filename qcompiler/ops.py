@@ -1,0 +1,135 @@
+"""The dialect: the few ops that a quantized program has beyond ATen, each with its torch reference.
+
+    qc::quantize          float → integers, with a given scale and zero point
+    qc::dequantize        integers → float
+    qc::dynamic_quantize  float → integers, scale and zero point computed from the tensor itself
+    qc::unpack            packed 2-, 3- and 4-bit weights → int8
+    qc::attention         softmax(q kᵀ · scale + mask) v over the heads of (batch, sequence, heads · size) tensors
+
+The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11. An axis and a group size
+are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompiler import qtype
+from qcompiler.qtype import ELEMENTS, QType
+
+_library = torch.library.Library("qc", "DEF")
+_library.define(
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int group, int qmin, int qmax) -> Tensor"
+)
+_library.define(
+    "dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis, int group) -> Tensor"
+)
+_library.define("dynamic_quantize(Tensor x, str qtype) -> (Tensor, Tensor, Tensor)")
+_library.define("unpack(Tensor packed, str element, int[] shape) -> Tensor")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, bool causal) -> Tensor"
+)
+
+
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int, qmin: int, qmax: int
+) -> Tensor:
+    shaped = qtype.broadcast(scale, x, axis, group)
+    q = torch.round(x / shaped) + qtype.broadcast(zero_point, x, axis, group).to(x.dtype)
+    if zero_point.dtype == torch.int32:  # as in QType.quantize: float32 has no 2³¹ − 1
+        q = q.double()
+    return q.clamp(qmin, qmax).to(zero_point.dtype)
+
+
+def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
+    return qtype.dequantize(q, scale, zero_point, axis, group)
+
+
+def _dynamic_quantize(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor]:
+    kind = QType.parse(text)
+    low, high = kind.ranges(x)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if kind.symmetric:
+        scale = torch.maximum(high, -low) / (kind.qmax - kind.middle)
+    else:
+        scale = (high - low) / (kind.qmax - kind.qmin)
+    # All zeros, or so small that the quotient is: any scale will do; ONNX Runtime takes 1.
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.full_like(scale, kind.middle) if kind.symmetric else kind.qmin - low / scale
+    zero = zero.round().clamp(kind.qmin, kind.qmax).to(kind.dtype)
+    return kind.quantize(x, scale, zero), scale, zero
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    def split(x: Tensor, count: int) -> Tensor:
+        return x.unflatten(-1, (count, x.shape[-1] // count)).transpose(1, 2)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        split(q, heads),
+        split(k, kv_heads),
+        split(v, kv_heads),
+        mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+_library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_library.impl("dynamic_quantize", _dynamic_quantize, "CompositeExplicitAutograd")
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl(
+    "unpack",
+    lambda packed, element, shape: qtype.unpack(packed, element, tuple(shape)),
+    "CompositeExplicitAutograd",
+)
+
+
+@torch.library.register_fake("qc::quantize")
+def _(x, scale, zero_point, axis, group, qmin, qmax):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.register_fake("qc::dequantize")
+def _(q, scale, zero_point, axis, group):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+@torch.library.register_fake("qc::dynamic_quantize")
+def _(x, text):  # type: ignore[no-untyped-def]
+    kind = QType.parse(text)
+    shape = [*x.shape[:-1], 1] if kind.granularity == "token" else []
+    return (
+        torch.empty_like(x, dtype=kind.dtype),
+        x.new_empty(shape),
+        x.new_empty(shape, dtype=kind.dtype),
+    )
+
+
+@torch.library.register_fake("qc::unpack")
+def _(packed, element, shape):  # type: ignore[no-untyped-def]
+    return packed.new_empty(shape, dtype=torch.int8 if ELEMENTS[element][1] else torch.uint8)
+
+
+@torch.library.register_fake("qc::attention")
+def _(q, k, v, mask, heads, kv_heads, scale, causal):  # type: ignore[no-untyped-def]
+    return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads])
+
+
+quantize = torch.ops.qc.quantize.default
+dequantize = torch.ops.qc.dequantize.default
+dynamic_quantize = torch.ops.qc.dynamic_quantize.default
+unpack = torch.ops.qc.unpack.default
+attention = torch.ops.qc.attention.default

@@ -1,0 +1,114 @@
+"""The Plan: which tensor use gets which number format, and over which range. Data, never behaviour."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qcompiler.errors import InputError
+from qcompiler.program import Refusal
+from qcompiler.qtype import QType
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One tensor use: operand `operand` of node `node`; `path` is its module path, for people."""
+
+    node: str
+    operand: int
+    path: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.node}[{self.operand}]"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A format, and for static activations the range [low, high] that its scale covers."""
+
+    qtype: QType
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[Site, Assignment]):
+    """An immutable mapping from sites to formats, in graph order, and what was left in float with its reason.
+
+    Operand −1 is the node's own value, quantized once for all its readers.
+    """
+
+    entries: Mapping[Site, Assignment] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+    def __getitem__(self, site: Site) -> Assignment:
+        return self.entries[site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def with_entries(self, changes: Mapping[Site, Assignment]) -> Plan:
+        """A plan in which `changes` replace or join the entries."""
+        return Plan({**self.entries, **changes}, self.refusals)
+
+    def to_json(self) -> str:
+        """One line for each site; `from_json` is the inverse."""
+        rows = [
+            {"site": str(s), "path": s.path, "qtype": str(a.qtype), "low": a.low, "high": a.high}
+            for s, a in self.entries.items()
+        ]
+        return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`; raises `InputError` where the text is not a plan."""
+        try:
+            entries = {}
+            for row in json.loads(text):
+                node, _, operand = row["site"].rstrip("]").rpartition("[")
+                site = Site(node, int(operand), row.get("path", ""))
+                entries[site] = Assignment(QType.parse(row["qtype"]), row["low"], row["high"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a plan: {error!r}") from error
+        return cls(entries)
+
+    def diff(self, other: Plan) -> list[str]:
+        """Lines that say how `other` differs from this plan, site by site."""
+        lines = []
+        for site in sorted({*self, *other}):
+            old, new = self.entries.get(site), other.entries.get(site)
+            if old != new:
+                lines.append(f"{site}: {_text(old)} → {_text(new)}")
+        return lines
+
+
+def _text(assignment: Assignment | None) -> str:
+    if assignment is None:
+        return "float"
+    if assignment.low is None:
+        return str(assignment.qtype)
+    return f"{assignment.qtype} over [{assignment.low:.6g}, {assignment.high:.6g}]"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """How one tensor is smoothed: x ↦ (x − shift) / scale.
+
+    Attributes:
+        scale, shift: (channels,) float32.
+        merged: whether the writers take it; else a multiplication is inserted.
+        method: "alpha 0.7", "refined", …
+        gain: expected gain in dB of the readers' output.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    merged: bool
+    method: str
+    gain: float

@@ -1,0 +1,340 @@
+"""The Program: a captured graph as a frozen value, and how to run it node by node."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from qcompiler.errors import CaptureError, InputError
+
+Batch = tuple[Tensor, ...]
+Watch = Callable[[Node, Any], None]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that a pass did not do, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one pass did.
+
+    Attributes:
+        name: the pass.
+        exact: whether it claims the same function in real arithmetic.
+        changed: whether it changed the program at all.
+        residual: ‖new − old‖ / ‖old‖ of the outputs on the checked batches; None where it was not measured.
+        bound: what float rounding explains; None for passes that claim nothing.
+        notes: what it did, in counts.
+        refusals: what it did not do.
+        seconds: wall time, checks included.
+    """
+
+    name: str
+    exact: bool
+    changed: bool
+    residual: float | None = None
+    bound: float | None = None
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model and the record of the passes it went through. Never changed in place."""
+
+    exported: ExportedProgram
+    history: tuple[Entry, ...] = field(default=())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in the order of the forward signature, nested arguments flattened."""
+        return tuple(str(name) for name in self.exported.graph_signature.user_inputs)
+
+    def with_entry(self, entry: Entry) -> Program:
+        """This program with one more line of history."""
+        return replace(self, history=(*self.history, entry))
+
+    def __str__(self) -> str:
+        return str(self.exported.graph).strip()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the arguments of the captured module; returns what the module returned."""
+        flat = pytree.arg_tree_leaves(*args, **reorder(self.exported, kwargs))
+        outputs = self.run(tuple(flat))
+        spec = self.exported.call_spec.out_spec
+        assert spec is not None
+        return pytree.tree_unflatten(list(outputs), spec)
+
+    def placeholder(self, name: str) -> Node:
+        """The input node of that name."""
+        return next(n for n in self.exported.graph.nodes if n.op == "placeholder" and n.name == name)
+
+    def check_batch(self, batch: Batch, where: str = "inputs") -> None:
+        """Raise an `InputError` if `batch` has not the number, dtypes and static sizes of the inputs."""
+        if len(batch) != len(self.inputs):
+            raise InputError(
+                f"{where}: {len(batch)} tensors given, the model takes {len(self.inputs)}: {', '.join(self.inputs)}"
+            )
+        for name, value in zip(self.inputs, batch, strict=True):
+            expected = self.placeholder(name).meta.get("val")
+            if not isinstance(expected, Tensor):
+                continue
+            if not isinstance(value, Tensor):
+                raise InputError(f"{where}: '{name}' is a {type(value).__name__}, not a tensor")
+            if value.dtype != expected.dtype:
+                raise InputError(f"{where}: '{name}' is {value.dtype}, the model takes {expected.dtype}")
+            wanted = [str(s) if isinstance(s, int) else "*" for s in expected.shape]
+            fits = len(wanted) == value.ndim and all(
+                w in ("*", str(s)) for w, s in zip(wanted, value.shape, strict=True)
+            )
+            if not fits:
+                shape = ", ".join(wanted)
+                raise InputError(f"{where}: '{name}' has the shape {tuple(value.shape)}, the model takes ({shape})")
+
+    @torch.no_grad()
+    def run(
+        self, batch: Batch, watch: Watch | None = None, double: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Run the graph node by node; a value is dropped after its last reader.
+
+        Args:
+            batch: one tensor for each input.
+            watch: called with every computed node and its value.
+            double: compute in float64 what the program computes in float32 (the reference for rounding bounds).
+
+        Returns:
+            The flat outputs.
+        """
+        graph = self.exported.graph
+        last_use: dict[Node, Node] = {}
+        for node in graph.nodes:
+            for source in node.all_input_nodes:
+                last_use[source] = node
+        dying: dict[Node, list[Node]] = {}
+        for source, reader in last_use.items():
+            dying.setdefault(reader, []).append(source)
+        values: dict[Node, Any] = {}
+        given = iter(batch)
+        constants = self.constants()
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                value = constants[node.name] if node.name in constants else next(given)
+                values[node] = value.double() if double and is_float32(value) else value
+                continue
+            if node.op == "output":
+                return tuple(values[n] if isinstance(n, Node) else n for n in node.args[0])
+            if node.op == "get_attr":
+                values[node] = getattr(self.exported.graph_module, str(node.target))
+                continue
+            args = torch.fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
+            if double:
+                args, kwargs = pytree.tree_map(_double_dtype, (args, kwargs))
+            result = node.target(*args, **kwargs)
+            if double:
+                result = pytree.tree_map(lambda v: v.double() if is_float32(v) else v, result)
+            values[node] = result
+            if watch is not None:
+                watch(node, result)
+            for source in dying.get(node, ()):
+                del values[source]
+        raise AssertionError("a graph without an output node")
+
+    def constants(self) -> dict[str, Any]:
+        """Parameters, buffers and constant tensors by the name of their placeholder."""
+        signature, program = self.exported.graph_signature, self.exported
+        found: dict[str, Any] = {}
+        for name, key in signature.inputs_to_parameters.items():
+            found[name] = program.state_dict[key].detach()
+        for name, key in signature.inputs_to_buffers.items():
+            store = program.state_dict if key in program.state_dict else program.constants
+            found[name] = store[key]
+        for name, key in signature.inputs_to_lifted_tensor_constants.items():
+            found[name] = program.constants[key]
+        return found
+
+
+def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions of `value` that are not padding, as rows; all of `value` where the mask does not apply.
+
+    Args:
+        value: any tensor.
+        mask: 0 at padding; applies to tensors with more dimensions that begin with its shape.
+    """
+    if mask is None or value.ndim <= mask.ndim or value.shape[: mask.ndim] != mask.shape:
+        return value
+    return value[mask != 0]
+
+
+def is_float32(value: Any) -> bool:
+    """Whether `value` is a float32 tensor."""
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _double_dtype(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def reorder(exported: ExportedProgram, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order in which they were captured."""
+    spec = exported.call_spec.in_spec
+    if spec is None or not kwargs:
+        return dict(kwargs)
+    keys = spec.children()[1].context or []
+    names = exported.module_call_graph[0].signature
+    order = list(names.forward_arg_names) if names and names.forward_arg_names else list(keys)
+    return {key: kwargs[key] for key in sorted(kwargs, key=lambda k: order.index(k) if k in order else 99)}
+
+
+DynamicShapes = Mapping[str, Mapping[int, str]]
+
+
+def capture(
+    module: torch.nn.Module,
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
+    dynamic_shapes: DynamicShapes | None = None,
+) -> Program:
+    """Capture a module with `torch.export` as pre-dispatch ATen; parameters are shared, not copied.
+
+    Args:
+        module: any module that `torch.export` accepts; put into eval mode here.
+        example_inputs: positional (a tuple) or by name (a mapping).
+        dynamic_shapes: input name → {dimension: name}, such as `{"input_ids": {0: "batch", 1: "sequence"}}`. A dimension that is
+            1 in the example is doubled for the capture, because `torch.export` takes 0 and 1 as constants.
+
+    Raises:
+        CaptureError: with the line of the model at fault and the known remedy.
+        InputError: for example inputs that are not tensors, or dynamic shapes of unknown inputs.
+    """
+    names = _forward_names(module)
+    args: tuple[Tensor, ...] = ()
+    kwargs: dict[str, Tensor] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+        keys = list(kwargs)
+    else:
+        args = tuple(example_inputs)
+        keys = names[: len(args)]
+    dynamic_shapes = dynamic_shapes or {}
+    unknown = set(dynamic_shapes) - set(keys)
+    if unknown:
+        raise InputError(f"dynamic shapes of unknown inputs {sorted(unknown)}; the inputs are {keys}")
+    widened = [
+        _widen(value, dynamic_shapes.get(key, {}), key)
+        for key, value in zip(keys, args or kwargs.values(), strict=True)
+    ]
+    args = tuple(widened) if args else ()
+    kwargs = dict(zip(keys, widened, strict=True)) if kwargs else {}
+    shapes: Any = None
+    if dynamic_shapes:
+        marks = [dict.fromkeys(dynamic_shapes.get(key, {}), torch.export.Dim.DYNAMIC) for key in keys]
+        shapes = tuple(marks) if args else dict(zip(keys, marks, strict=True))
+    module.eval()
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                module, args, kwargs or None, dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:
+        raise CaptureError(_explain(error, module)) from error
+    return Program(exported)
+
+
+def load_pt2(path: Path) -> Program:
+    """A program saved by `torch.export.save`."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return Program(torch.export.load(path))
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a program that torch {torch.__version__} can read ({_first_line(error)}); "
+            "save it again with torch.export.save of this or an older version"
+        ) from error
+
+
+def _forward_names(module: torch.nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise InputError(f"example input '{name}' is a {type(value).__name__}, not a tensor")
+    for dim in dynamic:
+        if dim >= value.ndim:
+            raise InputError(f"example input '{name}' has no dimension {dim}: its shape is {tuple(value.shape)}")
+        if value.shape[dim] == 1:
+            value = value.repeat_interleave(2, dim)
+    return value
+
+
+_REMEDIES = (
+    (
+        ("data-dependent", "GuardOnDataDependent", "Could not guard", "Could not extract specialized integer"),
+        "the model branches on the values of a tensor: compute both sides and choose with torch.where, or use torch.cond",
+    ),
+    (
+        ("specialized", "Constraints violated", "ConstraintViolation", "marked as dynamic but"),
+        "the model fixes a size that was asked to be dynamic: leave that dimension out of dynamic_shapes",
+    ),
+    (
+        ("shapes cannot be multiplied", "size mismatch", "must match the size", "same dtype", "expected scalar type",
+         "Expected input", "normalized_shape", "channels, but got"),
+        "the example inputs do not fit the model: check their shapes and dtypes",
+    ),
+    (
+        ("missing a required argument", "positional argument", "unexpected keyword"),
+        "the example inputs are not the arguments of forward: check their number and names",
+    ),
+)  # fmt: skip
+
+
+def _explain(error: BaseException, module: torch.nn.Module) -> str:
+    text = f"{type(error).__name__}: {error}"
+    remedy = next(
+        (hint for words, hint in _REMEDIES if any(word in text for word in words)),
+        "try torch.export.export(model, inputs, strict=False) alone; "
+        "parts that it cannot capture must be rewritten in plain tensor operations",
+    )
+    where = _source_line(error)
+    return f"{type(module).__name__} does not export: {_first_line(error)}{where}; {remedy}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _source_line(error: BaseException) -> str:
+    """The innermost frame of the user's model: outside torch and outside this package."""
+    frames: list[traceback.FrameSummary] = []
+    current: BaseException | None = error
+    while current is not None and not frames:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(current.__traceback__)
+            if "/torch/" not in frame.filename and not frame.filename.startswith(str(Path(__file__).parent))
+            and not frame.filename.startswith("<")
+        ]  # fmt: skip
+        current = current.__cause__ or current.__context__
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"

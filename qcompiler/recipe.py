@@ -1,0 +1,147 @@
+"""Recipes: what the user wants, never how. Presets by name, from a YAML file, or in Python; every field can be set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qcompiler.errors import InputError, nearest
+from qcompiler.qtype import QType
+
+
+class Recipe(BaseModel):
+    """Number formats, calibration and bounds.
+
+    A field exists only if exactly one place reads it. `None` as a format means float.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: str = Field("custom", description="the preset's name, or the user's own")
+    weights: str | None = Field("int8:channel", description="format of linear and convolution weights")
+    activations: str | None = Field(None, description="format of what linears and convolutions read")
+    embeddings: str | None = Field("int8:channel", description="format of embedding tables, a scale for each row")
+    calibration: Literal["minmax", "percentile", "kl", "mse", "pnorm"] = Field(
+        "minmax", description="how a static range is drawn from the calibration data"
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="central share kept by `percentile`, in percent")
+    p: float = Field(2.4, gt=0.5, le=16, description="exponent of `pnorm`")
+    batches: int | None = Field(None, ge=1, description="calibration batches to use; all when not given")
+    smooth: bool = Field(True, description="move activation outliers into the weights (SmoothQuant, alpha searched)")
+    insert_scale: bool = Field(
+        True, description="smooth also where no layer can take the factor, by one multiplication more"
+    )
+    correct_bias: bool = Field(True, description="take the mean quantization error out of the biases")
+    keep_float: tuple[str, ...] = Field((), description="module paths (globs) that stay float")
+    fused: bool = Field(
+        True, description="ONNX Runtime's own fused attention; off: standard ONNX operators only"
+    )
+    merge_linears: bool = Field(True, description="linears that share an input become one")
+    promise: Literal["error", "warn"] = Field(
+        "warn", description="what happens where a layer planned as integer does not run as integer"
+    )
+    keep_reference: bool = Field(
+        True, description="keep the float model in the artifact, for `verify` and `bench`"
+    )
+    min_sqnr: float = Field(0.0, description="fail when an output's SQNR against the float model is lower, in dB")
+
+    @field_validator("weights", "activations", "embeddings")
+    @classmethod
+    def _is_format(cls, value: str | None) -> str | None:
+        return None if value in (None, "none", "float", "None") else str(QType.parse(value))
+
+    @field_validator("keep_float", mode="before")
+    @classmethod
+    def _is_list(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @property
+    def weight_type(self) -> QType | None:
+        """The parsed weight format."""
+        return QType.parse(self.weights) if self.weights else None
+
+    @property
+    def activation_type(self) -> QType | None:
+        """The parsed activation format."""
+        return QType.parse(self.activations) if self.activations else None
+
+    @property
+    def embedding_type(self) -> QType | None:
+        """The parsed embedding format."""
+        return QType.parse(self.embeddings) if self.embeddings else None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether compiling reads calibration batches for more than checks."""
+        kind = self.activation_type
+        return kind is not None and (not kind.dynamic or self.smooth)
+
+    def updated(self, settings: Mapping[str, Any]) -> Recipe:
+        """This recipe with some fields set; unknown keys and bad values give an `InputError`."""
+        for key in settings:
+            if key not in Recipe.model_fields:
+                raise InputError(f"recipe: no key '{key}'; {nearest(key, [*Recipe.model_fields])}")
+        try:
+            return Recipe.model_validate({**self.model_dump(), **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0])
+            given, allowed = settings.get(key), first.get("ctx", {}).get("expected", "")
+            hint = f"; {nearest(str(given), allowed.replace(chr(39), '').replace(' or ', ', ').split(', '))}" if allowed else ""
+            raise InputError(f"recipe: {key}={given!r}: {first['msg']}{hint}") from error
+
+
+PRESETS: Mapping[str, tuple[str, Recipe]] = {
+    "w8a8": (
+        "int8 weights, int8 activations with static ranges: fastest; needs calibration data",
+        Recipe(name="w8a8", activations="uint8:tensor:affine", min_sqnr=10.0),
+    ),
+    "w8a8-dynamic": (
+        "int8 weights, int8 activations with ranges taken at run time: accurate, no static ranges",
+        Recipe(name="w8a8-dynamic", activations="uint8:tensor:affine:dynamic", min_sqnr=10.0),
+    ),
+    "w8": (
+        "int8 weights, float arithmetic: a quarter of the size, nearly no error",
+        Recipe(name="w8", min_sqnr=20.0),
+    ),
+    "w4a16": (
+        "4-bit weights in groups of 32, float activations: an eighth of the size",
+        Recipe(name="w4a16", weights="int4:g32", min_sqnr=5.0),
+    ),
+}
+
+
+def load_recipe(text: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A preset by name or a YAML file (`base: PRESET` and fields), with settings on top."""
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+        if not path.is_file():
+            raise InputError(f"recipe: {path}: no such file")
+        try:
+            fields = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise InputError(f"recipe: {path} is not YAML: {error}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"recipe: {path} must hold keys and values")
+        base = load_recipe(fields.pop("base")) if "base" in fields else Recipe(name=path.stem)
+        recipe = base.updated({"name": path.stem, **fields})
+    elif text in PRESETS:
+        recipe = PRESETS[text][1]
+    else:
+        raise InputError(f"recipe '{text}': {nearest(text, [*PRESETS])}, or a .yaml file")
+    return recipe.updated(settings or {})
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, Any]:
+    """`key=value` strings as a mapping, values read as YAML."""
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item}: write key=value")
+        found[key.strip()] = yaml.safe_load(value) if value else None
+    return found

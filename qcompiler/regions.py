@@ -1,0 +1,324 @@
+"""Invariance regions: which tensors may be scaled, shifted or rotated per channel without changing the function.
+
+A region starts at a *writer* (a linear, convolution, norm or embedding whose weights give each output channel its size), follows the value through
+ops that commute with per-channel scaling, and ends at *readers* (linears and convolutions whose weights can undo the scale). Everything
+else that reads the value is a *blocker*, kept with its reason. At a residual addition the region grows to both sides.
+
+Channels are followed by running data movement (view, transpose, expand, …) on a tensor of channel numbers, so that head
+splits and the repetition of grouped key/value heads need no rules of their own.
+
+The idea of finding such regions on the graph is that of Brevitas' activation equalization; SmoothQuant (Xiao 2023), AWQ (Lin
+2023) and rotations (QuaRot, Ashkboos 2024) all act on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler.rewrite import Draft, place
+
+aten = torch.ops.aten
+
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+LINEAR = aten.linear.default
+CONVS = (aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
+ADDS = (aten.add.Tensor, aten.add_.Tensor)
+MULS = (aten.mul.Tensor, aten.mul_.Tensor)
+# Ops that only move elements (or keep them): run on channel numbers to follow the channels.
+MOVES = (
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default,
+    aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.expand.default,
+    aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int, aten.alias.default,
+    aten.repeat_interleave.self_int, aten.dropout.default, aten.detach.default, aten.t.default,
+    aten._unsafe_view.default, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+)  # fmt: skip
+SCALE_INVARIANT = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default)
+SHAPE_KEEPING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default)
+SDPA = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear or convolution that reads the region; its input channel j carries the region's channel `channels[j]`."""
+
+    node: Node
+    channels: Tensor
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """A node that reads or writes the region and cannot take part, and why."""
+
+    node: Node
+    reason: str
+
+
+@dataclass
+class Region:
+    """A set of tensors tied by per-channel invariance.
+
+    Attributes:
+        size: number of channels.
+        writers: nodes whose output channel i is the region's channel i.
+        readers: see `Reader`.
+        blockers: what forbids a merged scaling; empty when the region is free.
+        only_scale: whether an op inside commutes with scaling but not with shifting (a multiplication or ReLU).
+    """
+
+    size: int
+    writers: list[Node] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
+    only_scale: bool = False
+
+
+def find_regions(draft: Draft) -> list[Region]:
+    """All regions of the graph that have a writer, each once, in graph order."""
+    seen: set[Node] = set()
+    regions = []
+    for node in draft.calls():
+        if node not in seen and _is_writer(draft, node):
+            region = _grow(draft, node)
+            seen.update(region.writers)
+            regions.append(region)
+    return regions
+
+
+def channel_axis(node: Node) -> int:
+    """The axis that holds the channels of a writer's output: 1 for convolutions, the last otherwise."""
+    return 1 if node.target in CONVS else node.meta["val"].ndim - 1
+
+
+def _is_writer(draft: Draft, node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is LINEAR or node.target in CONVS:
+        return draft.is_constant(node.args[1])
+    if node.target in NORMS:
+        return len(node.args) > 2 and draft.is_constant(node.args[2]) and len(node.args[1]) == 1  # type: ignore[arg-type]
+    return node.target is aten.embedding.default and draft.is_constant(node.args[0])
+
+
+def _concrete(value: Any) -> Any:
+    """A node argument with sizes as plain integers (the example's, for dynamic ones)."""
+
+    def size(node: Node) -> Any:
+        found = node.meta["val"]
+        return _hint(found) if isinstance(found, torch.SymInt) else found
+
+    value = torch.fx.node.map_arg(value, size)
+    return torch.utils._pytree.tree_map(lambda v: _hint(v) if isinstance(v, torch.SymInt) else v, value)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) and size.node.hint is not None else int(size)
+
+
+def concrete_shape(node: Node) -> list[int]:
+    """The example's shape of a node's value."""
+    return [_hint(s) for s in node.meta["val"].shape]
+
+
+class _Walk:
+    """One region while it grows. `work` holds values and the channel number of each of their elements."""
+
+    def __init__(self, draft: Draft, region: Region) -> None:
+        self.draft = draft
+        self.region = region
+        self.work: list[tuple[Node, Tensor]] = []
+        self.visited: set[Node] = set()
+
+    def add(self, node: Node, labels: Tensor) -> None:
+        if node not in self.visited:
+            self.visited.add(node)
+            self.work.append((node, labels))
+
+    def block(self, node: Node, reason: str) -> None:
+        if all(b.node is not node for b in self.region.blockers):
+            self.region.blockers.append(Blocker(node, reason))
+
+
+def _grow(draft: Draft, writer: Node) -> Region:
+    axis = channel_axis(writer)
+    shape = concrete_shape(writer)
+    region = Region(shape[axis], [writer])
+    walk = _Walk(draft, region)
+    numbers = torch.arange(shape[axis], dtype=torch.int32)
+    numbers = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    walk.add(writer, numbers.expand(shape))
+    while walk.work:
+        value, labels = walk.work.pop()
+        for user in list(value.users):
+            _step(walk, value, labels, user)
+    return region
+
+
+def _step(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
+    """Follow the value into one of its readers."""
+    if user.op == "output":
+        return walk.block(user, "it is an output of the model")
+    target = user.target
+    if target is aten.sym_size.int:
+        return None
+    if target in MOVES:
+        return _move(walk, labels, user)
+    if target is LINEAR or target in CONVS:
+        return _read(walk, value, labels, user)
+    if target in ADDS:
+        return _add(walk, value, labels, user)
+    if target in SCALE_INVARIANT:
+        walk.region.only_scale = True
+        return walk.add(user, labels)
+    if target in MULS or target is aten.div.Tensor:
+        return _multiply(walk, value, labels, user)
+    if target is SDPA:
+        return _attend(walk, value, labels, user)
+    if target is aten.matmul.default and user.args[1] is value and user.args[0] is not value:
+        constant_rows = bool((labels == labels[..., :1, :]).all()) if labels.ndim > 1 else False
+        if constant_rows:
+            return walk.add(user, labels[..., :1, :].expand(concrete_shape(user)))
+    name = str(target).removeprefix("aten.")
+    return walk.block(user, f"{place(user)} reads it, and {name} does not commute with scaling")
+
+
+def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
+    rest = _concrete(user.args[1:])
+    try:
+        moved = (
+            labels
+            if user.target in SHAPE_KEEPING
+            else user.target(labels, *rest, **_concrete(user.kwargs))  # type: ignore[operator]
+        )
+    except RuntimeError as error:
+        return walk.block(user, f"{place(user)}: channels lost ({error})")
+    if isinstance(moved, (list, tuple)):
+        for part in user.users:
+            if part.target.__name__ == "getitem":  # type: ignore[union-attr]
+                walk.add(part, moved[part.args[1]])
+        return None
+    return walk.add(user, moved)
+
+
+def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
+    if user.args[0] is not value or any(a is value for a in user.args[1:]):
+        return walk.block(user, f"{place(user)} reads it as a weight")
+    if not walk.draft.is_constant(user.args[1]):
+        return walk.block(user, f"{place(user)} has a weight that is computed")
+    if user.target in CONVS and (len(user.args) > 6 and user.args[6] != 1):
+        return walk.block(user, f"{place(user)} is a grouped convolution")
+    axis = 1 if user.target in CONVS else labels.ndim - 1
+    row = labels
+    for other in range(labels.ndim - 1, -1, -1):
+        if other != axis:
+            row = row.select(other, 0)
+            axis -= other < axis
+    position = 1 if user.target in CONVS else labels.ndim - 1
+    view = row.reshape([-1 if i == position else 1 for i in range(labels.ndim)])
+    if not bool((labels == view).all()):
+        return walk.block(user, f"{place(user)} mixes channels in one input feature")
+    walk.region.readers.append(Reader(user, row.long()))
+    return None
+
+
+def _add(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
+    others = [a for a in user.args[:2] if a is not value]
+    plain = labels.ndim > 0 and bool((labels.flatten(0, -2)[0] == torch.arange(walk.region.size)).all())
+    for other in others:
+        if not isinstance(other, Node) or not plain:
+            return walk.block(user, f"{place(user)} adds something that cannot be scaled")
+        if not _claim(walk, other, labels):
+            return walk.block(user, f"{place(user)} adds {place(other)}, which cannot be scaled")
+    return walk.add(user, labels)
+
+
+def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
+    """Grow the region upstream to the writer of another summand; false where there is none."""
+    if node in walk.visited:
+        return True
+    shape = concrete_shape(node)
+    if shape[-1:] != [labels.shape[-1]] or len(shape) > labels.ndim:
+        return False
+    labels = torch.arange(shape[-1], dtype=torch.int32).expand(shape)  # it may broadcast over the other axes
+    if _is_writer(walk.draft, node):
+        if channel_axis(node) != labels.ndim - 1:
+            return False
+        walk.region.writers.append(node)
+        walk.add(node, labels)
+        return True
+    if node.target in SHAPE_KEEPING:
+        walk.add(node, labels)
+        return _claim(walk, node.args[0], labels)  # type: ignore[arg-type]
+    if node.target in ADDS and all(isinstance(a, Node) for a in node.args[:2]):
+        walk.add(node, labels)
+        return all([_claim(walk, a, labels) for a in node.args[:2]])  # type: ignore[arg-type]
+    return False
+
+
+def _multiply(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
+    walk.region.only_scale = True
+    others = [a for a in user.args[:2] if a is not value]
+    if user.target is aten.div.Tensor and user.args[0] is not value or not others:
+        return walk.block(user, f"{place(user)} is not linear in it")
+    if isinstance(others[0], Node) and others[0] in walk.visited:
+        return walk.block(user, f"{place(user)} multiplies it by itself")
+    return walk.add(user, labels.expand(concrete_shape(user)))
+
+
+def _attend(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
+    query, key, values = user.args[:3]
+    if values is not value or value in (query, key):
+        return walk.block(user, f"{place(user)} takes it as query or key")
+    heads, kv_heads = concrete_shape(query)[1], labels.shape[1]  # type: ignore[arg-type]
+    row = labels[:, :, :1, :].repeat_interleave(heads // kv_heads, 1)
+    if not bool((labels == labels[:, :, :1, :]).all()):
+        return walk.block(user, f"{place(user)} mixes channels along the sequence")
+    return walk.add(user, row.expand(concrete_shape(user)))
+
+
+
+
+def merge_obstacle(draft: Draft, region: Region) -> str | None:
+    """Why the writers and readers of a region cannot take a per-channel factor, or None."""
+    if region.blockers:
+        return region.blockers[0].reason
+    if not region.readers:
+        return "nothing with weights reads it"
+    members = {r.node for r in region.readers}
+    for reader in region.readers:
+        if set(reader.node.args[1].users) - members:  # type: ignore[union-attr]
+            return f"the weight of {place(reader.node)} has another reader"
+    for writer in region.writers:
+        position = 0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
+        weight = writer.args[position]
+        if set(weight.users) - {writer}:  # type: ignore[union-attr]
+            return f"the weight of {place(writer)} has another reader"
+    return None
+
+
+def scale_writer(draft: Draft, writer: Node, scale: Tensor, shift: Tensor) -> None:
+    """Let a writer produce (y − shift) / scale for its output y; both (channels,) float64."""
+    if writer.target is aten.embedding.default:
+        table = draft.constant(writer.args[0]).double()  # type: ignore[arg-type]
+        draft.set_constant(writer.args[0], ((table - shift) / scale).float())  # type: ignore[arg-type]
+        return
+    position = 2 if writer.target in NORMS else 1
+    weight = draft.constant(writer.args[position]).double()  # type: ignore[arg-type]
+    shaped = scale.reshape([-1] + [1] * (weight.ndim - 1))
+    draft.set_constant(writer.args[position], (weight / shaped).float())  # type: ignore[arg-type]
+    position += 1
+    if writer.target is aten.rms_norm.default:
+        assert not bool((shift != 0).any()), "an RMSNorm has no bias that could take a shift"
+        return
+    bias = writer.args[position] if len(writer.args) > position else None
+    if bias is None and not bool((shift != 0).any()):
+        return
+    old = draft.constant(bias).double() if isinstance(bias, Node) else torch.zeros_like(scale)
+    fresh = draft.add_constant(f"{writer.name}_bias", ((old - shift) / scale).float())
+    args = list(writer.args)
+    args[position : position + 1] = [fresh]
+    writer.args = tuple(args)

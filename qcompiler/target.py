@@ -1,0 +1,96 @@
+"""Targets: what a machine can run. A target parses from and prints to its string.
+
+    ort:cpu            ONNX Runtime on the CPU that compiles
+    ort:cpu:vnni       … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
+    ort:cpu:avx2       … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
+    ort:cpu:arm64      … on 64-bit ARM
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from qcompiler.errors import UnsupportedError, nearest
+from qcompiler.qtype import QType
+
+# Feature → whether u8 × s8 products are summed in pairs in saturating int16 there (vpmaddubsw).
+CPU_FEATURES = {"vnni": False, "avx2": True, "arm64": False}
+DEVICES = {"ort": {"cpu": CPU_FEATURES}}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime, a device and the device's feature that decides which kernels run."""
+
+    runtime: str
+    device: str
+    feature: str = ""
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.runtime, self.device, self.feature) if part)
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The inverse of `str`; unknown names give an `UnsupportedError` that names the known ones."""
+        runtime, _, rest = text.strip().partition(":")
+        device, _, feature = rest.partition(":")
+        if runtime not in DEVICES:
+            raise UnsupportedError(f"target '{text}': no runtime '{runtime}'; {nearest(runtime, [*DEVICES])}")
+        if device not in DEVICES[runtime]:
+            known = [f"{runtime}:{name}" for name in DEVICES[runtime]]
+            raise UnsupportedError(f"target '{text}': no device '{device}'; {nearest(text, known)}")
+        if feature and feature not in DEVICES[runtime][device]:
+            known = [*DEVICES[runtime][device]]
+            raise UnsupportedError(f"target '{text}': no feature '{feature}'; {nearest(feature, known)}")
+        return cls(runtime, device, feature)
+
+    @property
+    def effective_feature(self) -> str:
+        """The feature named, or else that of this machine."""
+        return self.feature or cpu_feature()
+
+    @property
+    def saturates(self) -> bool:
+        """Whether full-range u8 × s8 weights can overflow silently (vpmaddubsw adds two products in int16).
+
+        255·127·2 = 64770 > 32767; with weights in −64…63 the worst pair is 255·64·2 = 32640, which fits.
+        """
+        return CPU_FEATURES[self.effective_feature]
+
+    def refusal(self, weight: QType | None, activation: QType | None) -> str | None:
+        """Why this target has no kernel for the pair, or None."""
+        if weight is not None and weight.bits not in (2, 4, 8):
+            return f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8, 4 or 2 bits"
+        if activation is None:
+            return None
+        if activation.bits != 8 or activation.granularity != "tensor":
+            return f"ONNX Runtime multiplies 8-bit activations with one scale per tensor, not {activation}"
+        if weight is None or weight.bits != 8 or weight.granularity == "group":
+            return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
+        return None
+
+
+@cache
+def cpu_feature() -> str:
+    """This machine's entry in `CPU_FEATURES`."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return "arm64"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: assume the CPU that needs care
+        return "avx2"
+    return "vnni" if "avx512_vnni" in flags or "avx_vnni" in flags else "avx2"
+
+
+def known_targets() -> list[str]:
+    """All target strings that parse."""
+    return [
+        ":".join(filter(None, (runtime, device, feature)))
+        for runtime, devices in DEVICES.items()
+        for device, features in devices.items()
+        for feature in ("", *features)
+    ]

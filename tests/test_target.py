@@ -1,0 +1,137 @@
+"""Targets, and the proof that weights keep to 7 bits where the CPU has no VNNI."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.qtype import QType
+from qcompiler.target import CPU_FEATURES, Target, cpu_feature, known_targets
+
+
+@pytest.mark.parametrize("text", known_targets())
+def test_parse_and_str_are_inverses(text: str) -> None:
+    target = Target.parse(text)
+    assert str(target) == text
+    assert Target.parse(str(target)) == target
+    assert Target.parse(f" {text} ") == target
+
+
+def test_known_targets() -> None:
+    assert {"ort:cpu", "ort:cpu:vnni", "ort:cpu:avx2", "ort:cpu:arm64"} <= {*known_targets()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("otr:cpu", "no runtime 'otr'; did you mean 'ort'"),
+        ("", "no runtime ''"),
+        ("ort", "no device ''.*ort:cpu"),
+        ("ort:cpi", "no device 'cpi'; did you mean 'ort:cpu'"),
+        ("ort:cpu:vnn", "no feature 'vnn'; did you mean 'vnni'"),
+        ("ort:cpu:avx2:more", "no feature 'avx2:more'"),
+    ],
+)
+def test_unknown_names(text: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        Target.parse(text)
+
+
+def test_saturation_is_said() -> None:
+    assert Target.parse("ort:cpu:avx2").saturates
+    assert not Target.parse("ort:cpu:vnni").saturates
+    assert not Target.parse("ort:cpu:arm64").saturates
+    here = Target.parse("ort:cpu")
+    assert here.effective_feature == cpu_feature()
+    assert here.saturates == CPU_FEATURES[cpu_feature()]
+
+
+def vpmaddubsw(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The x86 instruction: u8 × s8 products, neighbours added, the sum saturated to int16."""
+    products = a.astype(np.int32) * w.astype(np.int32)
+    return np.clip(products[..., 0::2] + products[..., 1::2], -32768, 32767).astype(np.int16)
+
+
+def dot(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """A dot product as a CPU without VNNI computes it: vpmaddubsw, then sums in int32."""
+    return vpmaddubsw(a, w).astype(np.int32).sum(-1)
+
+
+def exact(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return (a.astype(np.int32) * w.astype(np.int32)).sum(-1)
+
+
+def pairs(low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of activations and weights that are extreme, or beside an extreme value or zero."""
+    activations = [0, 1, 127, 128, 254, 255]
+    weights = [low, low + 1, -1, 0, 1, high - 1, high]
+    rows = itertools.product(activations, activations, weights, weights)
+    table = np.array([*rows])
+    return table[:, :2].astype(np.uint8), table[:, 2:].astype(np.int8)
+
+
+def test_full_range_weights_saturate() -> None:
+    kind = QType("int8", "channel")
+    a = np.full((1, 2), 255, np.uint8)
+    w = np.full((1, 2), kind.qmax, np.int8)
+    assert exact(a, w) == 64770
+    assert dot(a, w) == 32767
+
+    activations, weights = pairs(kind.qmin, kind.qmax)
+    wrong = dot(activations, weights) != exact(activations, weights)
+    assert wrong.any()
+    # Not only in the corner: a pair of 65s overflows already.
+    assert dot(a, np.full((1, 2), 65, np.int8)) == 32767 != exact(a, np.full((1, 2), 65, np.int8))
+
+
+def test_reduced_weights_never_saturate() -> None:
+    kind = QType("int8", "channel", reduced=True)
+    activations, weights = pairs(kind.qmin, kind.qmax)
+    np.testing.assert_array_equal(dot(activations, weights), exact(activations, weights))
+
+    # A sum of two products is extreme where each product is: all products, exhaustively.
+    products = np.arange(256)[:, None] * np.arange(kind.qmin, kind.qmax + 1)
+    assert 2 * products.max() <= 32767
+    assert 2 * products.min() >= -32768
+
+
+def test_a_matmul() -> None:
+    """Weights quantized in full and reduced range, multiplied as a CPU without VNNI does."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    activation = np.random.default_rng(0).integers(128, 256, (32, 64)).astype(np.uint8)
+    agrees = {}
+    for reduced in (False, True):
+        kind = QType("int8", "channel", reduced=reduced)
+        scale, zero = kind.scale_for(*kind.ranges(weight, 0))
+        q = kind.quantize(weight, scale, zero, 0).numpy()
+        a, w = activation[:, None, :], q[None]
+        a, w = np.broadcast_arrays(a, w)
+        agrees[reduced] = bool((dot(a, w) == exact(a, w)).all())
+    assert agrees == {False: False, True: True}
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "reason"),
+    [
+        ("int8:channel", "uint8:tensor:affine", None),
+        ("int8:channel", None, None),
+        ("int4:g32", None, None),
+        ("int3:g32", None, "int3"),
+        ("int8:channel", "int8:token", "one scale per tensor"),
+        ("int4:g32", "uint8:tensor:affine", "no kernel for int4:g32"),
+        (None, "uint8:tensor:affine", "no kernel"),
+    ],
+)
+def test_refusals(weight: str | None, activation: str | None, reason: str | None) -> None:
+    kinds = [QType.parse(text) if text else None for text in (weight, activation)]
+    refusal = Target.parse("ort:cpu").refusal(*kinds)
+    if reason is None:
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert reason in refusal
