@@ -9,9 +9,13 @@ Why each step exists was measured on ONNX Runtime 1.31 (CPU, one thread):
 - `use_sums`: an Add before LayerNormalization becomes SkipLayerNormalization, whose kernel takes six times as long as Sum and
   LayerNormalization apart.
 - `merge_pads`: zero padding joins the convolution that reads it, so that DequantizeLinear and Conv stand side by side.
+- `drop_clips`: a Relu or Clip that the quantizer after it repeats goes, so that Conv and QuantizeLinear stand side by side.
+- `keep_products`: MatMul and Add of rank 2 become Gemm, which does not fuse with its weight's DequantizeLinear; MatMul and Sum do not.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import onnx
@@ -26,11 +30,14 @@ MICROSOFT = "com.microsoft"
 
 def operate(graph: gs.Graph, fused: bool) -> None:
     """All steps, in order. `fused` allows operators of ONNX Runtime's own domain."""
+    lift_constants(graph)
     bypass_identities(graph)
     trim_outputs(graph)
     unpack_weights(graph)
     turn_weights(graph)
     merge_pads(graph)
+    drop_clips(graph)
+    keep_products(graph)
     if fused:
         use_integer_matmuls(graph)
         use_sums(graph)
@@ -50,6 +57,23 @@ def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     for reader in list(old.outputs):
         reader.inputs = [new if t is old else t for t in reader.inputs]
     graph.outputs = [new if t is old else t for t in graph.outputs]
+
+
+def lift_constants(graph: gs.Graph) -> None:
+    """Constant nodes become constants of the graph, which the other steps can read."""
+    for node in [n for n in graph.nodes if n.op == "Constant"]:
+        (kind, value), *_ = node.attrs.items()
+        if kind == "value":
+            values = np.asarray(value.values)
+        elif kind in ("value_float", "value_floats"):
+            values = np.asarray(value, np.float32)
+        elif kind in ("value_int", "value_ints"):
+            values = np.asarray(value, np.int64)
+        else:
+            continue
+        if node.outputs[0] not in graph.outputs:
+            _replace(graph, node.outputs[0], gs.Constant(node.outputs[0].name, values))
+            node.outputs.clear()
 
 
 def bypass_identities(graph: gs.Graph) -> None:
@@ -163,6 +187,96 @@ def merge_pads(graph: gs.Graph) -> None:
         node.outputs.clear()
 
 
+def drop_clips(graph: gs.Graph) -> None:
+    """Relu or Clip read by one QuantizeLinear alone goes where the quantizer's own saturation does the same.
+
+    For x above `high` both give Q(high) = qmax, below `low` both give Q(low) = qmin.
+    """
+    for node in [n for n in graph.nodes if n.op in ("Relu", "Clip")]:
+        readers = node.outputs[0].outputs
+        if len(readers) != 1 or readers[0].op != "QuantizeLinear" or node.outputs[0] in graph.outputs:
+            continue
+        limits = [0.0, np.inf] if node.op == "Relu" else [-np.inf, np.inf]
+        given = [(i, t) for i, t in enumerate(node.inputs[1:]) if not t.is_empty()]
+        if not all(isinstance(t, gs.Constant) for t in (*readers[0].inputs[1:], *(t for _, t in given))):
+            continue
+        for index, tensor in given:
+            limits[index] = float(np.asarray(tensor.values))
+        scale, zero = (np.asarray(t.values) for t in readers[0].inputs[1:])
+        if scale.size != 1 or zero.dtype not in (np.int8, np.uint8):
+            continue
+        steps = np.rint(np.array(limits, np.float32) / scale.reshape(())) + zero.reshape(())
+        span = np.iinfo(zero.dtype)
+        if steps[0] <= span.min and steps[1] >= span.max:
+            readers[0].inputs[0] = node.inputs[0]
+            node.outputs.clear()
+
+
+def keep_products(graph: gs.Graph) -> None:
+    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum, which ONNX Runtime leaves alone."""
+    for node in [n for n in graph.nodes if n.op == "MatMul"]:
+        data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
+        output = node.outputs[0]
+        if data is None and weight is not None and output.shape is not None and len(output.shape) == 2:
+            for reader in output.outputs:
+                reader.op = "Sum" if reader.op == "Add" else reader.op
+
+
+def drop_clips(graph: gs.Graph) -> None:
+    """Clip or Relu before a QuantizeLinear that saturates no later → nothing: the same integers come out."""
+    for node in [n for n in graph.nodes if n.op in ("Clip", "Relu")]:
+        readers = list(node.outputs[0].outputs)
+        low, high = _bounds(node)
+        if node.outputs[0] in graph.outputs or not readers:
+            continue
+        if all(r.op == "QuantizeLinear" and _covers(low, high, r) for r in readers):
+            _replace(graph, node.outputs[0], node.inputs[0])
+            node.outputs.clear()
+
+
+def _bounds(node: gs.Node) -> tuple[float, float]:
+    """What the node clips to; an empty interval where that is computed."""
+    bounds = [0.0, math.inf] if node.op == "Relu" else [-math.inf, math.inf]
+    for index, tensor in enumerate(node.inputs[1:3]):
+        if tensor is None or tensor.is_empty():
+            continue
+        value = _value(tensor)
+        if value is None:
+            return 0.0, 0.0
+        bounds[index] = float(value)
+    return bounds[0], bounds[1]
+
+
+def _value(tensor: gs.Tensor) -> float | None:
+    """A scalar constant, as an initializer or a Constant node."""
+    if isinstance(tensor, gs.Constant):
+        return float(np.asarray(tensor.values).reshape(-1)[0])
+    maker = _maker(tensor, "Constant")
+    if maker is None:
+        return None
+    value = maker.attrs.get("value_float")
+    if value is None and "value" in maker.attrs:
+        value = np.asarray(maker.attrs["value"].values).reshape(-1)[0]
+    return None if value is None else float(value)
+
+
+def _covers(low: float, high: float, quantize: gs.Node) -> bool:
+    """Whether every value outside [low, high] rounds to the same integer as the nearer bound."""
+    if len(quantize.inputs) < 3 or not all(isinstance(t, gs.Constant) for t in quantize.inputs[1:3]):
+        return False
+    scale, zero = (np.asarray(t.values) for t in quantize.inputs[1:3])
+    if scale.ndim:
+        return False
+    info = np.iinfo(zero.dtype)
+
+    def integer(bound: float, edge: int) -> bool:
+        ratio = np.float32(bound) / np.float32(scale) if math.isfinite(bound) else math.copysign(math.inf, bound)
+        q = np.rint(ratio) + float(zero)
+        return bool(q <= edge if edge == info.min else q >= edge)
+
+    return integer(low, int(info.min)) and integer(high, int(info.max))
+
+
 def use_integer_matmuls(graph: gs.Graph) -> None:
     """MatMul(DequantizeLinear(a), DequantizeLinear(W)) + bias → MatMulIntegerToFloat(a, W, …, bias)."""
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
@@ -182,9 +296,10 @@ def use_integer_matmuls(graph: gs.Graph) -> None:
                 add.outputs.clear()
         inputs = [
             data.inputs[0], weight.inputs[0], data.inputs[1], weight.inputs[1], data.inputs[2],
-            gs.Variable.empty(), *([bias] if bias is not None else []),
+            weight.inputs[2] if np.asarray(weight.inputs[2].values).any() else gs.Variable.empty(),
+            *([bias] if bias is not None else []),
         ]  # fmt: skip
-        if bias is None:
+        if inputs[-1].is_empty():
             inputs.pop()
         node.outputs.clear()
         graph.nodes.append(

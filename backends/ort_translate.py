@@ -50,7 +50,7 @@ def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: 
 
 
 def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
-    if len(scale.shape) == len(q.shape) and len(q.shape) > 0 and not group:
+    if len(scale.shape) == len(q.shape) and len(q.shape) > 1 and not group:
         # One scale for each row: DequantizeLinear has no such form.
         return op.Mul(op.Cast(q, to=1), scale)
     return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group)
@@ -100,6 +100,21 @@ def _rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) 
     )
 
 
+def _clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+    def bound(value: Any) -> Any:
+        if value is None:
+            return None
+        if x.dtype == 1:  # a plain constant: ONNX Runtime fuses no Clip whose limits are computed
+            return op.Constant(value_float=float(value))
+        return op.CastLike(op.Constant(value_float=float(value)), x)
+
+    return op.Clip(x, bound(low), bound(high))
+
+
+def _relu6(x: Any) -> Any:
+    return _clamp(x, 0.0, 6.0)
+
+
 def _slice(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     def bound(value: Any, default: int) -> Any:
         if value is None or isinstance(value, int):
@@ -108,6 +123,20 @@ def _slice(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int =
 
     axes, steps = op.Constant(value_ints=[dim]), op.Constant(value_ints=[step])
     return op.Slice(x, bound(start, 0), bound(end, 2**63 - 1), axes, steps)
+
+
+def _clip(x: Any, low: float | None = None, high: float | None = None) -> Any:
+    # ONNX Runtime drops a Clip before QuantizeLinear only where the bounds are constants.
+    bounds = [None if b is None else op.Constant(value_float=float(b)) for b in (low, high)]
+    return op.Clip(x, *bounds)
+
+
+def _hardtanh(x: Any, low: float = -1.0, high: float = 1.0) -> Any:
+    return _clip(x, low, high)
+
+
+def _relu6(x: Any) -> Any:
+    return _clip(x, 0.0, 6.0)
 
 
 def _product(shape: Any) -> int:
@@ -127,6 +156,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.attention: _attention,
         aten.linear.default: _linear,
         aten.slice.Tensor: _slice,
+        aten.hardtanh.default: _hardtanh,
+        aten.relu6.default: _relu6,
         aten.layer_norm.default: _layer_norm,
         aten.rms_norm.default: _rms_norm,
+        aten.clamp.default: _clamp,
+        aten.hardtanh.default: lambda x, low=-1.0, high=1.0: _clamp(x, low, high),
+        aten.relu6.default: _relu6,
     }

@@ -31,7 +31,9 @@ class Bar:
 
 def legend(entries: Mapping[str, str]) -> Html:
     """What the colours mean: class → text."""
-    return tag("div", *(tag("span", tag("i", class_=c), t) for c, t in entries.items()), class_="legend")
+    return tag(
+        "div", *(tag("span", tag("i", class_=c), t) for c, t in entries.items()), class_="legend"
+    )
 
 
 def bars(rows: Iterable[tuple[Any, Sequence[Bar]]], label: str, alone: bool = False) -> Html:
@@ -59,8 +61,14 @@ def bars(rows: Iterable[tuple[Any, Sequence[Bar]]], label: str, alone: bool = Fa
             ]  # fmt: skip
         parts += [
             tag("div", title, class_="label"),
-            tag("svg", *marks, role="img", aria_label=f"{label}: {spoken}", height=21 * len(group) + 3),
-        ]  # fmt: skip
+            tag(
+                "svg",
+                *marks,
+                role="img",
+                aria_label=f"{label}: {spoken}",
+                height=21 * len(group) + 3,
+            ),
+        ]
     return tag("div", *parts, class_="rows")
 
 
@@ -87,9 +95,17 @@ def layers(sites: Sequence[Mapping[str, Any]]) -> Html:
     for index, site in enumerate(sites):
         y, left = height(float(site["sqnr_db"])), index * slot
         title = f"{index + 1}. {place(site)}: {decibels(site['sqnr_db'])}"
-        hit = tag("rect", class_="hit", x=f"{left:.3f}%", y=TOP, width=f"{slot:.3f}%", height=HEIGHT)
-        mark = tag("rect", class_="low" if index in lowest else "mark", x=f"{left + slot * 0.14:.3f}%",
-                   y=min(y, zero), width=f"{slot * 0.72:.3f}%", height=max(abs(zero - y), 1.0))  # fmt: skip
+        hit = tag(
+            "rect", class_="hit", x=f"{left:.3f}%", y=TOP, width=f"{slot:.3f}%", height=HEIGHT
+        )
+        mark = tag(
+            "rect",
+            class_="low" if index in lowest else "mark",
+            x=f"{left + slot * 0.14:.3f}%",
+            y=min(y, zero),
+            width=f"{slot * 0.72:.3f}%",
+            height=max(abs(zero - y), 1.0),
+        )
         parts.append(tag("g", tag("title", title), hit, mark))
         if (index + 1) % every == 0 or (index == 0 and every > 2):
             x = f"{left + slot / 2:.3f}%"
@@ -108,7 +124,9 @@ def layers(sites: Sequence[Mapping[str, Any]]) -> Html:
 
 def ranges(rows: Sequence[Mapping[str, Any]]) -> Html:
     """Boxes of the channels' largest magnitudes, before and after smoothing, on one log scale."""
-    values = [v for r in rows for k in ("before", "after") if r.get(k) for v in r[k]["channel_absmax"]]
+    values = [
+        v for r in rows for k in ("before", "after") if r.get(k) for v in r[k]["channel_absmax"]
+    ]
     positive = [v for v in values if v > 0] or [1.0]
     top = math.log10(max(positive))
     bottom = min(max(math.log10(min(positive)), top - 6), top - 0.5)
@@ -140,18 +158,27 @@ def ranges(rows: Sequence[Mapping[str, Any]]) -> Html:
     return join([shown, folded(f"{len(drawn) - SHOWN} more tensors", rest)])
 
 
-def _boxes(row: Mapping[str, Any], across: Callable[[float], float], ticks: Sequence[float]) -> Html:
+def _boxes(
+    row: Mapping[str, Any], across: Callable[[float], float], ticks: Sequence[float]
+) -> Html:
     """One tensor: its label, and up to two boxes over the grid."""
     kinds = [(k, s) for k, s in (("before", "pale"), ("after", "mark")) if row.get(k)]
     height = 14 * max(len(kinds), 1) + 6
     parts = [
-        tag("line", class_="grid", x1=f"{across(t):.2f}%", x2=f"{across(t):.2f}%", y1=-7, y2=height + 9)
+        tag(
+            "line",
+            class_="grid",
+            x1=f"{across(t):.2f}%",
+            x2=f"{across(t):.2f}%",
+            y1=-7,
+            y2=height + 9,
+        )
         for t in ticks
     ]
     spoken = []
     for index, (kind, series) in enumerate(kinds):
         five = [float(v) for v in row[kind]["channel_absmax"]]
-        low, quarter, median, three, high = (f"{across(v):.2f}%" for v in five)
+        low, quarter, median, _, high = (f"{across(v):.2f}%" for v in five)
         wide = f"{max(across(five[3]) - across(five[1]), 0.4):.2f}%"
         y = 10 + 14 * index
         text = (

@@ -31,7 +31,7 @@ from qcompiler.spec import ModelSpec
 from qcompiler.target import Target, cpu_feature
 from qcompiler.verify import compare
 
-KEPT = 4  # batches of each kind kept with the artifact
+KEPT = 2  # batches of each kind kept with the artifact
 REFERENCE = "reference"  # folder of the float model in an artifact
 
 Progress = Callable[[str], None]

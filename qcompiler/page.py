@@ -59,7 +59,9 @@ def pill(text: str, kind: str) -> Html:
     return tag("span", text, class_=f"pill {kind}")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], label: str, numbers: str = "") -> Html:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[Any]], label: str, numbers: str = ""
+) -> Html:
     """A table that scrolls sideways where the screen is narrow.
 
     Args:
@@ -209,7 +211,9 @@ figcaption { font-size: 0.85rem; margin-top: 0.3rem; max-width: 46rem; }
   display: inline-block; width: 0.8rem; height: 0.8rem; border-radius: 3px;
   margin-right: 0.4rem; vertical-align: -0.08rem;
 }
-.rows { display: grid; gap: 0.15rem 1.2rem; grid-template-columns: minmax(0, 19rem) minmax(0, 1fr); }
+.rows {
+  display: grid; gap: 0.15rem 1.2rem; grid-template-columns: minmax(0, 19rem) minmax(0, 1fr);
+}
 .rows > .label {
   align-self: center; font-size: 0.86rem; line-height: 1.3; min-width: 0; overflow-wrap: anywhere;
 }

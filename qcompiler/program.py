@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -246,7 +248,8 @@ def capture(
         shapes = tuple(marks) if args else dict(zip(keys, marks, strict=True))
     module.eval()
     try:
-        with torch.no_grad():
+        # torch prints the whole graph to stderr when it fails; the error says what matters of it.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             exported = torch.export.export(
                 module, args, kwargs or None, dynamic_shapes=shapes, strict=False
             )
@@ -296,7 +299,7 @@ _REMEDIES = (
     ),
     (
         ("shapes cannot be multiplied", "size mismatch", "must match the size", "same dtype", "expected scalar type",
-         "Expected input", "normalized_shape", "channels, but got"),
+         "Expected input", "normalized_shape", "channels, but got", "same reduction dim"),
         "the example inputs do not fit the model: check their shapes and dtypes",
     ),
     (

@@ -40,7 +40,9 @@ class Recipe(BaseModel):
     fused: bool = Field(
         True, description="ONNX Runtime's own fused attention; off: standard ONNX operators only"
     )
-    merge_linears: bool = Field(True, description="linears that share an input become one")
+    merge_linears: bool = Field(
+        False, description="linears that share an input become one product and slices of it"
+    )
     promise: Literal["error", "warn"] = Field(
         "warn", description="what happens where a layer planned as integer does not run as integer"
     )

@@ -90,8 +90,13 @@ def find_regions(draft: Draft) -> list[Region]:
 
 
 def channel_axis(node: Node) -> int:
-    """The axis that holds the channels of a writer's output: 1 for convolutions, the last otherwise."""
-    return 1 if node.target in CONVS else node.meta["val"].ndim - 1
+    """The axis that holds the channels of a writer's output: before the spatial ones for convolutions, else the last."""
+    return node.meta["val"].ndim - (_spatial(node) if node.target in CONVS else 0) - 1
+
+
+def _spatial(conv: Node) -> int:
+    """The number of spatial axes."""
+    return int(conv.args[1].meta["val"].ndim) - 2  # type: ignore[union-attr]
 
 
 def _is_writer(draft: Draft, node: Node) -> bool:
@@ -211,13 +216,12 @@ def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
         return walk.block(user, f"{place(user)} has a weight that is computed")
     if user.target in CONVS and (len(user.args) > 6 and user.args[6] != 1):
         return walk.block(user, f"{place(user)} is a grouped convolution")
-    axis = 1 if user.target in CONVS else labels.ndim - 1
+    position = axis = labels.ndim - (_spatial(user) if user.target in CONVS else 0) - 1
     row = labels
     for other in range(labels.ndim - 1, -1, -1):
         if other != axis:
             row = row.select(other, 0)
             axis -= other < axis
-    position = 1 if user.target in CONVS else labels.ndim - 1
     view = row.reshape([-1 if i == position else 1 for i in range(labels.ndim)])
     if not bool((labels == view).all()):
         return walk.block(user, f"{place(user)} mixes channels in one input feature")
@@ -227,7 +231,8 @@ def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
 
 def _add(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     others = [a for a in user.args[:2] if a is not value]
-    plain = labels.ndim > 0 and bool((labels.flatten(0, -2)[0] == torch.arange(walk.region.size)).all())
+    plain = labels.shape[-1] == walk.region.size and bool((labels == torch.arange(walk.region.size)).all())
+    labels = labels.expand(concrete_shape(user))  # a summand may broadcast
     for other in others:
         if not isinstance(other, Node) or not plain:
             return walk.block(user, f"{place(user)} adds something that cannot be scaled")
@@ -273,13 +278,13 @@ def _attend(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     query, key, values = user.args[:3]
     if values is not value or value in (query, key):
         return walk.block(user, f"{place(user)} takes it as query or key")
+    if labels.ndim != 4:
+        return walk.block(user, f"{place(user)} does not take it as (batch, heads, sequence, size)")
     heads, kv_heads = concrete_shape(query)[1], labels.shape[1]  # type: ignore[arg-type]
     row = labels[:, :, :1, :].repeat_interleave(heads // kv_heads, 1)
     if not bool((labels == labels[:, :, :1, :]).all()):
         return walk.block(user, f"{place(user)} mixes channels along the sequence")
     return walk.add(user, row.expand(concrete_shape(user)))
-
-
 
 
 def merge_obstacle(draft: Draft, region: Region) -> str | None:

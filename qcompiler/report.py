@@ -14,8 +14,8 @@ FOLD = 14  # rows beyond which a table is folded
 PLACES = 8  # places of one refusal beyond which they are folded
 
 QUANTIZATION = (
-    "The artifact, as it runs, beside the model as it was captured, in float: what quantizing cost. "
-    "It is expected, and the recipe bounds it."
+    "The artifact, as it runs, beside the model as it was captured, in float: what quantizing "
+    "cost. It is expected, and the recipe bounds it."
 )
 LOWERING = (
     "The artifact, as it runs, beside the quantized program computed step by step: what the "
@@ -37,7 +37,7 @@ def render(manifest: Mapping[str, Any]) -> str:
         manifest: the content of `manifest.json`. Parts that it lacks are left out.
 
     Returns:
-        A page without scripts and without links to other files; all text of the manifest is escaped.
+        A page without scripts and without links to other files; the manifest's text is escaped.
     """
     parts = [
         ("passes", "Passes", _passes(manifest)),
@@ -70,7 +70,12 @@ def _recipe(manifest: Mapping[str, Any]) -> str:
 
 
 def _header(manifest: Mapping[str, Any], name: str) -> Html:
-    what = ["compiled for ", code(manifest.get("target", "?")), " with recipe ", code(_recipe(manifest))]
+    what = [
+        "compiled for ",
+        code(manifest.get("target", "?")),
+        " with recipe ",
+        code(_recipe(manifest)),
+    ]
     created = str(manifest.get("created", "")).replace("T", " ").replace("+00:00", " UTC")
     return tag(
         "header",
@@ -175,9 +180,11 @@ def _passes(manifest: Mapping[str, Any]) -> Html | None:
         [
             tag("p", lead, class_="soft"),
             table(head, rows, "passes", "--nn--nn"),
-            folded("Time of each step", table(["Step", "Time"], steps, "steps", "-n")) if steps else None,
+            folded("Time of each step", table(["Step", "Time"], steps, "steps", "-n"))
+            if steps
+            else None,
         ]
-    )  # fmt: skip
+    )
 
 
 def _sites(manifest: Mapping[str, Any]) -> Html | None:
@@ -218,7 +225,10 @@ def _speed(manifest: Mapping[str, Any]) -> Html | None:
             Bar("pale", sizes["float_bytes"], size(sizes["float_bytes"])),
             Bar("mark", sizes["model_bytes"], size(sizes["model_bytes"])),
         ]
-        parts += [tag("h3", "Size of the model file"), charts.bars([("with its weights", pair)], "size")]
+        parts += [
+            tag("h3", "Size of the model file"),
+            charts.bars([("with its weights", pair)], "size"),
+        ]
     if latency:
         rows = []
         for row in latency:
@@ -234,8 +244,8 @@ def _speed(manifest: Mapping[str, Any]) -> Html | None:
             rows.append((join(title), pair))
         caption = (
             "Median time of one call; in brackets the quartiles of the ratio. Float is the same "
-            "graph in float32 on the same runtime, measured in turns with the quantized model. Each "
-            "pair has its own scale."
+            "graph in float32 on the same runtime, measured in turns with the quantized model. "
+            "Each pair has its own scale."
         )
         parts += [
             tag("h3", "Latency"),
@@ -258,7 +268,9 @@ def _speed(manifest: Mapping[str, Any]) -> Html | None:
             charts.bars(bars[:10], "share of the running time"),
         ]
         if len(bars) > 10:
-            parts.append(folded(f"{len(bars) - 10} more operators", charts.bars(bars[10:], "share")))
+            parts.append(
+                folded(f"{len(bars) - 10} more operators", charts.bars(bars[10:], "share"))
+            )
     return join(parts) if parts else None
 
 
@@ -293,13 +305,17 @@ def _audit(manifest: Mapping[str, Any]) -> Html | None:
             else None
         )
         full = join([attention, folded(f"All {len(rows)} layers", full)])
-    every = table(["Operator", "Count"], [[tag("code", k), n] for k, n in kernels], "operators", "-n")
+    every = table(
+        ["Operator", "Count"], [[tag("code", k), n] for k, n in kernels], "operators", "-n"
+    )
     return join(
         [
             tag("p", lead, class_="soft"),
             tag("p", pill(str(stray), good), f" {loose}"),
             full,
-            folded(f"All {sum(n for _, n in kernels)} operators that run", every) if kernels else None,
+            folded(f"All {sum(n for _, n in kernels)} operators that run", every)
+            if kernels
+            else None,
         ]
     )
 
@@ -321,7 +337,11 @@ def _errors(manifest: Mapping[str, Any]) -> Html | None:
         bound = manifest.get("bounds", {}).get(key)
         demanded = None if bound is None else tag("p", f"Bound: {number(bound)} dB.", class_="soft")
         head = ["Output", "Data", "SQNR", "Mean cosine", "Lowest cosine"]
-        parts += [tag("h3", title), tag("p", text, class_="soft"), table(head, rows, title, "--nnn")]
+        parts += [
+            tag("h3", title),
+            tag("p", text, class_="soft"),
+            table(head, rows, title, "--nnn"),
+        ]
         parts += [demanded] if demanded else []
     metric = manifest.get("metric")
     if metric:
@@ -366,7 +386,9 @@ def _plan(manifest: Mapping[str, Any]) -> Html | None:
     for entry in plan:
         formats[entry["qtype"]] = formats.get(entry["qtype"], 0) + 1
         ranges = [number(entry.get("low")), number(entry.get("high"))]
-        rows.append([code(entry["site"]), code(entry.get("path") or ""), code(entry["qtype"]), *ranges])
+        rows.append(
+            [code(entry["site"]), code(entry.get("path") or ""), code(entry["qtype"]), *ranges]
+        )
     lead = ["Which tensor use gets which number format: "]
     for index, (name, uses) in enumerate(formats.items()):
         lead += [", " if index else "", tag("code", name), f" {count(uses, 'time')}"]
@@ -415,7 +437,9 @@ def _origin(manifest: Mapping[str, Any]) -> Html:
     recipe = [[code(key), _setting(value)] for key, value in manifest.get("recipe", {}).items()]
     return join(
         [
-            tag("p", "This command makes it again:", class_="soft") if manifest.get("command") else None,
+            tag("p", "This command makes it again:", class_="soft")
+            if manifest.get("command")
+            else None,
             tag("pre", manifest["command"]) if manifest.get("command") else None,
             table(["What", "Value"], facts, "machine, inputs and outputs"),
             tag("h3", "Versions"),

@@ -23,16 +23,17 @@ def summary(manifest: Mapping[str, Any]) -> RenderableType:
     """
     parts: list[RenderableType] = []
     if manifest.get("history"):
-        parts += [_passes(manifest["history"]), Text()]
+        parts += [passes(manifest["history"]), Text()]
     parts.append(_numbers(manifest))
-    parts += [Text(), *_promises(manifest)]
+    parts += [Text(), _promises(manifest)]
     refused = _refused(manifest)
-    if refused:
-        parts += [Text(), *refused]
+    if refused is not None:
+        parts += [Text(), refused]
     return Group(*parts)
 
 
-def _passes(history: Sequence[Mapping[str, Any]]) -> Table:
+def passes(history: Sequence[Mapping[str, Any]]) -> Table:
+    """The history as a table: a row for each pass."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("pass", no_wrap=True)
     table.add_column("exact", justify="center")
@@ -63,14 +64,11 @@ def _numbers(manifest: Mapping[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for kind, title in (("quantization", "SQNR to float"), ("lowering", "SQNR to program")):
-        texts = []
-        for data in ("held-out", "calibration"):
-            row = findings.worst(manifest, kind, data)
-            if row:
-                cosine = f"cosine {row['cosine']:.4f}, lowest {row['lowest_cosine']:.4f}"
-                texts.append(f"{decibels(row['sqnr_db'])} {data} ({row['output']}: {cosine})")
-        if texts:
-            table.add_row(title, Text("\n".join(texts)))
+        row = findings.worst(manifest, kind, "held-out") or findings.worst(manifest, kind)
+        if row:
+            cosine = f"cosine {row['cosine']:.4f}, lowest {row['lowest_cosine']:.4f}"
+            place = f"{row['output']} on {row['data']} data"
+            table.add_row(title, Text(f"{decibels(row['sqnr_db'])}, {cosine} ({place})"))
     metric = manifest.get("metric")
     if metric:
         values = f"{number(metric['quantized'], 4)}, float {number(metric['float'], 4)}"
@@ -98,30 +96,35 @@ def _kernels(manifest: Mapping[str, Any]) -> str:
     return f"{kinds or 'no layers'}; {loose}. {findings.time_sentence(manifest)}".strip()
 
 
-def _promises(manifest: Mapping[str, Any]) -> list[Text]:
-    lines = []
+def _promises(manifest: Mapping[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     promises = findings.promises(manifest)
     for promise in promises:
-        word, style = ("kept", "green") if promise.kept else ("BROKEN", "bold red")
-        lines.append(Text.assemble((f"{word:8}", style), promise.text))
+        state = Text("kept", "green") if promise.kept else Text("BROKEN", "bold red")
+        table.add_row(state, Text(promise.text))
     said = {promise.text for promise in promises}
-    lines += [
-        Text.assemble((f"{'warning':8}", "yellow"), str(text))
-        for text in manifest.get("warnings", [])
-        if text not in said
-    ]
-    return lines
+    for text in manifest.get("warnings", []):
+        if text not in said:
+            table.add_row(Text("warning", "yellow"), Text(str(text)))
+    return table
 
 
-def _refused(manifest: Mapping[str, Any]) -> list[Text]:
+def _refused(manifest: Mapping[str, Any]) -> Table | None:
     groups = [("plan", *group) for group in findings.grouped(manifest.get("refusals", []))]
     for name, refused in findings.passes_refusals(manifest):
         groups += [(name, reason, places) for reason, places in refused]
     groups += [("unfused", reason, places) for reason, places in findings.unfused(manifest)]
-    lines = [Text("refused or unfused", "bold")] if groups else []
+    if not groups:
+        return None
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("refused by", no_wrap=True)
+    table.add_column("why and where", overflow="fold")
     for source, reason, places in groups:
         named = ", ".join(places[:NAMED])
         more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
         times = f"{len(places)} × " if len(places) > 1 else ""
-        lines.append(Text.assemble((f"{source}: ", "cyan"), f"{times}{reason} ", (f"({named}{more})", "dim")))
-    return lines
+        why = Text.assemble(f"{times}{reason} ", (f"({named}{more})", "dim"))
+        table.add_row(Text(source, "cyan"), why)
+    return table

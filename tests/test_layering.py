@@ -21,7 +21,8 @@ LEVELS = (
     {"rewrite"},
     {"regions", "plan", "recipe", "spec"},
     {"calibration"},
-    {"observe", "verify", "artifact", "report", "testing"},
+    {"findings", "page", "charts", "terminal"},
+    {"observe", "verify", "artifact", "report", "summary", "inspection", "testing"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {"compiler", "cli", "__init__", "__main__"}
