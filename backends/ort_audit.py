@@ -33,13 +33,15 @@ class Layer:
     """One matrix product or convolution of the optimised graph.
 
     Attributes:
-        name: the node's name.
+        name: the program's node.
+        path: its module path, where the plan knows it.
         op: the operator that runs.
         kernel: "integer", "weights only" (integer weights, activations quantized inside or float) or "float".
         reason: why it is not integer; empty for integer kernels.
     """
 
     name: str
+    path: str
     op: str
     kernel: str
     reason: str = ""
@@ -63,12 +65,12 @@ class Audit:
     time_share: tuple[tuple[str, float], ...] = field(default=())
 
 
-def audit(folder: Path, planned: int, integer: bool) -> Audit:
+def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
     """Read the optimised graph of `folder/model.onnx`.
 
     Args:
         folder: the artifact.
-        planned: layers (linears and convolutions) with quantized weights in the plan.
+        planned: the layers (linears and convolutions) with quantized weights in the plan: node → module path.
         integer: whether their activations are quantized too, so that integer kernels are promised.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,29 +81,31 @@ def audit(folder: Path, planned: int, integer: bool) -> Audit:
     constants = {i.name for i in graph.initializer}
     layers, stray = [], 0
     for node in graph.node:
+        path = planned.get(node.name, "")
         if node.op_type in INTEGER:
-            layers.append(Layer(node.name, node.op_type, "integer"))
+            layers.append(Layer(node.name, path, node.op_type, "integer"))
         elif node.op_type in WEIGHTS:
             layers.append(
                 Layer(
-                    node.name, node.op_type, "weights only",
+                    node.name, path, node.op_type, "weights only",
                     "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)",
                 )
             )  # fmt: skip
         elif node.op_type in FLOAT:
             reason, loose = _why_float(node, makers, constants)
             stray += loose
-            layers.append(Layer(node.name, node.op_type, "float", reason))
+            layers.append(Layer(node.name, path, node.op_type, "float", reason))
         elif node.op_type == "QuantizeLinear":
             source = makers.get(node.input[0])
             stray += source is not None and source.op_type == "DequantizeLinear"
-    kept = sum(layer.kernel == "integer" or not integer and layer.kernel != "float" for layer in layers)
+    good = {"integer"} if integer else {"integer", "weights only"}
+    kept = sum(layer.kernel in good for layer in layers)
     broken = []
-    if kept < planned:
-        unfused = [layer for layer in layers if layer.kernel == "float" and "Dequantize" in layer.reason]
-        names = ", ".join(layer.name for layer in unfused[:5]) or "see the list"
+    if kept < len(planned):
+        lost = [layer for layer in layers if layer.kernel not in good and layer.name in planned]
+        names = ", ".join(layer.path or layer.name for layer in lost[:5]) or "see the list"
         kind = "integer kernels" if integer else "kernels that read the integer weights"
-        broken.append(f"{planned} layers were planned for {kind}, {kept} run so ({names})")
+        broken.append(f"{len(planned)} layers were planned for {kind}, {kept} run so (not: {names})")
     counts = Counter(node.op_type for node in graph.node)
     return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
 

@@ -37,6 +37,7 @@ def operate(graph: gs.Graph, fused: bool) -> None:
     turn_weights(graph)
     merge_pads(graph)
     drop_clips(graph)
+    name_layers(graph)
     keep_products(graph)
     if fused:
         use_integer_matmuls(graph)
@@ -187,39 +188,23 @@ def merge_pads(graph: gs.Graph) -> None:
         node.outputs.clear()
 
 
-def drop_clips(graph: gs.Graph) -> None:
-    """Relu or Clip read by one QuantizeLinear alone goes where the quantizer's own saturation does the same.
-
-    For x above `high` both give Q(high) = qmax, below `low` both give Q(low) = qmin.
-    """
-    for node in [n for n in graph.nodes if n.op in ("Relu", "Clip")]:
-        readers = node.outputs[0].outputs
-        if len(readers) != 1 or readers[0].op != "QuantizeLinear" or node.outputs[0] in graph.outputs:
-            continue
-        limits = [0.0, np.inf] if node.op == "Relu" else [-np.inf, np.inf]
-        given = [(i, t) for i, t in enumerate(node.inputs[1:]) if not t.is_empty()]
-        if not all(isinstance(t, gs.Constant) for t in (*readers[0].inputs[1:], *(t for _, t in given))):
-            continue
-        for index, tensor in given:
-            limits[index] = float(np.asarray(tensor.values))
-        scale, zero = (np.asarray(t.values) for t in readers[0].inputs[1:])
-        if scale.size != 1 or zero.dtype not in (np.int8, np.uint8):
-            continue
-        steps = np.rint(np.array(limits, np.float32) / scale.reshape(())) + zero.reshape(())
-        span = np.iinfo(zero.dtype)
-        if steps[0] <= span.min and steps[1] >= span.max:
-            readers[0].inputs[0] = node.inputs[0]
-            node.outputs.clear()
+def name_layers(graph: gs.Graph) -> None:
+    """Name each product and convolution after the program's node, so that the audit can say which layer it is."""
+    for node in [n for n in graph.nodes if n.op in ("MatMul", "Conv", "Gemm")]:
+        output = node.outputs[0]
+        add = output.outputs[0] if len(output.outputs) == 1 else None
+        biased = add is not None and add.op == "Add" and any(isinstance(t, gs.Constant) for t in add.inputs)
+        node.name = add.outputs[0].name if add is not None and biased else output.name
 
 
 def keep_products(graph: gs.Graph) -> None:
     """Add after a MatMul of rank 2 whose weight alone is quantized → Sum, which ONNX Runtime leaves alone."""
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
-        output = node.outputs[0]
-        if data is None and weight is not None and output.shape is not None and len(output.shape) == 2:
-            for reader in output.outputs:
-                reader.op = "Sum" if reader.op == "Add" else reader.op
+        if data is None and weight is not None:
+            for reader in node.outputs[0].outputs:
+                if reader.op == "Add" and len(reader.outputs[0].shape or ()) == 2:
+                    reader.op = "Sum"
 
 
 def drop_clips(graph: gs.Graph) -> None:
@@ -238,26 +223,11 @@ def _bounds(node: gs.Node) -> tuple[float, float]:
     """What the node clips to; an empty interval where that is computed."""
     bounds = [0.0, math.inf] if node.op == "Relu" else [-math.inf, math.inf]
     for index, tensor in enumerate(node.inputs[1:3]):
-        if tensor is None or tensor.is_empty():
-            continue
-        value = _value(tensor)
-        if value is None:
+        if isinstance(tensor, gs.Constant):
+            bounds[index] = float(np.asarray(tensor.values).reshape(-1)[0])
+        elif not tensor.is_empty():
             return 0.0, 0.0
-        bounds[index] = float(value)
     return bounds[0], bounds[1]
-
-
-def _value(tensor: gs.Tensor) -> float | None:
-    """A scalar constant, as an initializer or a Constant node."""
-    if isinstance(tensor, gs.Constant):
-        return float(np.asarray(tensor.values).reshape(-1)[0])
-    maker = _maker(tensor, "Constant")
-    if maker is None:
-        return None
-    value = maker.attrs.get("value_float")
-    if value is None and "value" in maker.attrs:
-        value = np.asarray(maker.attrs["value"].values).reshape(-1)[0]
-    return None if value is None else float(value)
 
 
 def _covers(low: float, high: float, quantize: gs.Node) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qcompiler.models.images import centre_crops
 from qcompiler.models.packages import optional
+from qcompiler.models.synthetic import synthetic_batches
 from qcompiler.spec import ModelSpec
 
 CROP = 224
@@ -55,7 +56,7 @@ def efficientnet_lite0() -> ModelSpec:
     """EfficientNet-Lite0 with ImageNet weights.
 
     Input `pixel_values`: float32 (batch, 3, 224, 224), RGB with ImageNet mean and std; output
-    `logits`: (batch, 1000).
+    `logits`: (batch, 1000). Calibrated on synthetic images where the user gives none.
 
     Raises:
         InputError: the weights package is not installed.
@@ -70,6 +71,9 @@ def efficientnet_lite0() -> ModelSpec:
         module=module.eval(),
         example_inputs={"pixel_values": torch.zeros(2, 3, CROP, CROP)},
         dynamic_shapes={"pixel_values": {0: "batch"}},
+        calibration=lambda: synthetic_batches(48, CROP, seed=0),
+        held_out=lambda: synthetic_batches(16, CROP, seed=1),
+        calibration_note="synthetic images; give --calibration FOLDER with photographs of your own",
         output_names=("logits",),
         encode=encode,
     )

@@ -41,6 +41,9 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     reason = target.refusal(weight, activation)
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    table = recipe.embedding_type
+    if table is not None and (table.bits, table.granularity, table.symmetric) != (8, "channel", True):
+        raise UnsupportedError(f"recipe '{recipe.name}': embeddings are int8:channel or uint8:channel, not {table}")
     if weight is not None and activation is not None and target.saturates:
         weight = QType(weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True)
     draft = Draft(program)

@@ -11,11 +11,13 @@ convolutions as readers of a shift (padding is zero before the shift, not after 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.regions import ADDS, LINEAR, NORMS, Reader, Region, find_regions
+from qcompiler.regions import ADDS, LINEAR, NORMS, SHAPE_KEEPING, Reader, Region, find_regions
 from qcompiler.rewrite import Draft, place, rewrite
 
 aten = torch.ops.aten
@@ -65,7 +67,9 @@ def _obstacle(draft: Draft, region: Region) -> str | None:
         weight = reader.node.args[1]
         if set(weight.users) - members:  # type: ignore[union-attr]
             return f"the weight of {place(reader.node)} has another reader"
-    _, beta = _affine(draft, region.writers[0])
+    gamma, beta = _affine(draft, region.writers[0])
+    if region.only_scale and bool((gamma <= 0).any()):
+        return "an op between the norm and its reader commutes with positive factors only"
     shifts = beta is not None and bool((beta != 0).any())
     if shifts and region.only_scale:
         return "an op between the norm and its reader commutes with scaling but not with the shift"
@@ -77,15 +81,15 @@ def _obstacle(draft: Draft, region: Region) -> str | None:
 def _fold(draft: Draft, norm: Node, region: Region) -> None:
     gamma, beta = (None if t is None else t.double() for t in _affine(draft, norm))
     assert gamma is not None
+    weights = {r.node.args[1]: draft.constant(r.node.args[1]).double() for r in region.readers}  # type: ignore[arg-type]
     scaled: set[Node] = set()
     for reader in region.readers:
-        weight_node = reader.node.args[1]
-        weight = draft.constant(weight_node).double()  # type: ignore[arg-type]
+        weight_node: Node = reader.node.args[1]  # type: ignore[assignment]
+        weight = weights[weight_node]
         if beta is not None and reader.node.target is LINEAR:
-            source = weight if weight_node not in scaled else weight / gamma[reader.channels]
-            _add_bias(draft, reader, source @ beta[reader.channels])
+            _add_bias(draft, reader, weight @ beta[reader.channels])
         if weight_node not in scaled:  # readers may share one weight
-            scaled.add(weight_node)  # type: ignore[arg-type]
+            scaled.add(weight_node)
             factor = gamma[reader.channels].reshape([1, -1] + [1] * (weight.ndim - 2))
             draft.set_constant(weight_node, (weight * factor).float())  # type: ignore[arg-type]
     # Norms may share parameters: give this one its own.
@@ -105,13 +109,14 @@ def _add_bias(draft: Draft, reader: Reader, addition: Tensor) -> None:
 
 def _center(draft: Draft) -> None:
     """Fold the mean subtraction of LayerNorms into the writers of the stream that they read."""
+    reached: set[Node] = set()
     for region in find_regions(draft):
         norms = [b.node for b in region.blockers if b.node.target is aten.layer_norm.default]
         if not norms or region.writers[0].target in NORMS:
             continue
-        others = [b for b in region.blockers if b.node not in norms]
-        if others or region.readers:
-            reason = others[0].reason if others else f"{place(region.readers[0].node)} reads the stream"
+        reached.update(norms)
+        reason = _centre_obstacle(region, norms)
+        if reason:
             for norm in norms:
                 draft.refuse(norm, f"its mean cannot move into the writers: {reason}")
             continue
@@ -124,6 +129,36 @@ def _center(draft: Draft) -> None:
         for norm in norms:
             _to_rms_norm(draft, norm)
         draft.note(f"{len(norms)} mean subtractions folded into {len(region.writers)} writers")
+    for norm in draft.calls(aten.layer_norm.default):
+        if norm.users and norm not in reached:
+            draft.refuse(norm, "its mean cannot move into the writers: not all that it reads is written by weights")
+
+
+def _centre_obstacle(region: Region, norms: list[Node]) -> str | None:
+    """Why the writers of a stream cannot take the mean subtraction of the norms that read it, or None."""
+    others = [b for b in region.blockers if b.node not in norms]
+    if others:
+        return others[0].reason
+    if region.readers:
+        return f"{place(region.readers[0].node)} reads the stream"
+    if region.only_scale:
+        return "an op between the writers and the norm does not commute with it"
+    for writer in region.writers:
+        if writer.target not in (LINEAR, aten.embedding.default):
+            return f"{place(writer)} writes into the stream"
+    if not all(_is_sum_of(norm.args[0], region.writers) for norm in norms):
+        return "channels move between the writers and the norm"
+    return None
+
+
+def _is_sum_of(value: Any, writers: list[Node]) -> bool:
+    """Whether the value is a sum of the writers' outputs, channel by channel."""
+    if not isinstance(value, Node):
+        return False
+    if value in writers:
+        return True
+    sources = value.args[:2] if value.target in ADDS else value.args[:1]
+    return value.target in (*ADDS, *SHAPE_KEEPING) and all(_is_sum_of(s, writers) for s in sources)
 
 
 def _weight_is_shared(writer: Node, region: Region) -> bool:
@@ -144,7 +179,7 @@ def _center_writer(draft: Draft, writer: Node) -> None:
 
 
 def _to_rms_norm(draft: Draft, norm: Node) -> None:
-    x, shape, gamma = norm.args[:3]
+    x, shape, gamma = (*norm.args, None)[:3]
     eps = norm.args[4] if len(norm.args) > 4 else 1e-5
     fused = draft.call(aten.rms_norm.default, x, shape, gamma, eps, before=norm)
     beta = norm.args[3] if len(norm.args) > 3 else None

@@ -97,13 +97,17 @@ def _merged(node: Any) -> tuple[Node, int] | None:
 
 def _before_repeat(node: Any) -> Any:
     """The node before key/value heads are repeated: unsqueeze(2) → expand → reshape."""
+    if isinstance(node, Node) and node.target is aten.repeat_interleave.self_int:
+        dim = node.args[2] if len(node.args) > 2 else None
+        return node.args[0] if dim in (1, -3) and node.meta["val"].ndim == 4 else node
     if isinstance(node, Node) and node.target in _RESHAPES:
         wide = node.args[0]
         if isinstance(wide, Node) and wide.target is aten.expand.default and wide.meta["val"].ndim == 5:
             single: Any = wide.args[0]
-            while isinstance(single, Node) and single.target in (aten.slice.Tensor, aten.index.Tensor):
-                single = single.args[0]
-            if isinstance(single, Node) and single.target is aten.unsqueeze.default and single.args[1] == 2:
+            sizes, joined = concrete_shape(wide), concrete_shape(node)
+            if joined != [sizes[0], sizes[1] * sizes[2], *sizes[3:]]:
+                return node
+            if isinstance(single, Node) and single.target is aten.unsqueeze.default and single.args[1] in (2, -3):
                 return single.args[0]
     return node
 

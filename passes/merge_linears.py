@@ -29,6 +29,9 @@ def merge_linears(draft: Draft) -> None:
         if len(node.args[1].users) > 1:  # type: ignore[union-attr]
             draft.refuse(node, f"the weight {place(node.args[1])} has another reader")  # type: ignore[arg-type]
             continue
+        if any(b is not None and not draft.is_constant(b) for b in node.args[2:]):
+            draft.refuse(node, "its bias is computed")
+            continue
         groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
     merged = 0
     for source, members in groups.items():

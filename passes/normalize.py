@@ -4,7 +4,7 @@
 - What depends on constants alone is computed now, when the result is no larger than what it was made from.
 - `addmm`, `mm` and `matmul` with a constant matrix become `linear`.
 - Batch normalization after a convolution is folded into it:  W' = W·γ/√(σ²+ε),  b' = (b−μ)·γ/√(σ²+ε) + β.
-- RMSNorm spelled out (x · rsqrt(mean(x²) + ε) · γ) becomes `aten.rms_norm`.
+- RMSNorm spelled out (x · rsqrt(mean(x²) + ε) · γ, or as a quotient) becomes `aten.rms_norm`.
 - GELU (erf and tanh) and SiLU become one op each, however they are spelled: an elementwise subgraph with one input is evaluated on
   a grid and compared with the function itself.
 
@@ -30,10 +30,10 @@ _DROP = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_cons
 _ELEMENTWISE = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.erf.default,
     aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.neg.default, aten.reciprocal.default,
-    aten.square.default, aten.rsub.Scalar, aten.add.Scalar, aten.mul.Scalar,
+    aten.square.default, aten.erfc.default, aten.rsub.Scalar, aten.add.Scalar, aten.mul.Scalar,
 }  # fmt: skip
-_CURVED = {aten.erf.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default}
-_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+_CURVED = {aten.erf.default, aten.erfc.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default}
+_CONVS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
 _LAST = 9223372036854775807
 
 
@@ -59,7 +59,7 @@ def _make_functional(draft: Draft) -> None:
         functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
         if functional is None or not isinstance(target, Node) or draft.is_constant(target):
             raise UnsupportedError(f"{place(node)} writes into its input in a way that has no functional form")
-        if _has_alias(target, node):
+        if _alias_is_read_later(target, node):
             raise UnsupportedError(
                 f"{place(node)} writes into a view that is read later; use the out-of-place operation in the model"
             )
@@ -72,15 +72,28 @@ def _make_functional(draft: Draft) -> None:
         draft.graph.erase_node(node)
 
 
-def _has_alias(target: Node, writer: Node) -> bool:
-    """Whether `target` shares memory with a value that is read after the write."""
-    views = ("view", "transpose", "permute", "select", "slice", "expand", "unsqueeze", "squeeze", "t", "alias")
-    if target.op == "call_function" and str(target.target).split(".")[1] in views:
-        return True
-    return any(
-        user.op == "call_function" and str(user.target).split(".")[1] in views and user < writer
-        for user in target.users
-    )
+# Ops whose result shares memory with their input, or may.
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice", "narrow", "chunk", "split",
+    "split_with_sizes", "unbind", "getitem", "expand", "unsqueeze", "squeeze", "alias", "detach", "contiguous", "to", "dropout",
+}  # fmt: skip
+
+
+def _is_view(node: Node) -> bool:
+    name = getattr(node.target, "_schema", None)
+    name = name.name.removeprefix("aten::") if name is not None else getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in _VIEWS
+
+
+def _alias_is_read_later(target: Node, writer: Node) -> bool:
+    """Whether another value that shares memory with `target` is read after the write."""
+    base = target
+    while _is_view(base):
+        base = base.args[0]  # type: ignore[assignment]
+    family = [base]
+    for value in family:  # grows while it is read
+        family += [user for user in value.users if _is_view(user) and user < writer]
+    return any(user > writer for value in family if value is not target for user in value.users)
 
 
 def _drop_no_ops(draft: Draft) -> None:
@@ -215,7 +228,9 @@ def _through_casts(node: Any) -> Any:
 
 def _recognise_rms_norms(draft: Draft) -> None:
     count = 0
-    for root in draft.calls(aten.rsqrt.default):
+    for root in draft.calls(aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar):
+        if root.target is aten.pow.Tensor_Scalar and root.args[1] != -0.5:
+            continue
         total = root.args[0]
         eps = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, float)), None)  # type: ignore[arg-type]
         mean = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, Node)), None)  # type: ignore[arg-type]
@@ -224,13 +239,15 @@ def _recognise_rms_norms(draft: Draft) -> None:
         square = mean.args[0]
         if mean.args[1] not in ([-1], [square.meta["val"].ndim - 1]) or mean.args[2:] != (True,):  # type: ignore[union-attr]
             continue
-        if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:  # type: ignore[union-attr]
+        if square.target is aten.square.default or (
+            square.target is aten.pow.Tensor_Scalar and square.args[1] == 2  # type: ignore[union-attr]
+        ):
             x = square.args[0]  # type: ignore[union-attr]
         elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:  # type: ignore[union-attr]
             x = square.args[0]  # type: ignore[union-attr]
         else:
             continue
-        for scaled in [u for u in root.users if set(_operands(u, aten.mul.Tensor)) == {x, root}]:
+        for scaled in [u for u in root.users if _scales(u, x, root)]:
             weight, final = _gain(draft, scaled)
             size = [x.meta["val"].shape[-1]]
             fused = draft.call(aten.rms_norm.default, x, size, weight, eps, before=final, like=root)
@@ -238,6 +255,13 @@ def _recognise_rms_norms(draft: Draft) -> None:
             count += 1
     if count:
         draft.note(f"{count} RMSNorms recognised")
+
+
+def _scales(user: Node, x: Node, root: Node) -> bool:
+    """Whether `user` is x / √(…), as a product with the reciprocal root or as a quotient."""
+    if root.target is aten.sqrt.default:
+        return _operands(user, aten.div.Tensor) == [x, root]
+    return set(_operands(user, aten.mul.Tensor)) == {x, root}
 
 
 def _gain(draft: Draft, scaled: Node) -> tuple[Node | None, Node]:

@@ -220,7 +220,7 @@ def _noise(t: Tensor, terms: _Terms, weight: QType, activation: QType, sharpness
 
 def _refine(
     start: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor, weight: QType,
-    activation: QType, iterations: int = 100,
+    activation: QType, iterations: int = 60,
 ) -> Tensor:  # fmt: skip
     """Adam on log s from the best grid point; the mean of log s is fixed, because only ratios matter."""
     terms = _Terms(weights, rows, low, high, shift)

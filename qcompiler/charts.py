@@ -76,7 +76,8 @@ def layers(sites: Sequence[Mapping[str, Any]]) -> Html:
     """SQNR of each layer's output as bars, in graph order; the lowest ones stand out."""
     finite = [float(s["sqnr_db"]) for s in sites if s["sqnr_db"] < IDENTICAL_DB]
     step, low, high = _scale(min([0.0, *finite]), max([10.0, *finite]))
-    lowest = sorted(range(len(sites)), key=lambda i: float(sites[i]["sqnr_db"]))[:LOWEST]
+    lowest = sorted(range(len(sites)), key=lambda i: float(sites[i]["sqnr_db"]))
+    lowest = lowest[: min(LOWEST, 1 + len(sites) // 8)]
 
     def height(db: float) -> float:
         return TOP + HEIGHT * (high - min(max(db, low), high)) / (high - low)
@@ -118,7 +119,12 @@ def layers(sites: Sequence[Mapping[str, Any]]) -> Html:
         tag("li", f"{i + 1}. ", code(place(sites[i])), f" {decibels(sites[i]['sqnr_db'])}")
         for i in sorted(lowest)
     )
-    legends = legend({"low": f"the lowest {len(lowest)}", "mark": "all other layers"})
+    legends = legend(
+        {
+            "low": f"the lowest {len(lowest)}" if len(lowest) > 1 else "the lowest",
+            "mark": "all other layers",
+        }
+    )
     return join([legends, plot, tag("ul", named, class_="where")])
 
 

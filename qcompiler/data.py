@@ -25,7 +25,7 @@ class Data:
         if self.mask and self.mask not in program.inputs:
             raise InputError(f"padding_mask '{self.mask}' is no input of the model: {', '.join(program.inputs)}")
         source, held = spec.calibration, spec.held_out
-        self.given = source is not None
+        self.note = spec.calibration_note
         if source is None:
             if recipe.needs_data:
                 raise InputError(
@@ -34,8 +34,12 @@ class Data:
                 )
             example = spec.example_inputs
             source = held = lambda: [example]
+            self.note = "the example inputs alone; give --calibration with real data"
         elif held is None:
             source, held = split_held_out(source)
+            if next(iter(held()), None) is None:
+                held = source
+                self.note = "a single batch, nothing held out; give more batches"
         self._calibration, self._held_out = source, held
 
     def calibration(self) -> Iterator[Batch]:

@@ -99,7 +99,7 @@ def deliver(
             ort.lower(compiled.plain, reference, output_names=names, dynamic_shapes=spec.dynamic_shapes)
             say("audit")
             integer = recipe.activation_type is not None
-            audit = ort_audit.audit(folder, _planned(compiled), integer)
+            audit = ort_audit.audit(folder, _planned(compiled, integer), integer)
             run, run_float = ort.load(folder, 1), ort.load(reference, 1)
             share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in held_out[0]), strict=True)))
         case _:
@@ -150,6 +150,8 @@ def deliver(
     if not recipe.keep_reference:
         shutil.rmtree(reference)
     manifest["warnings"] = _warnings(manifest)
+    if data.note:
+        manifest["warnings"].append(f"calibrated and verified on {data.note}")
     manifest["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     _judge(manifest, recipe)
     (folder / artifacts.REPORT).write_text(report.render(manifest))
@@ -158,9 +160,15 @@ def deliver(
     (folder / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _planned(compiled: Compiled) -> int:
-    """Linears and convolutions whose weights the plan quantizes."""
-    return sum(site.operand == 1 for site in compiled.plan)
+def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
+    """Layers whose weights the plan quantizes, node → module path; with float activations only linears have such kernels."""
+    nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
+    linear = torch.ops.aten.linear.default
+    return {
+        site.node: site.path
+        for site in compiled.plan
+        if site.operand == 1 and (integer or nodes[site.node].target is linear)
+    }
 
 
 def _size(folder: Path) -> int:

@@ -185,12 +185,12 @@ def promises(manifest: Manifest) -> list[Promise]:
             kept = float(row["sqnr_db"]) >= bound
             relation = "at least" if kept else "below"
             value = decibels(row["sqnr_db"])
-            found.append(Promise(f"{what}: {value}, {relation} {number(bound)} dB", kept))
+            found.append(Promise(f"{what}: {value}, {relation} {decibels(bound)}", kept))
     audit = manifest.get("audit")
     if audit:
         found += [Promise(str(text), False) for text in audit.get("broken", [])]
         if not audit.get("broken"):
-            total, integer = len(audit.get("layers", [])), kernels(manifest).get("integer", 0)
+            kinds = ", ".join(f"{n} {kind}" for kind, n in kernels(manifest).items())
             text = "every layer runs on the kernel that was planned"
-            found.append(Promise(f"{text}: {integer} of {total} on integer kernels", True))
+            found.append(Promise(f"{text}: {kinds or 'there are none'}", True))
     return found

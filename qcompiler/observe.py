@@ -65,6 +65,8 @@ class Statistics:
     def update(self, value: Tensor) -> None:
         """Take in one batch's value, any shape; floats only."""
         rows = value.detach().movedim(self.axis, -1).flatten(0, -2).float() if value.ndim > 1 else value.reshape(1, -1)
+        if not len(rows):  # all of it was padding
+            return
         if not bool(torch.isfinite(rows).all()):
             raise InputError(f"calibration: the value of '{self.name}' has NaN or Inf; check the inputs and the model")
         low, high = rows.amin(0).double(), rows.amax(0).double()

@@ -186,9 +186,11 @@ def _step(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     if target is aten.matmul.default and user.args[1] is value and user.args[0] is not value:
         constant_rows = bool((labels == labels[..., :1, :]).all()) if labels.ndim > 1 else False
         if constant_rows:
+            # Only rows that sum to 1 carry a shift over.
+            walk.region.only_scale |= getattr(user.args[0], "target", None) is not aten.softmax.int
             return walk.add(user, labels[..., :1, :].expand(concrete_shape(user)))
     name = str(target).removeprefix("aten.")
-    return walk.block(user, f"{place(user)} reads it, and {name} does not commute with scaling")
+    return walk.block(user, f"{name} reads it, which does not commute with scaling")
 
 
 def _move(walk: _Walk, labels: Tensor, user: Node) -> None:

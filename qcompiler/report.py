@@ -113,7 +113,7 @@ def _tiles(manifest: Mapping[str, Any]) -> Html:
                 "SQNR on held-out data",
                 decibels(row["sqnr_db"]),
                 f"lowest output: {row['output']}",
-                None if bound is None else f"the recipe demands {number(bound)} dB",
+                None if bound is None else f"the recipe demands {decibels(bound)}",
             )
         )
     metric = manifest.get("metric")
@@ -123,9 +123,9 @@ def _tiles(manifest: Mapping[str, Any]) -> Html:
         tiles.append(_tile(str(metric["name"]), number(metric["quantized"], 4), note))
     kernels = findings.kernels(manifest)
     if kernels:
-        others = [f"{n} {kind}" for kind, n in kernels.items() if kind != "integer"]
-        value = f"{kernels.get('integer', 0)} of {sum(kernels.values())} layers"
-        tiles.append(_tile("Integer kernels", value, ", ".join(others)))
+        value = f"{sum(kernels.values()) - kernels.get('float', 0)} of {sum(kernels.values())}"
+        kinds = ", ".join(f"{n} {kind}" for kind, n in kernels.items())
+        tiles.append(_tile("Layers quantized", value, kinds))
     return tag("div", *tiles, class_="tiles")
 
 
@@ -152,7 +152,8 @@ def _passes(manifest: Mapping[str, Any]) -> Html | None:
     for entry in history:
         residual, bound = entry.get("residual"), entry.get("bound")
         if residual is None or bound is None:
-            state = pill("not checked", "plain") if entry["exact"] else None
+            unchecked = entry["exact"] and entry["changed"]
+            state = pill("not checked", "plain") if unchecked else None
         else:
             state = pill("kept", "good") if residual <= bound else pill("broken", "bad")
         notes = list(entry.get("notes", [])) if entry["changed"] else ["nothing to do"]
@@ -289,7 +290,7 @@ def _audit(manifest: Mapping[str, Any]) -> Html | None:
     ]
     stray = int(audit.get("stray", 0))
     good = "good" if stray == 0 else "mild"
-    loose = "Quantize/Dequantize pairs that stayed unfused"
+    loose = "Quantize/Dequantize nodes that stayed unfused"
     kernels = sorted(audit.get("kernels", {}).items(), key=lambda item: -item[1])
     lead = (
         "What the runtime really runs, read from its optimised graph: every matrix product and "
@@ -335,7 +336,7 @@ def _errors(manifest: Mapping[str, Any]) -> Html | None:
             for r in errors.get(kind, [])
         ]  # fmt: skip
         bound = manifest.get("bounds", {}).get(key)
-        demanded = None if bound is None else tag("p", f"Bound: {number(bound)} dB.", class_="soft")
+        demanded = None if bound is None else tag("p", f"Bound: {decibels(bound)}.", class_="soft")
         head = ["Output", "Data", "SQNR", "Mean cosine", "Lowest cosine"]
         parts += [
             tag("h3", title),

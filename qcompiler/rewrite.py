@@ -36,6 +36,9 @@ class Draft:
     def __init__(self, program: Program) -> None:
         source = program.exported
         module = torch.fx.GraphModule(source.graph_module, copy.deepcopy(source.graph))
+        # The copy renames nodes that are called like a builtin ("input"); the signature knows the old names.
+        for old, new in zip(source.graph.nodes, module.graph.nodes, strict=True):
+            new.name = old.name
         self.exported = ExportedProgram(
             root=module,
             graph=module.graph,

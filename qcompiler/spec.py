@@ -26,6 +26,7 @@ class ModelSpec:
         calibration: a factory of batches, each like `example_inputs`; called more than once, so it must give the same
             batches each time. None: the compiler asks for calibration data where the recipe needs it.
         held_out: the same, other data, for verification only. None: every fourth calibration batch is held out.
+        calibration_note: what the user should know of that data, for the report; empty for real data.
         metric: the task's metric, computed from a callable that takes and returns what the module does; higher is better.
         metric_name: its name, such as "Spearman" or "top-1".
         output_names: names of the flat outputs in the artifact; `output_0`, … where not given.
@@ -41,6 +42,7 @@ class ModelSpec:
     dynamic_shapes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     calibration: Batches | None = None
     held_out: Batches | None = None
+    calibration_note: str = ""
     metric: Callable[[Callable[..., Any]], float] | None = None
     metric_name: str = "metric"
     output_names: tuple[str, ...] = ()

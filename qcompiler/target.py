@@ -68,6 +68,10 @@ class Target:
             return None
         if activation.bits != 8 or activation.granularity != "tensor":
             return f"ONNX Runtime multiplies 8-bit activations with one scale per tensor, not {activation}"
+        if activation.dynamic and (activation.element, activation.symmetric) != ("uint8", False):
+            return f"ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, not {activation}"
+        if activation.reduced:
+            return f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
         if weight is None or weight.bits != 8 or weight.granularity == "group":
             return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
         return None

@@ -44,16 +44,18 @@ class Sqnr:
         self.signal += float(r.square().sum())
         self.noise += float((r - g).square().sum())
         if r.ndim > 1 and r.shape[-1] > 1:
-            cosine = torch.nn.functional.cosine_similarity(r, g, dim=-1).flatten()
+            cosine = torch.nn.functional.cosine_similarity(r, g, dim=-1).flatten().nan_to_num(-1.0)
             self.cosine_sum += float(cosine.sum())
             self.cosine_low = min(self.cosine_low, float(cosine.min()))
             self.rows += len(cosine)
 
     @property
     def db(self) -> float:
-        """In dB; `INFINITE_DB` where nothing differs."""
+        """In dB; `INFINITE_DB` where nothing differs, its negative where something is NaN or infinite."""
         if self.noise == 0.0:
             return INFINITE_DB
+        if not math.isfinite(self.noise):
+            return -INFINITE_DB
         return min(INFINITE_DB, 10 * math.log10(max(self.signal, 1e-300) / self.noise))
 
     @property
@@ -63,12 +65,18 @@ class Sqnr:
 
 
 def relative(reference: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest ‖got − reference‖ / ‖reference‖ over the outputs, in float64."""
+    """The largest ‖got − reference‖ / ‖reference‖ over the outputs, in float64.
+
+    Infinite where `got` has a NaN or infinity and the reference has none; what the reference has of them does not count.
+    """
     worst = 0.0
     for r, g in zip(reference, got, strict=True):
         if not isinstance(r, Tensor) or not r.is_floating_point():
             continue
-        r, g = r.double(), g.double()
+        finite = r.isfinite()
+        r, g = r[finite].double(), g[finite].double()
+        if not bool(g.isfinite().all()):
+            return math.inf
         norm = float(r.norm())
         worst = max(worst, float((g - r).norm()) / norm if norm else float((g - r).norm()))
     return worst
@@ -190,14 +198,13 @@ def compare_sites(
 
     The error of a node includes what it inherits from the nodes before it.
     """
-    wanted = set(names)
-    sums = {name: Sqnr() for name in wanted}
+    sums = {name: Sqnr() for name in names}
     for batch in batches:
         kept: dict[str, Tensor] = {}
         present = dict(zip(before.inputs, batch, strict=True)).get(mask)
 
         def remember(node: Node, value: Any, kept: dict[str, Tensor] = kept) -> None:
-            if node.name in wanted and isinstance(value, Tensor):
+            if node.name in sums and isinstance(value, Tensor):
                 kept[node.name] = value
 
         def compare(

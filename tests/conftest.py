@@ -1,12 +1,22 @@
-"""Fixtures of all tests: golden texts and the evaluation data."""
+"""Fixtures of all tests: golden texts, the tiny models, and the evaluation data."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:  # torch is loaded by the tests that need it, not by every run of pytest
+    from torch import Tensor
+
+    from qcompiler.program import Batch, Program
+    from qcompiler.spec import Batches, ModelSpec
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -55,3 +65,48 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data beside this checkout: evaluation data is not here")
     return path
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model of the zoo: as a module, captured, and normalized, with flat batches."""
+
+    spec: ModelSpec
+    captured: Program
+    normalized: Program
+    batches: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
+
+    def eager(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the module itself says, in float64: the reference that no pass touched."""
+        import torch
+
+        given = dict(zip(self.captured.inputs, batch, strict=True))
+        wide = copy.deepcopy(self.spec.module).double()
+        given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+        with torch.no_grad():
+            result = wide(**given)
+        return result if isinstance(result, tuple) else (result,)
+
+
+@functools.cache
+def _tiny(name: str) -> Tiny:
+    from qcompiler.data import flatten
+    from qcompiler.models import ZOO
+    from qcompiler.passes.normalize import normalize
+    from qcompiler.program import capture
+
+    spec = ZOO[name].build()
+    program = capture(spec.module, spec.example_inputs, spec.dynamic_shapes)
+
+    def flat(factory: Batches | None) -> tuple[Batch, ...]:
+        assert factory is not None
+        return tuple(flatten(program, inputs, name) for inputs in factory())
+
+    return Tiny(spec, program, normalize(program), flat(spec.calibration), flat(spec.held_out))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], Tiny]:
+    """`tiny("tiny-mlp")`: each model is built and captured once."""
+    return _tiny

@@ -22,6 +22,7 @@ import peers
 from numpy.typing import NDArray
 from peers import Candidate, Feeds
 
+STARTED = time.perf_counter()
 SPAWN = multiprocessing.get_context("spawn")
 TURN = 0.02  # seconds that one process runs before the other has its turn
 PAUSE = 0.003  # before a turn: threads of the other process spin a while before they sleep
@@ -255,4 +256,4 @@ def timing_table(title: str, rows: Sequence[Row]) -> str:
 
 def say(step: str) -> None:
     """Progress, apart from the results."""
-    print(f"… {step}", file=sys.stderr, flush=True)
+    print(f"… {step} ({time.perf_counter() - STARTED:.0f} s)", file=sys.stderr, flush=True)
