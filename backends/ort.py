@@ -57,7 +57,10 @@ def lower(
     operate(graph, fused)
     _rename(graph, program, output_names, dynamic_shapes or {})
     if any(node.domain == MICROSOFT for node in graph.nodes):
-        graph.import_domains = [*_without(graph.import_domains, MICROSOFT), onnx.helper.make_opsetid(MICROSOFT, 1)]
+        graph.import_domains = [
+            *_without(graph.import_domains, MICROSOFT),
+            onnx.helper.make_opsetid(MICROSOFT, 1),
+        ]
     result = gs.export_onnx(graph, do_type_check=False)
     pack_constants(graph, result)
     _tidy(result, program)
@@ -138,7 +141,9 @@ def _rename(
     for index, tensor in enumerate(graph.outputs):
         name = output_names[index] if index < len(output_names) else f"output_{index}"
         if name in taken:
-            raise UnsupportedError(f"the output name '{name}' is the name of an input; choose another")
+            raise UnsupportedError(
+                f"the output name '{name}' is the name of an input; choose another"
+            )
         tensor.name = name
     for tensor in [*graph.inputs, *graph.outputs]:
         if tensor.shape is not None:
@@ -191,7 +196,9 @@ def load_model(path: Path, threads: int | None = None) -> Callable[..., tuple[Te
     names = [i.name for i in running.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        feed = {n: np.ascontiguousarray(x.detach().numpy()) for n, x in zip(names, inputs, strict=True)}
+        feed = {
+            n: np.ascontiguousarray(x.detach().numpy()) for n, x in zip(names, inputs, strict=True)
+        }
         return tuple(torch.from_numpy(np.asarray(y)) for y in running.run(None, feed))
 
     return run

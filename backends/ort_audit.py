@@ -1,7 +1,8 @@
 """The fusion audit: what ONNX Runtime really does with the model that it is given.
 
-The graph that a session runs is written out and read back; every product of matrices and every convolution is listed with the kernel that computes
-it. A layer that the plan made integer and that runs in float is a broken promise.
+The graph that a session runs is written out and read back; every product of matrices and every
+convolution is listed with the kernel that computes it. A layer that the plan made integer and that
+runs in float is a broken promise.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Layer:
         name: the program's node.
         path: its module path, where the plan knows it.
         op: the operator that runs.
-        kernel: "integer", "weights only" (integer weights, activations quantized inside or float) or "float".
+        kernel: "integer", "weights only" (integer weights, activations quantized inside or float)
+            or "float".
         reason: why it is not integer; empty for integer kernels.
     """
 
@@ -70,7 +72,8 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
 
     Args:
         folder: the artifact.
-        planned: the layers (linears and convolutions) with quantized weights in the plan: node → module path.
+        planned: the layers (linears and convolutions) with quantized weights in the plan: node →
+            module path.
         integer: whether their activations are quantized too, so that integer kernels are promised.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +108,9 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
         lost = [layer for layer in layers if layer.kernel not in good and layer.name in planned]
         names = ", ".join(layer.path or layer.name for layer in lost[:5]) or "see the list"
         kind = "integer kernels" if integer else "kernels that read the integer weights"
-        broken.append(f"{len(planned)} layers were planned for {kind}, {kept} run so (not: {names})")
+        broken.append(
+            f"{len(planned)} layers were planned for {kind}, {kept} run so (not: {names})"
+        )
     counts = Counter(node.op_type for node in graph.node)
     return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
 
@@ -123,8 +128,12 @@ def _why_float(
     return "its weight was left in float by the plan", 0
 
 
-def profile(folder: Path, inputs: Mapping[str, np.ndarray[Any, Any]], runs: int = 20) -> list[tuple[str, float]]:
-    """Share of the kernels' time by operator, largest first, from ONNX Runtime's own profiler (one thread)."""
+def profile(
+    folder: Path, inputs: Mapping[str, np.ndarray[Any, Any]], runs: int = 20
+) -> list[tuple[str, float]]:
+    """Share of the kernels' time by operator, largest first, from ONNX Runtime's own profiler (one
+    thread).
+    """
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,5 +154,3 @@ def profile(folder: Path, inputs: Mapping[str, np.ndarray[Any, Any]], runs: int 
             totals[event["args"]["op_name"]] += int(event["dur"])
     whole = sum(totals.values()) or 1
     return [(name, time / whole) for name, time in totals.most_common()]
-
-

@@ -1,4 +1,6 @@
-"""ONNX Runtime's own quantizers, applied to the same float model: what an artifact is compared with in `qcompiler bench`."""
+"""ONNX Runtime's own quantizers, applied to the same float model: what an artifact is compared with
+in `qcompiler bench`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ from qcompiler.program import Batch
 PEERS = ("ort-dynamic", "ort-static")
 
 
-def build(name: str, model: Path, folder: Path, batches: Callable[[], Iterable[Batch]], inputs: list[str]) -> Path:
+def build(
+    name: str, model: Path, folder: Path, batches: Callable[[], Iterable[Batch]], inputs: list[str]
+) -> Path:
     """Quantize `model` with ONNX Runtime's tools as their documentation recommends for the CPU.
 
     Args:
-        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max, per channel).
+        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max, per
+            channel).
         model: the float ONNX model.
         folder: where to write the result.
         batches: calibration batches for `ort-static`.
@@ -48,7 +53,9 @@ def build(name: str, model: Path, folder: Path, batches: Callable[[], Iterable[B
         prepared = folder / "prepared.onnx"
         try:
             quant_pre_process(model, prepared, skip_symbolic_shape=True)
-        except Exception:  # the tool fails on some graphs; its documentation calls this step optional
+        except (
+            Exception
+        ):  # the tool fails on some graphs; its documentation calls this step optional
             prepared = model
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types

@@ -1,16 +1,20 @@
-"""Surgery on the exported ONNX graph: forms that ONNX Runtime fuses and runs fast, found by structure.
+"""Surgery on the exported ONNX graph: forms that ONNX Runtime fuses and runs fast, found by
+structure.
 
 Why each step exists was measured on ONNX Runtime 1.31 (CPU, one thread):
 
-- `turn_weights`: a weight stored [K, N] under DequantizeLinear fuses with its MatMul; stored [N, K] with a Transpose it does not (a
-  hundred times slower for 4 bits).
-- `use_integer_matmuls`: MatMul of two dequantized operands plus a bias is one MatMulIntegerToFloat; left as Q/DQ, ONNX Runtime fuses the
-  product but leaves the bias as a separate Add.
-- `use_sums`: an Add before LayerNormalization becomes SkipLayerNormalization, whose kernel takes six times as long as Sum and
-  LayerNormalization apart.
-- `merge_pads`: zero padding joins the convolution that reads it, so that DequantizeLinear and Conv stand side by side.
-- `drop_clips`: a Relu or Clip that the quantizer after it repeats goes, so that Conv and QuantizeLinear stand side by side.
-- `keep_products`: MatMul and Add of rank 2 become Gemm, which does not fuse with its weight's DequantizeLinear; MatMul and Sum do not.
+- `turn_weights`: a weight stored [K, N] under DequantizeLinear fuses with its MatMul; stored [N, K]
+  with a Transpose it does not (a hundred times slower for 4 bits).
+- `use_integer_matmuls`: MatMul of two dequantized operands plus a bias is one MatMulIntegerToFloat;
+  left as Q/DQ, ONNX Runtime fuses the product but leaves the bias as a separate Add.
+- `use_sums`: an Add before LayerNormalization becomes SkipLayerNormalization, whose kernel takes
+  six times as long as Sum and LayerNormalization apart.
+- `merge_pads`: zero padding joins the convolution that reads it, so that DequantizeLinear and Conv
+    stand side by side.
+- `drop_clips`: a Relu or Clip that the quantizer after it repeats goes, so that Conv and
+    QuantizeLinear stand side by side.
+- `keep_products`: MatMul and Add of rank 2 become Gemm, which does not fuse with its weight's
+    DequantizeLinear; MatMul and Sum do not.
 """
 
 from __future__ import annotations
@@ -89,7 +93,11 @@ def bypass_identities(graph: gs.Graph) -> None:
 def trim_outputs(graph: gs.Graph) -> None:
     """Drop the trailing optional outputs that nothing reads: kernels compute what is asked for."""
     for node in graph.nodes:
-        while len(node.outputs) > 1 and not node.outputs[-1].outputs and node.outputs[-1] not in graph.outputs:
+        while (
+            len(node.outputs) > 1
+            and not node.outputs[-1].outputs
+            and node.outputs[-1] not in graph.outputs
+        ):
             node.outputs.pop()
 
 
@@ -103,7 +111,9 @@ def unpack_weights(graph: gs.Graph) -> None:
         for reader in list(constant.outputs):
             if reader.op == "DequantizeLinear" and len(reader.inputs) > 2:
                 zero = reader.inputs[2]
-                reader.inputs[2] = _marked(f"{zero.name}_{element}", np.asarray(zero.values), element)
+                reader.inputs[2] = _marked(
+                    f"{zero.name}_{element}", np.asarray(zero.values), element
+                )
         node.outputs.clear()
 
 
@@ -114,7 +124,10 @@ def _marked(name: str, values: np.ndarray, element: str) -> gs.Constant:
 
 
 def pack_constants(graph: gs.Graph, model: onnx.ModelProto) -> None:
-    """Give the marked constants of `graph` their sub-byte type in the exported `model`: onnx-graphsurgeon 0.6 cannot."""
+    """Give the marked constants of `graph` their sub-byte type in the exported `model`.
+
+    Onnx-graphsurgeon 0.6 cannot.
+    """
     marked = {
         t.name: t.element
         for node in graph.nodes
@@ -142,9 +155,7 @@ def turn_weights(graph: gs.Graph) -> None:
         dequantize = _maker(source, "DequantizeLinear")
         if dequantize is None or not all(isinstance(t, gs.Constant) for t in dequantize.inputs):
             continue
-        inputs = [
-            _turned(t) if t.values.ndim == 2 else t for t in dequantize.inputs
-        ]
+        inputs = [_turned(t) if t.values.ndim == 2 else t for t in dequantize.inputs]
         output = node.outputs[0]
         node.outputs.clear()
         attrs = dict(dequantize.attrs)
@@ -163,7 +174,9 @@ def _turned(constant: gs.Constant) -> gs.Constant:
 
 
 def merge_pads(graph: gs.Graph) -> None:
-    """Pad with zeros over the spatial axes, read by convolutions alone → the convolutions' own padding."""
+    """Pad with zeros over the spatial axes, read by convolutions alone → the convolutions' own
+    padding.
+    """
     for node in [n for n in graph.nodes if n.op == "Pad"]:
         readers = list(node.outputs[0].outputs)
         constants = [t for t in node.inputs[1:] if t is not None and not t.is_empty()]
@@ -189,16 +202,24 @@ def merge_pads(graph: gs.Graph) -> None:
 
 
 def name_layers(graph: gs.Graph) -> None:
-    """Name each product and convolution after the program's node, so that the audit can say which layer it is."""
+    """Name each product and convolution after the program's node, so that the audit can say which
+    layer it is.
+    """
     for node in [n for n in graph.nodes if n.op in ("MatMul", "Conv", "Gemm")]:
         output = node.outputs[0]
         add = output.outputs[0] if len(output.outputs) == 1 else None
-        biased = add is not None and add.op == "Add" and any(isinstance(t, gs.Constant) for t in add.inputs)
+        biased = (
+            add is not None
+            and add.op == "Add"
+            and any(isinstance(t, gs.Constant) for t in add.inputs)
+        )
         node.name = add.outputs[0].name if add is not None and biased else output.name
 
 
 def keep_products(graph: gs.Graph) -> None:
-    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum, which ONNX Runtime leaves alone."""
+    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum, which ONNX Runtime leaves
+    alone.
+    """
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
         if data is None and weight is not None:
@@ -208,7 +229,10 @@ def keep_products(graph: gs.Graph) -> None:
 
 
 def drop_clips(graph: gs.Graph) -> None:
-    """Clip or Relu before a QuantizeLinear that saturates no later → nothing: the same integers come out."""
+    """Clip or Relu before a QuantizeLinear that saturates no later → nothing.
+
+    The same integers come out.
+    """
     for node in [n for n in graph.nodes if n.op in ("Clip", "Relu")]:
         readers = list(node.outputs[0].outputs)
         low, high = _bounds(node)
@@ -232,7 +256,9 @@ def _bounds(node: gs.Node) -> tuple[float, float]:
 
 def _covers(low: float, high: float, quantize: gs.Node) -> bool:
     """Whether every value outside [low, high] rounds to the same integer as the nearer bound."""
-    if len(quantize.inputs) < 3 or not all(isinstance(t, gs.Constant) for t in quantize.inputs[1:3]):
+    if len(quantize.inputs) < 3 or not all(
+        isinstance(t, gs.Constant) for t in quantize.inputs[1:3]
+    ):
         return False
     scale, zero = (np.asarray(t.values) for t in quantize.inputs[1:3])
     if scale.ndim:
@@ -240,7 +266,11 @@ def _covers(low: float, high: float, quantize: gs.Node) -> bool:
     info = np.iinfo(zero.dtype)
 
     def integer(bound: float, edge: int) -> bool:
-        ratio = np.float32(bound) / np.float32(scale) if math.isfinite(bound) else math.copysign(math.inf, bound)
+        ratio = (
+            np.float32(bound) / np.float32(scale)
+            if math.isfinite(bound)
+            else math.copysign(math.inf, bound)
+        )
         q = np.rint(ratio) + float(zero)
         return bool(q <= edge if edge == info.min else q >= edge)
 
@@ -248,17 +278,24 @@ def _covers(low: float, high: float, quantize: gs.Node) -> bool:
 
 
 def use_integer_matmuls(graph: gs.Graph) -> None:
-    """MatMul(DequantizeLinear(a), DequantizeLinear(W)) + bias → MatMulIntegerToFloat(a, W, …, bias)."""
+    """MatMul(DequantizeLinear(a), DequantizeLinear(W)) + bias → MatMulIntegerToFloat(a, W, …,
+    bias).
+    """
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
-        if data is None or weight is None or "block_size" in weight.attrs and weight.attrs["block_size"]:
+        if data is None or weight is None or weight.attrs.get("block_size"):
             continue
-        if not isinstance(weight.inputs[0], gs.Constant) or np.asarray(weight.inputs[0].values).dtype != np.int8:
+        if (
+            not isinstance(weight.inputs[0], gs.Constant)
+            or np.asarray(weight.inputs[0].values).dtype != np.int8
+        ):
             continue
         if isinstance(data.inputs[0], gs.Constant) or data.inputs[1].shape not in ((), [], None):
             continue
         output, bias = node.outputs[0], None
-        add = output.outputs[0] if len(output.outputs) == 1 and output not in graph.outputs else None
+        add = (
+            output.outputs[0] if len(output.outputs) == 1 and output not in graph.outputs else None
+        )
         if add is not None and add.op == "Add":
             other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
             if isinstance(other, gs.Constant) and np.asarray(other.values).ndim == 1:
@@ -278,7 +315,9 @@ def use_integer_matmuls(graph: gs.Graph) -> None:
 
 
 def use_sums(graph: gs.Graph) -> None:
-    """Add of two computed tensors read by a LayerNormalization → Sum, which ONNX Runtime leaves alone."""
+    """Add of two computed tensors read by a LayerNormalization → Sum, which ONNX Runtime leaves
+    alone.
+    """
     for node in graph.nodes:
         if node.op != "Add" or any(isinstance(t, gs.Constant) for t in node.inputs):
             continue

@@ -1,7 +1,7 @@
 """How each op of a Program is written in ONNX: the translations handed to `torch.onnx.export`.
 
-Operators of ONNX Runtime's own domain have no schema in the onnx package; the ones used are declared here, after
-ONNX Runtime's ContribOperators.md.
+Operators of ONNX Runtime's own domain have no schema in the onnx package; the ones used are
+declared here, after ONNX Runtime's ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _TYPES = ["float", "int8", "uint8", "int32", "int64", "bool"]
 
 
 def _declare(name: str, inputs: int, outputs: int, attributes: dict[str, OpSchema.AttrType]) -> Op:
-    """An operator that the onnx package does not know; any input after the first may be left out."""
+    """An operator that the onnx package does not know.
+
+    Any input after the first may be left out.
+    """
     parameter, option = OpSchema.FormalParameter, OpSchema.FormalParameterOption
     constraints = [(f"T{i}", [f"tensor({t})" for t in _TYPES], "") for i in range(inputs + outputs)]
     schema = OpSchema(
@@ -37,15 +40,21 @@ def _declare(name: str, inputs: int, outputs: int, attributes: dict[str, OpSchem
         ],
         outputs=[parameter(f"output_{i}", f"T{inputs + i}") for i in range(outputs)],
         type_constraints=constraints,
-        attributes=[OpSchema.Attribute(key, kind, required=True) for key, kind in attributes.items()],
+        attributes=[
+            OpSchema.Attribute(key, kind, required=True) for key, kind in attributes.items()
+        ],
     )
     return Op(Opset(INTERNAL, 1), name, schema)
 
 
-_Unpack = _declare("Unpack", 1, 1, {"element": OpSchema.AttrType.STRING, "shape": OpSchema.AttrType.INTS})
+_Unpack = _declare(
+    "Unpack", 1, 1, {"element": OpSchema.AttrType.STRING, "shape": OpSchema.AttrType.INTS}
+)
 
 
-def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: int, qmax: int) -> Any:
+def _quantize(
+    x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: int, qmax: int
+) -> Any:
     return op.QuantizeLinear(x, scale, zero_point, axis=axis, block_size=group)
 
 

@@ -1,10 +1,13 @@
 """Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
 
-Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row. Convolutions: the weight and what it reads; ONNX Runtime's
-integer convolution also writes integers, so each value between convolutions (after its ReLU or clip), residual sums and pools of
-such values are quantized where they are made, once for all readers.
+Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row.
+    Convolutions: the weight and what it reads; ONNX Runtime's
+integer convolution also writes integers, so each value between convolutions (after its ReLU or
+clip), residual sums and pools of such values are quantized where they are made, once for all
+readers.
 
-Left in float, with the reason: layers that the recipe keeps, weights that are computed or tied to something else, convolutions whose
+Left in float, with the reason: layers that the recipe keeps, weights that are computed or tied to
+    something else, convolutions whose
 output goes to float operators, what the target has no kernel for.
 """
 
@@ -42,10 +45,18 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type
-    if table is not None and (table.bits, table.granularity, table.symmetric) != (8, "channel", True):
-        raise UnsupportedError(f"recipe '{recipe.name}': embeddings are int8:channel or uint8:channel, not {table}")
+    if table is not None and (table.bits, table.granularity, table.symmetric) != (
+        8,
+        "channel",
+        True,
+    ):
+        raise UnsupportedError(
+            f"recipe '{recipe.name}': embeddings are int8:channel or uint8:channel, not {table}"
+        )
     if weight is not None and activation is not None and target.saturates:
-        weight = QType(weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True)
+        weight = QType(
+            weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True
+        )
     draft = Draft(program)
     entries: dict[Site, Assignment] = {}
     refusals: list[Refusal] = []
@@ -63,9 +74,13 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
             continue
         fitted = _fit(draft, node, weight)
         if fitted != weight and fitted is not None:
-            refusals.append(Refusal(place(node), f"{weight} does not divide its weight; {fitted} instead"))
+            refusals.append(
+                Refusal(place(node), f"{weight} does not divide its weight; {fitted} instead")
+            )
         if fitted is None:
-            refusals.append(Refusal(place(node), f"stays float: its weight has no groups for {weight}"))
+            refusals.append(
+                Refusal(place(node), f"stays float: its weight has no groups for {weight}")
+            )
             continue
         entries[_site(node, 1)] = Assignment(fitted)
         source = node.args[0]
@@ -87,7 +102,11 @@ def _site(node: Node, operand: int) -> Site:
 
 
 def _obstacle(
-    draft: Draft, node: Node, recipe: Recipe, chain: dict[Node, list[Node]], activation: QType | None
+    draft: Draft,
+    node: Node,
+    recipe: Recipe,
+    chain: dict[Node, list[Node]],
+    activation: QType | None,
 ) -> str | None:
     path = module_path(node)
     if any(fnmatch(path, pattern) for pattern in recipe.keep_float):
@@ -108,7 +127,9 @@ def _obstacle(
 
 
 def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:
-    """The format with the largest group, not above the wanted, that divides the layer's input features."""
+    """The format with the largest group, not above the wanted, that divides the layer's input
+    features.
+    """
     if weight.group is None:
         return weight
     if node.target in CONVS:
@@ -129,12 +150,14 @@ def _final(node: Node) -> Node:
 
 
 def _conv_chain(draft: Draft) -> dict[Node, list[Node]]:
-    """Convolutions whose output stays among integer ops, each with the values to quantize (its own, after the clip)."""
+    """Convolutions whose output stays among integer ops, each with the values to quantize (its own,
+    after the clip).
+    """
     values: dict[Node, Node] = {}  # value → the convolution, sum or pool that makes it
     for node in draft.calls():
-        if node.target in CONVS:
-            values[_final(node)] = node
-        elif node.target in ADDS and all(a in values for a in node.args[:2]):
+        if node.target in CONVS or (
+            node.target in ADDS and all(a in values for a in node.args[:2])
+        ):
             values[_final(node)] = node
         elif node.target in POOLS and node.args[0] in values:
             values[node] = node
@@ -142,16 +165,21 @@ def _conv_chain(draft: Draft) -> dict[Node, list[Node]]:
         value
         for value in values
         if any(u.target in (*CONVS, *ADDS, *POOLS, *PADS) for u in value.users)
-        or any(u.target in (LINEAR, *MOVES) for u in value.users)
-        and values[value].target in POOLS
+        or (
+            any(u.target in (LINEAR, *MOVES) for u in value.users) and values[value].target in POOLS
+        )
     }
-    return {maker: [value] for value, maker in values.items() if value in good and maker.target in CONVS}
+    return {
+        maker: [value] for value, maker in values.items() if value in good and maker.target in CONVS
+    }
 
 
 def _join(
     draft: Draft, entries: dict[Site, Assignment], activation: QType, chain: dict[Node, list[Node]]
 ) -> None:
-    """Sums and pools of quantized values are quantized as well, so that no convolution meets a float between."""
+    """Sums and pools of quantized values are quantized as well, so that no convolution meets a
+    float between.
+    """
     if not chain:
         return
     for node in draft.calls(*ADDS, *POOLS):
@@ -165,7 +193,9 @@ def _join(
 
 
 def _is_quantized(source: Node, entries: dict[Site, Assignment]) -> bool:
-    """Whether a value is already quantized where it is made, seen through data movement and padding."""
+    """Whether a value is already quantized where it is made, seen through data movement and
+    padding.
+    """
     while isinstance(source, Node):
         if _site(source, -1) in entries:
             return True

@@ -2,9 +2,9 @@
 
     b' = b + E[x Wᵀ] − E[x̂ Ŵᵀ]
 
-with x̂, Ŵ what the quantized layer really multiplies, over the rows sampled in calibration (Nagel 2019, "Data-Free Quantization
-through Weight Equalization and Bias Correction", section 4.2; here with data). Layers without a bias are left alone: a new
-addition would cost time.
+with x̂, Ŵ what the quantized layer really multiplies, over the rows sampled in calibration (Nagel
+2019, "Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2; here
+with data). Layers without a bias are left alone: a new addition would cost time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from qcompiler.rewrite import Draft, rewrite
 
 @rewrite(exact=False)
 def correct_bias(draft: Draft, observations: Observations) -> None:
-    """Correct the biases of the quantized linears whose input was observed. Runs after `insert_qdq`."""
+    """Correct the biases of the quantized linears whose input was observed.
+
+    Runs after `insert_qdq`.
+    """
     count = 0
     for node in draft.calls(LINEAR):
         bias = node.args[2] if len(node.args) > 2 else None
@@ -47,7 +50,9 @@ def correct_bias(draft: Draft, observations: Observations) -> None:
         error = (rows.double() @ float_weight.double().T).mean(0) - (
             noisy.double() @ quantized.double().T
         ).mean(0)
-        fresh = draft.add_constant(f"{node.name}_bias", (draft.constant(bias).double() + error).float())
+        fresh = draft.add_constant(
+            f"{node.name}_bias", (draft.constant(bias).double() + error).float()
+        )
         draft.set_input(node, 2, fresh)
         count += 1
     if count:
@@ -59,7 +64,9 @@ def _weights(draft: Draft, dequantize: Node) -> tuple[Tensor, Tensor]:
     quantize = dequantize.args[0]
     assert isinstance(quantize, Node)
     weight = draft.constant(quantize.args[0])  # type: ignore[arg-type]
-    constants: list[Any] = [draft.constant(a) if isinstance(a, Node) else a for a in quantize.args[1:]]
+    constants: list[Any] = [
+        draft.constant(a) if isinstance(a, Node) else a for a in quantize.args[1:]
+    ]
     q = ops.quantize(weight, *constants)
     return weight, ops.dequantize(q, *constants[:2], *constants[2:4])
 

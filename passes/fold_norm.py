@@ -1,11 +1,14 @@
-"""Move the scale and shift of each norm into the layers that read it, and its mean subtraction into those that write it.
+"""Move the scale and shift of each norm into the layers that read it, and its mean subtraction into
+those that write it.
 
     linear(norm(x) · γ + β, W, b) = linear(norm(x), W · diag(γ), b + W β)
 
-With `center=True` the mean subtraction of LayerNorm moves as well: it is the linear map C = I − 11ᵀ/n, so the writers of the stream
-take W' = C W and b' = C b, and LayerNorm becomes RMSNorm (QuaRot, Ashkboos 2024, section 4.1; SliceGPT, Ashkboos 2024, section 3.2).
+With `center=True` the mean subtraction of LayerNorm moves as well: it is the linear map C = I −
+11ᵀ/n, so the writers of the stream take W' = C W and b' = C b, and LayerNorm becomes RMSNorm
+(QuaRot, Ashkboos 2024, section 4.1; SliceGPT, Ashkboos 2024, section 3.2).
 
-Refused: a norm whose value something else reads as well (the residual of a post-norm block), a reader whose weight has other readers,
+Refused: a norm whose value something else reads as well (the residual of a post-norm block), a
+    reader whose weight has other readers,
 convolutions as readers of a shift (padding is zero before the shift, not after it).
 """
 
@@ -25,7 +28,10 @@ aten = torch.ops.aten
 
 @rewrite(exact=True)
 def fold_norm(draft: Draft, center: bool = False) -> None:
-    """Fold γ and β of LayerNorm and RMSNorm into their readers; with `center`, the mean into the writers."""
+    """Fold γ and β of LayerNorm and RMSNorm into their readers.
+
+    With `center`, the mean into the writers.
+    """
     folded = 0
     for region in find_regions(draft):
         norm = region.writers[0]
@@ -122,7 +128,10 @@ def _center(draft: Draft) -> None:
             continue
         shared = [w for w in region.writers if _weight_is_shared(w, region)]
         if shared:
-            draft.refuse(norms[0], f"the weight of {place(shared[0])}, which writes the stream, has another reader")
+            draft.refuse(
+                norms[0],
+                f"the weight of {place(shared[0])}, which writes the stream, has another reader",
+            )
             continue
         for writer in region.writers:
             _center_writer(draft, writer)
@@ -131,11 +140,16 @@ def _center(draft: Draft) -> None:
         draft.note(f"{len(norms)} mean subtractions folded into {len(region.writers)} writers")
     for norm in draft.calls(aten.layer_norm.default):
         if norm.users and norm not in reached:
-            draft.refuse(norm, "its mean cannot move into the writers: not all that it reads is written by weights")
+            draft.refuse(
+                norm,
+                "its mean cannot move into the writers: not all that it reads is written by weights",
+            )
 
 
 def _centre_obstacle(region: Region, norms: list[Node]) -> str | None:
-    """Why the writers of a stream cannot take the mean subtraction of the norms that read it, or None."""
+    """Why the writers of a stream cannot take the mean subtraction of the norms that read it, or
+    None.
+    """
     others = [b for b in region.blockers if b.node not in norms]
     if others:
         return others[0].reason

@@ -1,11 +1,14 @@
 """Join head split, scaled dot-product attention and head merge into one `qc::attention`.
 
-    transpose(sdpa(split(q), split(k), split(v), mask, scale))·merge  =  attention(q, k, v, mask, heads, kv_heads, scale)
+    transpose(sdpa(split(q), split(k), split(v), mask, scale))·merge  =  attention(q, k, v, mask,
+    heads, kv_heads, scale)
 
-where split is (batch, sequence, heads · size) → (batch, heads, sequence, size). Runtimes have one kernel for the whole, which saves the
-transposes. Grouped key/value heads repeated by expand and reshape are taken as such.
+where split is (batch, sequence, heads · size) → (batch, heads, sequence, size). Runtimes have one
+kernel for the whole, which saves the transposes. Grouped key/value heads repeated by expand and
+reshape are taken as such.
 
-Refused: attention with dropout, with an interleaved head layout, or whose heads are read by something else on the way.
+Refused: attention with dropout, with an interleaved head layout, or whose heads are read by
+    something else on the way.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ def _fuse(draft: Draft, node: Node) -> str | None:
     inputs = [_merged(n) for n in (query, key, value)]
     missing = [name for name, n in zip(("query", "key", "value"), inputs, strict=True) if n is None]
     if missing:
-        return f"the {missing[0]} is not the split of a (batch, sequence, channels) tensor into heads"
+        return (
+            f"the {missing[0]} is not the split of a (batch, sequence, channels) tensor into heads"
+        )
     (q, _), (k, kv_heads), (v, v_heads) = inputs  # type: ignore[misc]
     if kv_heads != v_heads or heads % kv_heads:
         return f"{heads} query, {kv_heads} key and {v_heads} value heads"
@@ -81,7 +86,9 @@ def _is_swap(node: Any) -> bool:
 
 
 def _merged(node: Any) -> tuple[Node, int] | None:
-    """The (batch, sequence, channels) tensor that `node` splits into heads, and the number of heads before any repetition."""
+    """The (batch, sequence, channels) tensor that `node` splits into heads, and the number of heads
+    before any repetition.
+    """
     node = _before_repeat(node)
     if not _is_swap(node):
         return None
@@ -102,12 +109,20 @@ def _before_repeat(node: Any) -> Any:
         return node.args[0] if dim in (1, -3) and node.meta["val"].ndim == 4 else node
     if isinstance(node, Node) and node.target in _RESHAPES:
         wide = node.args[0]
-        if isinstance(wide, Node) and wide.target is aten.expand.default and wide.meta["val"].ndim == 5:
+        if (
+            isinstance(wide, Node)
+            and wide.target is aten.expand.default
+            and wide.meta["val"].ndim == 5
+        ):
             single: Any = wide.args[0]
             sizes, joined = concrete_shape(wide), concrete_shape(node)
             if joined != [sizes[0], sizes[1] * sizes[2], *sizes[3:]]:
                 return node
-            if isinstance(single, Node) and single.target is aten.unsqueeze.default and single.args[1] in (2, -3):
+            if (
+                isinstance(single, Node)
+                and single.target is aten.unsqueeze.default
+                and single.args[1] in (2, -3)
+            ):
                 return single.args[0]
     return node
 
@@ -124,9 +139,10 @@ def _merge(node: Node) -> Node | None:
             if concrete_shape(user) != concrete_shape(current):
                 return None
             current = user  # a reshape to the same shape, written with other symbols
-        elif _is_swap(user) and not _is_swap(current):
-            current = user
-        elif user.target in (aten.contiguous.default, aten.clone.default):
+        elif (_is_swap(user) and not _is_swap(current)) or user.target in (
+            aten.contiguous.default,
+            aten.clone.default,
+        ):
             current = user
         elif user.target in _RESHAPES and after.ndim == 3 and before.ndim == 4:
             return user if _swapped(node, current) else None

@@ -1,9 +1,11 @@
 """Insert a quantize/dequantize pair at every site of a plan.
 
-Weights: `dequantize(quantize(W))` on the constant, which `pack_weights` computes. Activations: a static pair with the plan's range, or
-`dynamic_quantize`. Readers of one value with one format share the pair. Embeddings: the rows are looked up as integers and dequantized after
-that, never the whole table. A convolution's bias becomes int32 with the scale s_x · s_w, which integer accumulators add
-without rounding ("A Survey of Low-bit Large Language Models", section 2.2; Jacob 2018, section 2.2).
+Weights: `dequantize(quantize(W))` on the constant, which `pack_weights` computes. Activations: a
+    static pair with the plan's range, or
+`dynamic_quantize`. Readers of one value with one format share the pair. Embeddings: the rows are
+looked up as integers and dequantized after that, never the whole table. A convolution's bias
+becomes int32 with the scale s_x · s_w, which integer accumulators add without rounding ("A Survey
+of Low-bit Large Language Models", section 2.2; Jacob 2018, section 2.2).
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def _after(draft: Draft, source: Node) -> Node:
 
 
 def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> Node:
-    """quantize → dequantize of an activation; returns the float side."""
+    """Quantize → dequantize of an activation; returns the float side."""
     kind = assignment.qtype
     if kind.dynamic:
         triple = draft.call(ops.dynamic_quantize, source, str(kind), before=before, like=source)
@@ -122,7 +124,9 @@ def _quantize_table(draft: Draft, node: Node, kind: QType) -> None:
     rows = draft.call(aten.embedding.default, q, *node.args[1:], before=node)
     column = draft.add_constant(f"{node.name}_row_scale", scale[:, None].contiguous())
     scales = draft.call(aten.embedding.default, column, node.args[1], before=node)
-    middle = draft.add_constant(f"{node.name}_row_zero_point", torch.full((), kind.middle, dtype=kind.dtype))
+    middle = draft.add_constant(
+        f"{node.name}_row_zero_point", torch.full((), kind.middle, dtype=kind.dtype)
+    )
     draft.swap(node, draft.call(ops.dequantize, rows, scales, middle, 0, 0, before=node))
 
 
@@ -130,7 +134,10 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     """int32 bias of a convolution whose input and weight are quantized with static scales."""
     bias = node.args[2] if len(node.args) > 2 else None
     data: Any = node.args[0]
-    while isinstance(data, Node) and data.target in (aten.pad.default, aten.constant_pad_nd.default):
+    while isinstance(data, Node) and data.target in (
+        aten.pad.default,
+        aten.constant_pad_nd.default,
+    ):
         data = data.args[0]
     weight = node.args[1]
     pairs = [n for n in (data, weight) if isinstance(n, Node) and n.target is ops.dequantize]
@@ -141,7 +148,9 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
         return
     scale = (draft.constant(scales[0]).double() * draft.constant(scales[1]).double()).float()  # type: ignore[arg-type]
     s = draft.add_constant(f"{node.name}_bias_scale", scale)
-    z = draft.add_constant(f"{node.name}_bias_zero_point", torch.zeros_like(scale, dtype=torch.int32))
+    z = draft.add_constant(
+        f"{node.name}_bias_zero_point", torch.zeros_like(scale, dtype=torch.int32)
+    )
     low, high = -(2**31), 2**31 - 1
     q = draft.call(ops.quantize, bias, s, z, 0, 0, low, high, before=node)
     q.meta["qtype"] = "int32:channel"

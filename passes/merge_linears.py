@@ -2,10 +2,11 @@
 
     [x W₁ᵀ + b₁ ; x W₂ᵀ + b₂ ; …] = x [W₁ ; W₂ ; …]ᵀ + [b₁ ; b₂ ; …]
 
-One larger matrix product keeps the multipliers busier than several small ones, and the input is quantized and packed once (query, key and
-value; gate and up).
+One larger matrix product keeps the multipliers busier than several small ones, and the input is
+quantized and packed once (query, key and value; gate and up).
 
-Refused: linears whose weights have other readers (they would be stored twice), linears of which some only have a bias are given zeros.
+Refused: linears whose weights have other readers (they would be stored twice), linears of which
+    some only have a bias are given zeros.
 """
 
 from __future__ import annotations

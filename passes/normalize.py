@@ -1,12 +1,14 @@
 """Bring a captured graph into the form that the other passes match on.
 
 - In-place ops become their functional form; dropout, assertions, full slices and other no-ops go.
-- What depends on constants alone is computed now, when the result is no larger than what it was made from.
+- What depends on constants alone is computed now, when the result is no larger than what it was
+  made from.
 - `addmm`, `mm` and `matmul` with a constant matrix become `linear`.
-- Batch normalization after a convolution is folded into it:  W' = W·γ/√(σ²+ε),  b' = (b−μ)·γ/√(σ²+ε) + β.
+- Batch normalization after a convolution is folded into it:  W' = W·γ/√(σ²+ε),  b' =
+    (b−μ)·γ/√(σ²+ε) + β.
 - RMSNorm spelled out (x · rsqrt(mean(x²) + ε) · γ, or as a quotient) becomes `aten.rms_norm`.
-- GELU (erf and tanh) and SiLU become one op each, however they are spelled: an elementwise subgraph with one input is evaluated on
-  a grid and compared with the function itself.
+- GELU (erf and tanh) and SiLU become one op each, however they are spelled: an elementwise subgraph
+  with one input is evaluated on a grid and compared with the function itself.
 
 Refused, with the reason: batch normalization that no convolution feeds alone.
 """
@@ -32,8 +34,20 @@ _ELEMENTWISE = {
     aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.neg.default, aten.reciprocal.default,
     aten.square.default, aten.erfc.default, aten.rsub.Scalar, aten.add.Scalar, aten.mul.Scalar,
 }  # fmt: skip
-_CURVED = {aten.erf.default, aten.erfc.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default}
-_CONVS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+_CURVED = {
+    aten.erf.default,
+    aten.erfc.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.exp.default,
+}
+_CONVS = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+)
 _LAST = 9223372036854775807
 
 
@@ -52,13 +66,19 @@ def normalize(draft: Draft) -> None:
 def _make_functional(draft: Draft) -> None:
     for node in draft.calls():
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not str(node.target).split(".")[1].endswith("_"):
+        if (
+            schema is None
+            or not schema.is_mutable
+            or not str(node.target).split(".")[1].endswith("_")
+        ):
             continue
         target = node.args[0]
         packet, overload = str(node.target).removeprefix("aten.").split(".")
         functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
         if functional is None or not isinstance(target, Node) or draft.is_constant(target):
-            raise UnsupportedError(f"{place(node)} writes into its input in a way that has no functional form")
+            raise UnsupportedError(
+                f"{place(node)} writes into its input in a way that has no functional form"
+            )
         if _alias_is_read_later(target, node):
             raise UnsupportedError(
                 f"{place(node)} writes into a view that is read later; use the out-of-place operation in the model"
@@ -81,7 +101,11 @@ _VIEWS = {
 
 def _is_view(node: Node) -> bool:
     name = getattr(node.target, "_schema", None)
-    name = name.name.removeprefix("aten::") if name is not None else getattr(node.target, "__name__", "")
+    name = (
+        name.name.removeprefix("aten::")
+        if name is not None
+        else getattr(node.target, "__name__", "")
+    )
     return node.op == "call_function" and name in _VIEWS
 
 
@@ -106,7 +130,9 @@ def _drop_no_ops(draft: Draft) -> None:
             count += 1
         elif node.args and isinstance(node.args[0], Node) and _is_no_op(node, name):
             draft.swap(node, node.args[0])
-            draft.graph.erase_node(node)  # dropout counts as impure: dead-code elimination would keep it
+            draft.graph.erase_node(
+                node
+            )  # dropout counts as impure: dead-code elimination would keep it
             count += 1
     if count:
         draft.note(f"{count} no-ops dropped")
@@ -115,11 +141,24 @@ def _drop_no_ops(draft: Draft) -> None:
 def _is_no_op(node: Node, name: str) -> bool:
     source = node.args[0]
     value, before = node.meta.get("val"), source.meta.get("val")  # type: ignore[union-attr]
-    if not isinstance(value, Tensor) or not isinstance(before, Tensor) or value.dtype != before.dtype:
+    if (
+        not isinstance(value, Tensor)
+        or not isinstance(before, Tensor)
+        or value.dtype != before.dtype
+    ):
         return False
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
         return node.args[2] is False or node.args[1] == 0
-    if name in ("to", "contiguous", "alias", "clone", "detach", "lift_fresh_copy", "_to_copy", "detach_"):
+    if name in (
+        "to",
+        "contiguous",
+        "alias",
+        "clone",
+        "detach",
+        "lift_fresh_copy",
+        "_to_copy",
+        "detach_",
+    ):
         return value.device == before.device
     if name == "slice":
         start = node.args[2] if len(node.args) > 2 else None
@@ -147,7 +186,11 @@ def _fold_constants(draft: Draft) -> None:
     for node in draft.calls():
         inputs = node.all_input_nodes
         value = node.meta.get("val")
-        if not inputs or not isinstance(value, Tensor) or not all(draft.is_constant(n) for n in inputs):
+        if (
+            not inputs
+            or not isinstance(value, Tensor)
+            or not all(draft.is_constant(n) for n in inputs)
+        ):
             continue
         if not str(node.target).startswith("aten.") or not all(type(s) is int for s in value.shape):
             continue
@@ -186,7 +229,9 @@ def _fold_batch_norms(draft: Draft) -> None:
     for norm in draft.calls(aten.batch_norm.default):
         conv, gamma, beta, mean, variance, training, _, eps, *_ = norm.args
         if training:
-            draft.refuse(norm, "the batch normalization is in training mode: call eval() on the module")
+            draft.refuse(
+                norm, "the batch normalization is in training mode: call eval() on the module"
+            )
             continue
         if not isinstance(conv, Node) or conv.target not in _CONVS or len(conv.users) > 1:
             draft.refuse(norm, "no convolution feeds this batch normalization alone")
@@ -239,11 +284,13 @@ def _recognise_rms_norms(draft: Draft) -> None:
         square = mean.args[0]
         if mean.args[1] not in ([-1], [square.meta["val"].ndim - 1]) or mean.args[2:] != (True,):  # type: ignore[union-attr]
             continue
-        if square.target is aten.square.default or (
-            square.target is aten.pow.Tensor_Scalar and square.args[1] == 2  # type: ignore[union-attr]
+        if (
+            square.target is aten.square.default
+            or (
+                square.target is aten.pow.Tensor_Scalar and square.args[1] == 2  # type: ignore[union-attr]
+            )
+            or (square.target is aten.mul.Tensor and square.args[0] is square.args[1])
         ):
-            x = square.args[0]  # type: ignore[union-attr]
-        elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:  # type: ignore[union-attr]
             x = square.args[0]  # type: ignore[union-attr]
         else:
             continue
@@ -292,7 +339,10 @@ def _recognise_activations(draft: Draft) -> None:
             values = _on_grid(node, source)
             if values is None:
                 continue
-            match = next((a for a in _ACTIVATIONS if torch.allclose(values, a[3], rtol=1e-6, atol=1e-6)), None)
+            match = next(
+                (a for a in _ACTIVATIONS if torch.allclose(values, a[3], rtol=1e-6, atol=1e-6)),
+                None,
+            )
             if match is not None:
                 name, op, kwargs, _ = match
                 draft.swap(node, draft.call(op, source, before=node, **kwargs))
@@ -304,7 +354,9 @@ def _recognise_activations(draft: Draft) -> None:
 
 
 def _cuts(node: Node, limit: int = 14) -> list[Node]:
-    """Nodes upstream of `node` through elementwise ops that two or more paths lead to, nearest first."""
+    """Nodes upstream of `node` through elementwise ops that two or more paths lead to, nearest
+    first.
+    """
     cone, queue = [], [node]
     curved = False
     while queue and len(cone) < limit:
@@ -319,7 +371,9 @@ def _cuts(node: Node, limit: int = 14) -> list[Node]:
 
 
 def _on_grid(node: Node, source: Node) -> Tensor | None:
-    """The subgraph from `source` to `node` evaluated on the grid, or None if it has another input."""
+    """The subgraph from `source` to `node` evaluated on the grid, or None if it has another
+    input.
+    """
     values: dict[Node, Tensor] = {source: _GRID}
 
     def visit(current: Node, depth: int) -> bool:

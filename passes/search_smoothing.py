@@ -1,20 +1,24 @@
-"""Choose the smoothing factor of each tensor that quantized linears read: an analysis, Program × Observations → factors.
+"""Choose the smoothing factor of each tensor that quantized linears read: an analysis, Program ×
+Observations → factors.
 
-Dividing channel c of x by s_c and multiplying column c of W by s_c keeps x Wᵀ. SmoothQuant (Xiao 2023, eq. 4) takes
-s_c = max|x_c|^α / max|w_c|^(1−α). Here α is searched for each tensor, and s is then refined by gradient descent on the expected
-error of the layer's output under uniform rounding noise:
+Dividing channel c of x by s_c and multiplying column c of W by s_c keeps x Wᵀ. SmoothQuant (Xiao
+2023, eq. 4) takes s_c = max|x_c|^α / max|w_c|^(1−α). Here α is searched for each tensor, and s is
+then refined by gradient descent on the expected error of the layer's output under uniform rounding
+noise:
 
-    L_a = (R/n_a)²/12 · Σ_c s_c² ‖w_c‖²                      with R = max_c hi_c/s_c − min_c lo_c/s_c
-    L_w = Σ_o (max_c |w_oc| s_c / n_w)²/12 · Σ_c E[x_c²]/s_c²
+    L_a = (R/n_a)²/12 · Σ_c s_c² ‖w_c‖²                      with R = max_c hi_c/s_c − min_c
+    lo_c/s_c L_w = Σ_o (max_c |w_oc| s_c / n_w)²/12 · Σ_c E[x_c²]/s_c²
 
-where n_a and n_w are the numbers of steps of the activation's and weight's formats. The candidate with the smallest true
-error on the sampled rows wins, "no smoothing" being one of them.
+where n_a and n_w are the numbers of steps of the activation's and weight's formats. The candidate
+with the smallest true error on the sampled rows wins, "no smoothing" being one of them.
 
-The extremes hi and lo are not those of the sample alone: a channel that fires rarely would look harmless and overflow on other text. They
-are widened to μ ± 6σ, and for the output of an activation function f to the range of f over μ ± 5σ of its input.
+The extremes hi and lo are not those of the sample alone: a channel that fires rarely would look
+    harmless and overflow on other text. They
+are widened to μ ± 6σ, and for the output of an activation function f to the range of f over μ ± 5σ
+of its input.
 
-Where the layers that write the tensor can take the factor, Outlier Suppression+'s shift z_c = (hi_c + lo_c)/2 (Wei 2023, eq. 4) is a
-candidate as well.
+Where the layers that write the tensor can take the factor, Outlier Suppression+'s shift z_c = (hi_c
++ lo_c)/2 (Wei 2023, eq. 4) is a candidate as well.
 """
 
 from __future__ import annotations
@@ -34,8 +38,19 @@ from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle
 from qcompiler.rewrite import Draft
 
 aten = torch.ops.aten
-ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default, aten.sigmoid.default)
-ALPHAS = (0.4, 0.5, 0.6, 0.7)  # above, channels that fired rarely in calibration overflow on other data
+ACTIVATIONS = (
+    aten.gelu.default,
+    aten.silu.default,
+    aten.relu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+)
+ALPHAS = (
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+)  # above, channels that fired rarely in calibration overflow on other data
 MERGE_GAIN = 0.1  # dB below which a merged factor is not worth having
 INSERT_GAIN = 1.0  # dB below which a multiplication at run time is not
 
@@ -81,7 +96,9 @@ def search_smoothing(
 
 
 def _candidates(draft: Draft) -> list[tuple[Node, Region | None, bool]]:
-    """Tensors read by linears with constant weights, their region, and whether its writers can take a factor."""
+    """Tensors read by linears with constant weights, their region, and whether its writers can take
+    a factor.
+    """
     regions = {reader.node: region for region in find_regions(draft) for reader in region.readers}
     found: list[tuple[Node, Region | None, bool]] = []
     seen = set()
@@ -103,7 +120,10 @@ def _candidates(draft: Draft) -> list[tuple[Node, Region | None, bool]]:
 
 
 def _takes_shift(region: Region) -> bool:
-    """Whether a shift may be merged: one writer with a bias, and no op on the way that scaling alone commutes with."""
+    """Whether a shift may be merged.
+
+    One writer with a bias, and no op on the way that scaling alone commutes with.
+    """
     return (
         not region.only_scale
         and len(region.writers) == 1
@@ -124,7 +144,9 @@ def _extremes(source: Node, stats: Statistics, observations: Observations) -> tu
         high = torch.maximum(stats.high, stats.mean + 6 * stats.deviation)
     floor = 0.05 * torch.maximum(high, -low).mean()
     narrow = torch.maximum(high, -low) < floor
-    return torch.where(narrow, torch.minimum(low, -0.0 * floor), low), torch.where(narrow, floor, high)
+    return torch.where(narrow, torch.minimum(low, -0.0 * floor), low), torch.where(
+        narrow, floor, high
+    )
 
 
 def _search(
@@ -152,7 +174,9 @@ def _search(
             scale = _tied(absmax.pow(alpha) / largest.pow(1 - alpha), tie)
             grid.append((f"alpha {alpha}{suffix}", scale / scale.log().mean().exp(), shift))
         trials += grid
-        start = min(grid, key=lambda t: _expected(t[1], weights, rows, low, high, t[2], weight, activation))
+        start = min(
+            grid, key=lambda t: _expected(t[1], weights, rows, low, high, t[2], weight, activation)
+        )
         refined = _refine(start[1], weights, rows, low, high, shift, weight, activation)
         trials.append((f"refined{suffix}", _tied(refined, tie), shift))
     errors = [_true_error(s, z, weights, rows, low, high, weight, activation) for _, s, z in trials]
@@ -163,7 +187,9 @@ def _search(
 
 
 def _tied(value: Tensor, tie: Tensor | None) -> Tensor:
-    """One value for all channels that carry the same channel of the writer (repeated key/value heads): their mean."""
+    """One value for all channels that carry the same channel of the writer (repeated key/value
+    heads): their mean.
+    """
     if tie is None:
         return value
     count = int(tie.max()) + 1
@@ -181,7 +207,9 @@ def _expected(
     activation: QType, sharpness: float | None = None,
 ) -> float:  # fmt: skip
     return float(
-        _noise(scale.log(), _Terms(weights, rows, low, high, shift), weight, activation, sharpness).exp()
+        _noise(
+            scale.log(), _Terms(weights, rows, low, high, shift), weight, activation, sharpness
+        ).exp()
     )
 
 
@@ -203,7 +231,9 @@ class _Terms:
         self.bottom = (self.shift - self.low).clamp(min=1e-4).log()
 
 
-def _noise(t: Tensor, terms: _Terms, weight: QType, activation: QType, sharpness: float | None) -> Tensor:
+def _noise(
+    t: Tensor, terms: _Terms, weight: QType, activation: QType, sharpness: float | None
+) -> Tensor:
     """log(L_a + L_w) at s = exp(t); maxima softened by a p-norm where a sharpness p is given."""
 
     def peak(logs: Tensor, dim: int) -> Tensor:
@@ -222,7 +252,10 @@ def _refine(
     start: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor, weight: QType,
     activation: QType, iterations: int = 60,
 ) -> Tensor:  # fmt: skip
-    """Adam on log s from the best grid point; the mean of log s is fixed, because only ratios matter."""
+    """Adam on log s from the best grid point.
+
+    The mean of log s is fixed, because only ratios matter.
+    """
     terms = _Terms(weights, rows, low, high, shift)
     with torch.enable_grad():
         t = start.log().clone().requires_grad_(True)
@@ -241,7 +274,9 @@ def _true_error(
     scale: Tensor, shift: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, weight: QType,
     activation: QType,
 ) -> float:  # fmt: skip
-    """Squared error of the readers' output on the sampled rows, with the range that the extremes ask for."""
+    """Squared error of the readers' output on the sampled rows, with the range that the extremes
+    ask for.
+    """
     x = ((rows - shift) / scale).float()
     w = (weights * scale).float()
     bottom, top = ((low - shift) / scale).min(), ((high - shift) / scale).max()

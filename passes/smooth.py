@@ -1,12 +1,15 @@
-"""Apply smoothing factors: x ↦ (x − z)/s before the quantizer, W ↦ W·diag(s) and b ↦ b + W z after it.
+"""Apply smoothing factors: x ↦ (x − z)/s before the quantizer, W ↦ W·diag(s) and b ↦ b + W z after
+it.
 
     x Wᵀ + b = ((x − z)/s) (W diag(s))ᵀ + (b + W z)
 
-SmoothQuant (Xiao 2023, eq. 3); the shift is Outlier Suppression+'s (Wei 2023, eq. 3). Where the layers that write x can take the factor it
-costs nothing when the model runs; otherwise one multiplication by 1/s is inserted between x and its linears, and x itself,
-which something else reads as well, stays.
+SmoothQuant (Xiao 2023, eq. 3); the shift is Outlier Suppression+'s (Wei 2023, eq. 3). Where the
+layers that write x can take the factor it costs nothing when the model runs; otherwise one
+multiplication by 1/s is inserted between x and its linears, and x itself, which something else
+reads as well, stays.
 
-Refused, with the reason: tensors whose writers cannot take the factor when no multiplication may be inserted.
+Refused, with the reason: tensors whose writers cannot take the factor when no multiplication may be
+    inserted.
 """
 
 from __future__ import annotations
@@ -55,7 +58,11 @@ def _scale_reader(draft: Draft, reader: Node, scale: Tensor, shift: Tensor) -> N
     weight = draft.constant(reader.args[1]).double()  # type: ignore[arg-type]
     if bool((shift != 0).any()):
         bias = reader.args[2] if len(reader.args) > 2 else None
-        old = draft.constant(bias).double() if isinstance(bias, Node) else torch.zeros(len(weight)).double()
+        old = (
+            draft.constant(bias).double()
+            if isinstance(bias, Node)
+            else torch.zeros(len(weight)).double()
+        )
         fresh = draft.add_constant(f"{reader.name}_bias", (old + weight @ shift).float())
         reader.args = (reader.args[0], reader.args[1], fresh)
     draft.set_constant(reader.args[1], (weight * scale).float())  # type: ignore[arg-type]
@@ -79,4 +86,6 @@ def _insert(draft: Draft, source: Node, readers: list[Node], factor: Factor) -> 
     for reader in readers:
         draft.set_input(reader, 0, scaled)
         # The weight takes the inverse of what the float32 multiplication really does.
-        _scale_reader(draft, reader, 1 / draft.constant(reciprocal).double(), torch.zeros(1).double())
+        _scale_reader(
+            draft, reader, 1 / draft.constant(reciprocal).double(), torch.zeros(1).double()
+        )

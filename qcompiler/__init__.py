@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "ModelSpec", "Program", "QCompilerError", "QType", "Recipe", "Target", "capture", "compile"]
+__all__ = [
+    "Artifact",
+    "ModelSpec",
+    "Program",
+    "QCompilerError",
+    "QType",
+    "Recipe",
+    "Target",
+    "capture",
+    "compile",
+]
 
 _HOMES = {
     "Artifact": "artifact",

@@ -1,4 +1,6 @@
-"""Artifacts: a folder with the compiled model, its manifest, its report and the data it was verified on."""
+"""Artifacts: a folder with the compiled model, its manifest, its report and the data it was
+verified on.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Artifact:
 
     Attributes:
         folder: where it is.
-        manifest: inputs and outputs with shapes and dtypes, target, recipe, plan, checksums, versions, history, measurements.
+        manifest: inputs and outputs with shapes and dtypes, target, recipe, plan, checksums,
+            versions, history, measurements.
     """
 
     folder: Path
@@ -46,11 +49,14 @@ class Artifact:
         """Read a folder's manifest.
 
         Raises:
-            InputError: if the folder is no artifact, its manifest is corrupt, or a newer version wrote it.
+            InputError: if the folder is no artifact, its manifest is corrupt, or a newer version
+                wrote it.
         """
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise InputError(f"{folder}: no {MANIFEST} there; give a folder that 'qcompiler compile' wrote")
+            raise InputError(
+                f"{folder}: no {MANIFEST} there; give a folder that 'qcompiler compile' wrote"
+            )
         try:
             manifest = json.loads(path.read_text())
             version = int(manifest["format"])
@@ -62,7 +68,9 @@ class Artifact:
             )
         missing = {"inputs", "outputs", "target", "files"} - set(manifest)
         if missing:
-            raise InputError(f"{path} is corrupt (no {', '.join(sorted(missing))}); compile the model again")
+            raise InputError(
+                f"{path} is corrupt (no {', '.join(sorted(missing))}); compile the model again"
+            )
         return cls(Path(folder), manifest)
 
     def load(self, threads: int | None = None) -> Callable[..., Any]:
@@ -104,13 +112,17 @@ class Artifact:
         return runner
 
     def check_files(self) -> None:
-        """Raise a `VerifyError` naming the first file that is missing or is not what was written."""
+        """Raise a `VerifyError` naming the first file that is missing or is not what was
+        written.
+        """
         for name, digest in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file():
                 raise VerifyError(f"{path} is missing; compile the model again")
             if sha256(path) != digest:
-                raise VerifyError(f"{path} is not the file that was written (checksum differs); compile the model again")
+                raise VerifyError(
+                    f"{path} is not the file that was written (checksum differs); compile the model again"
+                )
 
     def batches(self, kind: str) -> list[Batch]:
         """The verification batches kept with the artifact; kind is "calibration" or "held-out"."""
@@ -159,7 +171,8 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def writing(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes
+    when it does not.
 
     Raises:
         InputError: if `out` exists and `force` is not set, or cannot be written.
@@ -167,7 +180,9 @@ def writing(out: Path, force: bool) -> Iterator[Path]:
     if out.exists() and not force:
         raise InputError(f"{out} exists; give another --out, or --force to replace it")
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is no artifact: --force replaces artifacts only; remove it yourself")
+        raise InputError(
+            f"{out} exists and is no artifact: --force replaces artifacts only; remove it yourself"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -185,7 +200,9 @@ def writing(out: Path, force: bool) -> Iterator[Path]:
             os.rename(work, out)
     except OSError as error:
         if error.errno == 28:
-            raise InputError(f"the disk of {out.parent} is full; nothing was written to {out}") from error
+            raise InputError(
+                f"the disk of {out.parent} is full; nothing was written to {out}"
+            ) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -212,7 +229,11 @@ def versions() -> dict[str, str]:
 
     from qcompiler import __version__
 
-    found = {"qcompiler": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "qcompiler": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy"):
         try:
             found[name] = version(name)

@@ -1,4 +1,6 @@
-"""Timing: several callables side by side, interleaved, so that a noisy machine disturbs all of them alike."""
+"""Timing: several callables side by side, interleaved, so that a noisy machine disturbs all of them
+alike.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Timing:
 def interleave(runs: Mapping[str, Callable[[], object]], seconds: float = 3.0) -> list[Timing]:
     """Time the callables in rounds; the first is the reference of all ratios.
 
-    Each has two warm-up calls. A round runs each callable for about `ROUND` seconds (at least once), in an order that alternates.
+    Each has two warm-up calls. A round runs each callable for about `ROUND` seconds (at least
+    once), in an order that alternates.
     """
     calls: dict[str, int] = {}
     for name, run in runs.items():

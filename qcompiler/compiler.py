@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompiler import artifact as artifacts
 from qcompiler.artifact import Artifact
-from qcompiler.data import Data, flatten
+from qcompiler.data import Data
 from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.observe import Statistics, choose_range, observe
@@ -28,7 +28,7 @@ from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
-from qcompiler.plan import Assignment, Factor, Plan
+from qcompiler.plan import Assignment, Factor
 from qcompiler.program import Program, capture
 from qcompiler.recipe import Recipe, load_recipe
 from qcompiler.spec import Batches, Inputs, ModelSpec
@@ -60,8 +60,8 @@ def compile(
         example_inputs: tensors by name or position; not needed with a `ModelSpec` or `Program`.
         target: what will run it, such as `ort:cpu`.
         recipe: a preset's name, a YAML file, or a `Recipe`.
-        calibration: batches like the example inputs, or a function that gives them; real data. A quarter of them is held out
-            and used for verification only.
+        calibration: batches like the example inputs, or a function that gives them; real data. A
+            quarter of them is held out and used for verification only.
         dynamic_shapes: input → {dimension: name}.
         out: the folder to write.
         force: replace an artifact that is there.
@@ -72,7 +72,8 @@ def compile(
         The artifact; `artifact.load()` gives a callable.
 
     Raises:
-        QCompilerError: one of its kinds, with a message that says what, where and what to do. Nothing is left half-written.
+        QCompilerError: one of its kinds, with a message that says what, where and what to do.
+            Nothing is left half-written.
     """
     say = _Clock(progress)
     target = Target.parse(target) if isinstance(target, str) else target
@@ -119,7 +120,11 @@ def quantize(
     source = program
 
     def step(after: Program, before: Program) -> Program:
-        return check_exact(before, after, reference) if after.exported is not before.exported else after
+        return (
+            check_exact(before, after, reference)
+            if after.exported is not before.exported
+            else after
+        )
 
     for rewrite in (normalize, fold_norm):
         say(rewrite.__name__)
@@ -155,7 +160,9 @@ def quantize(
     for site, assignment in static.items():
         if not assignment.qtype.dynamic:
             parameter = recipe.p if recipe.calibration == "pnorm" else recipe.percentile
-            low, high = choose_range(after[tensors[site]], assignment.qtype, recipe.calibration, parameter)
+            low, high = choose_range(
+                after[tensors[site]], assignment.qtype, recipe.calibration, parameter
+            )
             ranges[site] = Assignment(assignment.qtype, low, high)
     plan = plan.with_entries(ranges)
 
@@ -168,7 +175,9 @@ def quantize(
     quantized = _same_integers(program, pack_weights(program), reference)
     say("compare sites")
     layers = [n.name for n in floating.exported.graph.nodes if _is_layer(n)]
-    sites = compare_sites(floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask)
+    sites = compare_sites(
+        floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask
+    )
     plain = fuse_attention(normalize(source))
     return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites)
 
@@ -225,7 +234,9 @@ def _as_spec(
         example: Inputs = example_inputs if example_inputs is not None else _examples(model)
         return ModelSpec("program", torch.nn.Identity(), example, dynamic_shapes or {}, factory)
     if example_inputs is None:
-        raise InputError("example_inputs are needed to capture a module: a tuple of tensors, or a mapping by name")
+        raise InputError(
+            "example_inputs are needed to capture a module: a tuple of tensors, or a mapping by name"
+        )
     return ModelSpec(type(model).__name__, model, example_inputs, dynamic_shapes or {}, factory)
 
 

@@ -23,7 +23,9 @@ class Data:
         self.limit = recipe.batches
         self.mask = spec.padding_mask
         if self.mask and self.mask not in program.inputs:
-            raise InputError(f"padding_mask '{self.mask}' is no input of the model: {', '.join(program.inputs)}")
+            raise InputError(
+                f"padding_mask '{self.mask}' is no input of the model: {', '.join(program.inputs)}"
+            )
         source, held = spec.calibration, spec.held_out
         self.note = spec.calibration_note
         if source is None:
@@ -56,7 +58,9 @@ class Data:
         for index, inputs in enumerate(factory()):
             batch = flatten(self.program, inputs, f"{name} batch {index}")
             self.program.check_batch(batch, f"{name} batch {index}")
-            check_finite(dict(zip(self.program.inputs, batch, strict=True)), f"{name} batch {index}")
+            check_finite(
+                dict(zip(self.program.inputs, batch, strict=True)), f"{name} batch {index}"
+            )
             count += 1
             yield batch
         if count == 0:

@@ -1,4 +1,7 @@
-"""What follows the passes: lower, audit, verify, time, report; and doing so again with an artifact on disk."""
+"""What follows the passes.
+
+Lower, audit, verify, time, report; and doing so again with an artifact on disk.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ class Compiled:
 
     Attributes:
         source: as captured.
-        plain: the float model in the form that runs fastest; what the quantized model is compared with.
+        plain: the float model in the form that runs fastest; what the quantized model is compared
+            with.
         floating: smoothed, just before quantization.
         quantized: with packed integers.
         plan, factors: the decisions.
@@ -66,7 +70,9 @@ class Compiled:
 
 def _output_names(program: Program, spec: ModelSpec) -> tuple[str, ...]:
     count = len(program.exported.graph_signature.user_outputs)
-    return tuple([*spec.output_names, *(f"output_{i}" for i in range(len(spec.output_names), count))][:count])
+    return tuple(
+        [*spec.output_names, *(f"output_{i}" for i in range(len(spec.output_names), count))][:count]
+    )
 
 
 def deliver(
@@ -96,12 +102,16 @@ def deliver(
             reference = folder / REFERENCE
             reference.mkdir()
             say("lower the float model")
-            ort.lower(compiled.plain, reference, output_names=names, dynamic_shapes=spec.dynamic_shapes)
+            ort.lower(
+                compiled.plain, reference, output_names=names, dynamic_shapes=spec.dynamic_shapes
+            )
             say("audit")
             integer = recipe.activation_type is not None
             audit = ort_audit.audit(folder, _planned(compiled, integer), integer)
             run, run_float = ort.load(folder, 1), ort.load(reference, 1)
-            share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in held_out[0]), strict=True)))
+            share = ort_audit.profile(
+                folder, dict(zip(inputs, (t.numpy() for t in held_out[0]), strict=True))
+            )
         case _:
             raise UnsupportedError(f"no backend for '{target}'")
     say("verify")
@@ -118,7 +128,9 @@ def deliver(
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
     say("time")
     batch = held_out[0]
-    timings = interleave({"float": lambda: run_float(*batch), "quantized": lambda: run(*batch)}, 2.0)
+    timings = interleave(
+        {"float": lambda: run_float(*batch), "quantized": lambda: run(*batch)}, 2.0
+    )
     metric = None
     if spec.metric is not None:
         say(f"metric: {spec.metric_name}")
@@ -161,7 +173,9 @@ def deliver(
 
 
 def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
-    """Layers whose weights the plan quantizes, node → module path; with float activations only linears have such kernels."""
+    """Layers whose weights the plan quantizes, node → module path; with float activations only
+    linears have such kernels.
+    """
     nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
     linear = torch.ops.aten.linear.default
     return {
@@ -184,13 +198,21 @@ def _as_module(run: Callable[..., Any], spec: Any) -> Callable[..., Any]:
 
 
 def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
-    """What `verify` demands of the artifact against the program: what was measured here, less 6 dB for another CPU's kernels."""
+    """What `verify` demands of the artifact against the program.
+
+    What was measured here, less 6 dB for another CPU's kernels.
+    """
     measured = [row["sqnr_db"] for row in errors["lowering"]]
     return round(max(0.0, min(measured, default=0.0) - 6.0), 1)
 
 
 def _manifest(
-    spec: ModelSpec, compiled: Compiled, recipe: Recipe, target: Target, command: str, names: Sequence[str]
+    spec: ModelSpec,
+    compiled: Compiled,
+    recipe: Recipe,
+    target: Target,
+    command: str,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     program = compiled.quantized
     nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
@@ -204,7 +226,9 @@ def _manifest(
 
     try:
         structure = pytree.treespec_dumps(program.exported.call_spec.out_spec)  # type: ignore[arg-type]
-    except Exception:  # an output type that torch cannot write down: the artifact then returns a tuple
+    except (
+        Exception
+    ):  # an output type that torch cannot write down: the artifact then returns a tuple
         structure = ""
     return {
         "format": artifacts.FORMAT,
@@ -245,18 +269,31 @@ def _ranges(compiled: Compiled, path: Callable[[str], str]) -> list[dict[str, An
 
     rows = []
     for name, stats in compiled.ranges_after.items():
-        before = compiled.ranges_before.get(name) or compiled.ranges_before.get(_origin(compiled, name))
+        before = compiled.ranges_before.get(name) or compiled.ranges_before.get(
+            _origin(compiled, name)
+        )
         rows.append(
-            {"tensor": name, "path": path(name), "before": describe(before), "after": describe(stats)}
+            {
+                "tensor": name,
+                "path": path(name),
+                "before": describe(before),
+                "after": describe(stats),
+            }
         )
     return rows
 
 
 def _origin(compiled: Compiled, name: str) -> str:
-    """The tensor that an inserted smoothing multiplication reads, or, fused away, the one that its successor replaced."""
+    """The tensor that an inserted smoothing multiplication reads, or, fused away, the one that its
+    successor replaced.
+    """
     node = next(n for n in compiled.floating.exported.graph.nodes if n.name == name)
     first = node.args[0] if node.args else None
-    return first.name if str(node.target) == "aten.mul.Tensor" and isinstance(first, torch.fx.Node) else name
+    return (
+        first.name
+        if str(node.target) == "aten.mul.Tensor" and isinstance(first, torch.fx.Node)
+        else name
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -290,7 +327,10 @@ def _warnings(manifest: Mapping[str, Any]) -> list[str]:
 
 def _judge(manifest: Mapping[str, Any], recipe: Recipe) -> None:
     """Fail where the recipe's bounds or promises are broken."""
-    worst = min((r["sqnr_db"] for r in manifest["errors"]["quantization"] if r["data"] == "held-out"), default=200.0)
+    worst = min(
+        (r["sqnr_db"] for r in manifest["errors"]["quantization"] if r["data"] == "held-out"),
+        default=200.0,
+    )
     if worst < recipe.min_sqnr:
         raise VerifyError(
             f"SQNR on held-out data is {worst:.1f} dB, recipe '{recipe.name}' demands {recipe.min_sqnr:.1f}: try "
@@ -305,7 +345,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     """Check an artifact again, on the data kept with it: files, lowering error, quantization error.
 
     Returns:
-        `{"ok": bool, "checks": [{"what", "value", "bound", "ok"}]}`; values in dB except for the files.
+        `{"ok": bool, "checks": [{"what", "value", "bound", "ok"}]}`; values in dB except for the
+        files.
 
     Raises:
         VerifyError: if a file is missing or changed.
@@ -314,7 +355,12 @@ def verify(folder: str | Path) -> dict[str, Any]:
     artifact = Artifact.open(folder)
     artifact.check_files()
     checks: list[dict[str, Any]] = [
-        {"what": "files", "value": len(artifact.manifest["files"]), "bound": "checksums", "ok": True}
+        {
+            "what": "files",
+            "value": len(artifact.manifest["files"]),
+            "bound": "checksums",
+            "ok": True,
+        }
     ]
     run = artifact.runner(1)
     names = [o["name"] for o in artifact.manifest["outputs"]]
@@ -346,11 +392,13 @@ def bench(
     shape: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time an artifact beside its float model and ONNX Runtime's own quantizers, interleaved, in one run.
+    """Time an artifact beside its float model and ONNX Runtime's own quantizers, interleaved, in
+    one run.
 
     Args:
         folder: the artifact; its float model must have been kept.
-        against: `float`, `ort-dynamic`, `ort-static`. The float model is always measured: all ratios are to it.
+        against: `float`, `ort-dynamic`, `ort-static`. The float model is always measured: all
+            ratios are to it.
         threads: of one operator.
         seconds: of measuring, all candidates together.
         shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order.
@@ -377,7 +425,11 @@ def bench(
             say(peer)
             try:
                 paths[peer] = ort_peers.build(
-                    peer, base / ort.MODEL, Path(scratch), lambda: artifact.batches("calibration"), inputs
+                    peer,
+                    base / ort.MODEL,
+                    Path(scratch),
+                    lambda: artifact.batches("calibration"),
+                    inputs,
                 )
             except InputError:
                 raise
@@ -386,7 +438,10 @@ def bench(
         runs = {name: ort.load_model(path, threads) for name, path in paths.items()}
         expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
         quality = {
-            name: min(c.sqnr_db for c in compare(expected, [run(*b) for b in batches], names, "held-out", masks))
+            name: min(
+                c.sqnr_db
+                for c in compare(expected, [run(*b) for b in batches], names, "held-out", masks)
+            )
             for name, run in runs.items()
         }
         say("time")
@@ -405,11 +460,20 @@ def bench(
         for n, note in notes.items()
     ]  # fmt: skip
     first = batch[0]
-    return {"rows": rows, "threads": threads, "shape": "×".join(map(str, first.shape)), "machine": machine()}
+    return {
+        "rows": rows,
+        "threads": threads,
+        "shape": "×".join(map(str, first.shape)),
+        "machine": machine(),
+    }
 
 
-def _resize(batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str) -> tuple[torch.Tensor, ...]:
-    """The batch with its dynamic sizes set, in order of appearance, by repeating and cutting its data."""
+def _resize(
+    batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str
+) -> tuple[torch.Tensor, ...]:
+    """The batch with its dynamic sizes set, in order of appearance, by repeating and cutting its
+    data.
+    """
     symbols: list[str] = []
     for entry in inputs:
         symbols += [s for s in entry["shape"] if isinstance(s, str) and s not in symbols]
@@ -418,7 +482,9 @@ def _resize(batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], 
     except ValueError:
         sizes = []
     if len(sizes) != len(symbols) or any(s < 1 for s in sizes):
-        raise InputError(f"--shape {shape}: give {len(symbols)} sizes for {', '.join(symbols)}, such as 8x128")
+        raise InputError(
+            f"--shape {shape}: give {len(symbols)} sizes for {', '.join(symbols)}, such as 8x128"
+        )
     wanted = dict(zip(symbols, sizes, strict=True))
     resized = []
     for tensor, entry in zip(batch, inputs, strict=True):

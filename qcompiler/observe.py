@@ -1,14 +1,17 @@
-"""Calibration: what the activations looked like, gathered in bounded memory, and the range that each method draws from it.
+"""Calibration: what the activations looked like, gathered in bounded memory, and the range that
+each method draws from it.
 
 Memory for each observed tensor, whatever the number of batches (`Statistics.bytes_bound`):
 
-    8 · BINS  (histogram)  +  4 · 8 · channels  (extremes, sums)  +  4 · ROWS · channels  (sampled rows)
+    8 · BINS  (histogram)  +  4 · 8 · channels  (extremes, sums)  +  4 · ROWS · channels  (sampled
+    rows)
 
-The histogram spans [−A, A]; when a value falls outside, A doubles and bins merge in pairs, so nothing is ever re-read. The sampled
-rows are a reservoir (Vitter 1985, algorithm R) drawn with a generator seeded by the tensor's name: the same data
-give the same statistics, bit for bit.
+The histogram spans [−A, A]; when a value falls outside, A doubles and bins merge in pairs, so
+nothing is ever re-read. The sampled rows are a reservoir (Vitter 1985, algorithm R) drawn with a
+generator seeded by the tensor's name: the same data give the same statistics, bit for bit.
 
-Methods: min-max; percentile; KL divergence (Migacz 2017, "8-bit inference with TensorRT"); search over the p-norm of the error
+Methods: min-max; percentile; KL divergence (Migacz 2017, "8-bit inference with TensorRT"); search
+    over the p-norm of the error
 ("mse" is p = 2). See "A Survey of Low-bit Large Language Models", section 2.4 (calibration).
 """
 
@@ -64,11 +67,17 @@ class Statistics:
 
     def update(self, value: Tensor) -> None:
         """Take in one batch's value, any shape; floats only."""
-        rows = value.detach().movedim(self.axis, -1).flatten(0, -2).float() if value.ndim > 1 else value.reshape(1, -1)
+        rows = (
+            value.detach().movedim(self.axis, -1).flatten(0, -2).float()
+            if value.ndim > 1
+            else value.reshape(1, -1)
+        )
         if not len(rows):  # all of it was padding
             return
         if not bool(torch.isfinite(rows).all()):
-            raise InputError(f"calibration: the value of '{self.name}' has NaN or Inf; check the inputs and the model")
+            raise InputError(
+                f"calibration: the value of '{self.name}' has NaN or Inf; check the inputs and the model"
+            )
         low, high = rows.amin(0).double(), rows.amax(0).double()
         self.low = low if self.seen == 0 else torch.minimum(self.low, low)
         self.high = high if self.seen == 0 else torch.maximum(self.high, high)
@@ -85,7 +94,9 @@ class Statistics:
         while reach > self.span:
             half = BINS // 2
             merged = self.counts.reshape(half, 2).sum(1)
-            self.counts = torch.cat([merged.new_zeros(half // 2), merged, merged.new_zeros(half // 2)])
+            self.counts = torch.cat(
+                [merged.new_zeros(half // 2), merged, merged.new_zeros(half // 2)]
+            )
             self.span *= 2
         self.counts += torch.histc(rows, BINS, -self.span, self.span).double()
 
@@ -96,10 +107,14 @@ class Statistics:
         rest = rows[len(take) :]
         if len(rest):
             ranks = torch.arange(self.seen + len(take), self.seen + len(rows)) + 1
-            slots = (torch.rand(len(rest), generator=self._generator, dtype=torch.float64) * ranks).long()
+            slots = (
+                torch.rand(len(rest), generator=self._generator, dtype=torch.float64) * ranks
+            ).long()
             kept = slots < self.limit
             # Later rows win a slot, as if taken one after the other.
-            for slot, index in zip(slots[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True):
+            for slot, index in zip(
+                slots[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True
+            ):
                 self.rows[slot] = rest[index]
 
     @property
@@ -120,7 +135,7 @@ class Statistics:
 
     @property
     def absmax(self) -> Tensor:
-        """max |x| of each channel, (channels,) float64."""
+        """Max |x| of each channel, (channels,) float64."""
         return torch.maximum(self.high, -self.low)
 
     @property
@@ -174,7 +189,9 @@ def observe(
     return found
 
 
-def choose_range(stats: Statistics, qtype: QType, method: str, parameter: float) -> tuple[float, float]:
+def choose_range(
+    stats: Statistics, qtype: QType, method: str, parameter: float
+) -> tuple[float, float]:
     """The range [low, high] that a static per-tensor scale should cover.
 
     Args:
@@ -191,7 +208,9 @@ def choose_range(stats: Statistics, qtype: QType, method: str, parameter: float)
     if method == "kl":
         return _search_kl(stats, qtype, low, high)
     if method in ("mse", "pnorm"):
-        return search_norm(stats.centres, stats.counts, qtype, 2.0 if method == "mse" else parameter, low, high)
+        return search_norm(
+            stats.centres, stats.counts, qtype, 2.0 if method == "mse" else parameter, low, high
+        )
     raise InputError(f"unknown calibration method '{method}': {nearest(method, [*METHODS])}")
 
 
@@ -240,8 +259,12 @@ def search_norm(
     return bottom, top
 
 
-def _search_kl(stats: Statistics, qtype: QType, low: float, high: float, steps: int = 96) -> tuple[float, float]:
-    """The shrink factor whose quantized histogram is nearest to the clipped one in Kullback–Leibler divergence."""
+def _search_kl(
+    stats: Statistics, qtype: QType, low: float, high: float, steps: int = 96
+) -> tuple[float, float]:
+    """The shrink factor whose quantized histogram is nearest to the clipped one in Kullback–Leibler
+    divergence.
+    """
     centres, counts = stats.centres, stats.counts
 
     def divergence(factor: float) -> float:
@@ -252,9 +275,12 @@ def _search_kl(stats: Statistics, qtype: QType, low: float, high: float, steps: 
         reference[0] += counts[centres < low * factor].sum()
         reference[-1] += counts[centres > high * factor].sum()
         scale, zero = qtype.scale_for(torch.tensor(low * factor), torch.tensor(high * factor))
-        level = ((centres[inside] / scale.double()).round() + zero).clamp(qtype.qmin, qtype.qmax).long()
+        level = (
+            ((centres[inside] / scale.double()).round() + zero).clamp(qtype.qmin, qtype.qmax).long()
+        )
         level = level - qtype.qmin
-        # The quantized distribution has no knowledge of the clipped mass: it spreads the inner counts of a level evenly.
+        # The quantized distribution has no knowledge of the clipped mass: it spreads the inner
+        # counts of a level evenly.
         inner = counts[inside]
         occupied = (inner > 0).double()
         levels = qtype.qmax - qtype.qmin + 1

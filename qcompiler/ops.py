@@ -4,10 +4,11 @@
     qc::dequantize        integers → float
     qc::dynamic_quantize  float → integers, scale and zero point computed from the tensor itself
     qc::unpack            packed 2-, 3- and 4-bit weights → int8
-    qc::attention         softmax(q kᵀ · scale + mask) v over the heads of (batch, sequence, heads · size) tensors
+    qc::attention         softmax(q kᵀ · scale + mask) v over the heads of (batch, sequence, heads ·
+    size) tensors
 
-The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11. An axis and a group size
-are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
+The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11.
+An axis and a group size are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
 """
 
 from __future__ import annotations

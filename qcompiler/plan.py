@@ -1,4 +1,6 @@
-"""The Plan: which tensor use gets which number format, and over which range. Data, never behaviour."""
+"""The Plan: which tensor use gets which number format, and over which range. Data, never
+behaviour.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Plan(Mapping[Site, Assignment]):
-    """An immutable mapping from sites to formats, in graph order, and what was left in float with its reason.
+    """An immutable mapping from sites to formats, in graph order, and what was left in float with
+    its reason.
 
     Operand −1 is the node's own value, quantized once for all its readers.
     """

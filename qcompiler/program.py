@@ -38,7 +38,8 @@ class Entry:
         name: the pass.
         exact: whether it claims the same function in real arithmetic.
         changed: whether it changed the program at all.
-        residual: ‖new − old‖ / ‖old‖ of the outputs on the checked batches; None where it was not measured.
+        residual: ‖new − old‖ / ‖old‖ of the outputs on the checked batches; None where it was not
+            measured.
         bound: what float rounding explains; None for passes that claim nothing.
         notes: what it did, in counts.
         refusals: what it did not do.
@@ -64,7 +65,9 @@ class Program:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, in the order of the forward signature, nested arguments flattened."""
+        """Names of the inputs, in the order of the forward signature, nested arguments
+        flattened.
+        """
         return tuple(str(name) for name in self.exported.graph_signature.user_inputs)
 
     def with_entry(self, entry: Entry) -> Program:
@@ -84,10 +87,14 @@ class Program:
 
     def placeholder(self, name: str) -> Node:
         """The input node of that name."""
-        return next(n for n in self.exported.graph.nodes if n.op == "placeholder" and n.name == name)
+        return next(
+            n for n in self.exported.graph.nodes if n.op == "placeholder" and n.name == name
+        )
 
     def check_batch(self, batch: Batch, where: str = "inputs") -> None:
-        """Raise an `InputError` if `batch` has not the number, dtypes and static sizes of the inputs."""
+        """Raise an `InputError` if `batch` has not the number, dtypes and static sizes of the
+        inputs.
+        """
         if len(batch) != len(self.inputs):
             raise InputError(
                 f"{where}: {len(batch)} tensors given, the model takes {len(self.inputs)}: {', '.join(self.inputs)}"
@@ -99,14 +106,18 @@ class Program:
             if not isinstance(value, Tensor):
                 raise InputError(f"{where}: '{name}' is a {type(value).__name__}, not a tensor")
             if value.dtype != expected.dtype:
-                raise InputError(f"{where}: '{name}' is {value.dtype}, the model takes {expected.dtype}")
+                raise InputError(
+                    f"{where}: '{name}' is {value.dtype}, the model takes {expected.dtype}"
+                )
             wanted = [str(s) if isinstance(s, int) else "*" for s in expected.shape]
             fits = len(wanted) == value.ndim and all(
                 w in ("*", str(s)) for w, s in zip(wanted, value.shape, strict=True)
             )
             if not fits:
                 shape = ", ".join(wanted)
-                raise InputError(f"{where}: '{name}' has the shape {tuple(value.shape)}, the model takes ({shape})")
+                raise InputError(
+                    f"{where}: '{name}' has the shape {tuple(value.shape)}, the model takes ({shape})"
+                )
 
     @torch.no_grad()
     def run(
@@ -117,7 +128,8 @@ class Program:
         Args:
             batch: one tensor for each input.
             watch: called with every computed node and its value.
-            double: compute in float64 what the program computes in float32 (the reference for rounding bounds).
+            double: compute in float64 what the program computes in float32 (the reference for
+                rounding bounds).
 
         Returns:
             The flat outputs.
@@ -172,7 +184,8 @@ class Program:
 
 
 def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions of `value` that are not padding, as rows; all of `value` where the mask does not apply.
+    """The positions of `value` that are not padding, as rows; all of `value` where the mask does
+    not apply.
 
     Args:
         value: any tensor.
@@ -200,7 +213,10 @@ def reorder(exported: ExportedProgram, kwargs: Mapping[str, Any]) -> dict[str, A
     keys = spec.children()[1].context or []
     names = exported.module_call_graph[0].signature
     order = list(names.forward_arg_names) if names and names.forward_arg_names else list(keys)
-    return {key: kwargs[key] for key in sorted(kwargs, key=lambda k: order.index(k) if k in order else 99)}
+    return {
+        key: kwargs[key]
+        for key in sorted(kwargs, key=lambda k: order.index(k) if k in order else 99)
+    }
 
 
 DynamicShapes = Mapping[str, Mapping[int, str]]
@@ -216,8 +232,9 @@ def capture(
     Args:
         module: any module that `torch.export` accepts; put into eval mode here.
         example_inputs: positional (a tuple) or by name (a mapping).
-        dynamic_shapes: input name → {dimension: name}, such as `{"input_ids": {0: "batch", 1: "sequence"}}`. A dimension that is
-            1 in the example is doubled for the capture, because `torch.export` takes 0 and 1 as constants.
+        dynamic_shapes: input name → {dimension: name}, such as `{"input_ids": {0: "batch", 1:
+            "sequence"}}`. A dimension that is 1 in the example is doubled for the capture, because
+            `torch.export` takes 0 and 1 as constants.
 
     Raises:
         CaptureError: with the line of the model at fault and the known remedy.
@@ -235,7 +252,9 @@ def capture(
     dynamic_shapes = dynamic_shapes or {}
     unknown = set(dynamic_shapes) - set(keys)
     if unknown:
-        raise InputError(f"dynamic shapes of unknown inputs {sorted(unknown)}; the inputs are {keys}")
+        raise InputError(
+            f"dynamic shapes of unknown inputs {sorted(unknown)}; the inputs are {keys}"
+        )
     widened = [
         _widen(value, dynamic_shapes.get(key, {}), key)
         for key, value in zip(keys, args or kwargs.values(), strict=True)
@@ -244,7 +263,9 @@ def capture(
     kwargs = dict(zip(keys, widened, strict=True)) if kwargs else {}
     shapes: Any = None
     if dynamic_shapes:
-        marks = [dict.fromkeys(dynamic_shapes.get(key, {}), torch.export.Dim.DYNAMIC) for key in keys]
+        marks = [
+            dict.fromkeys(dynamic_shapes.get(key, {}), torch.export.Dim.DYNAMIC) for key in keys
+        ]
         shapes = tuple(marks) if args else dict(zip(keys, marks, strict=True))
     module.eval()
     try:
@@ -282,7 +303,9 @@ def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
         raise InputError(f"example input '{name}' is a {type(value).__name__}, not a tensor")
     for dim in dynamic:
         if dim >= value.ndim:
-            raise InputError(f"example input '{name}' has no dimension {dim}: its shape is {tuple(value.shape)}")
+            raise InputError(
+                f"example input '{name}' has no dimension {dim}: its shape is {tuple(value.shape)}"
+            )
         if value.shape[dim] == 1:
             value = value.repeat_interleave(2, dim)
     return value

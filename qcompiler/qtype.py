@@ -1,8 +1,9 @@
 """Number formats: how a tensor is stored, how its scale is chosen, how it is rounded and packed.
 
-A value x and its integer q are tied by  x = s · (q − z)  and  q = clamp(round(x / s) + z, qmin, qmax), with rounding half to
-even. Symmetric formats have z = 0. See "A Survey of Low-bit Large Language Models" (section 2.2, uniform quantization) and
-ONNX QuantizeLinear-21, whose arithmetic (division by the scale, then saturation) is followed bit for bit.
+A value x and its integer q are tied by  x = s · (q − z)  and  q = clamp(round(x / s) + z, qmin,
+qmax), with rounding half to even. Symmetric formats have z = 0. See "A Survey of Low-bit Large
+Language Models" (section 2.2, uniform quantization) and ONNX QuantizeLinear-21, whose arithmetic
+(division by the scale, then saturation) is followed bit for bit.
 
 A QType knows no axis: the axis belongs to the use of the tensor and is an argument of each method.
 """
@@ -30,11 +31,15 @@ class QType:
 
     Attributes:
         element: `int8`, `uint8`, `int4`, …; see `ELEMENTS`.
-        granularity: one scale per tensor, per channel, per token (the last axis shares a scale), or per group along an axis.
+        granularity: one scale per tensor, per channel, per token (the last axis shares a scale), or
+            per group along an axis.
         group: elements that share a scale; only with `granularity="group"`.
-        symmetric: whether the zero point is fixed at the middle (0 for signed, 2^(bits-1) for unsigned elements).
-        reduced: one bit of the range left unused (int8 in −64…63): CPUs without VNNI add two u8×s8 products in int16.
-        dynamic: the scale is computed from the tensor when the model runs; `token` is always dynamic.
+        symmetric: whether the zero point is fixed at the middle (0 for signed, 2^(bits-1) for
+            unsigned elements).
+        reduced: one bit of the range left unused (int8 in −64…63): CPUs without VNNI add two u8×s8
+            products in int16.
+        dynamic: the scale is computed from the tensor when the model runs; `token` is always
+            dynamic.
     """
 
     element: str = "int8"
@@ -98,7 +103,10 @@ class QType:
 
     @property
     def qmin(self) -> int:
-        """Smallest integer used. Symmetric signed formats leave out −2^(bits−1), so that −x rounds to −q."""
+        """Smallest integer used.
+
+        Symmetric signed formats leave out −2^(bits−1), so that −x rounds to −q.
+        """
         bits = self.bits - self.reduced
         low = -(1 << (bits - 1)) if self.signed else 0
         return low + 1 if self.signed and self.symmetric and not self.reduced else low
@@ -123,7 +131,8 @@ class QType:
             low, high: float tensors of one shape; the range of each scale's elements.
 
         Returns:
-            `(scale, zero_point)`: float32, and the storage dtype (int32 for int32 elements), both of that shape.
+            `(scale, zero_point)`: float32, and the storage dtype (int32 for int32 elements), both
+            of that shape.
         """
         low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
         if self.symmetric:
@@ -149,7 +158,8 @@ class QType:
     def ranges(self, x: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
         """Smallest and largest element for each scale of `x`, in the shape that the scale has.
 
-        Per tensor: (); per channel: (x.shape[axis],); per token: x.shape with 1 in the last place; per group:
+        Per tensor: (); per channel: (x.shape[axis],); per token: x.shape with 1 in the last place;
+            per group:
         x.shape with x.shape[axis] / group along `axis`.
         """
         if self.granularity == "tensor":
@@ -163,34 +173,45 @@ class QType:
         return blocks.amin(axis % x.ndim + 1), blocks.amax(axis % x.ndim + 1)
 
     def quantize(self, x: Tensor, scale: Tensor, zero: Tensor, axis: int = 0) -> Tensor:
-        """q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in `dtype`, of the shape of `x`."""
+        """Q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in `dtype`, of the shape of
+        `x`.
+        """
         axis = axis % x.ndim if x.ndim else 0
         shaped = broadcast(scale, x, axis, self.group or 0)
         q = torch.round(x / shaped) + broadcast(zero, x, axis, self.group or 0).to(x.dtype)
-        if self.bits == 32:  # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around
+        if (
+            self.bits == 32
+        ):  # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around
             q = q.double()
         return q.clamp(self.qmin, self.qmax).to(self.dtype)
 
     def round_trip(self, x: Tensor, axis: int = 0) -> Tensor:
-        """`x` after quantization with its own range and dequantization: the simulation of this format."""
+        """`x` after quantization with its own range and dequantization.
+
+        The simulation of this format.
+        """
         scale, zero = self.scale_for(*self.ranges(x, axis))
         q = self.quantize(x, scale, zero, axis)
         return dequantize(q, scale, zero, axis % x.ndim, self.group or 0)
 
     def bytes_for(self, elements: int, scales: int) -> int:
-        """Bytes of storage for that many elements and scales (float32, and a zero point each where affine)."""
+        """Bytes of storage for that many elements and scales (float32, and a zero point each where
+        affine).
+        """
         return (elements * self.bits + 7) // 8 + scales * (4 if self.symmetric else 5)
 
 
 def _blocks(x: Tensor, axis: int, group: int) -> Tensor:
     if x.shape[axis] % group:
-        raise InputError(f"{x.shape[axis]} elements along axis {axis} do not divide by groups of {group}")
+        raise InputError(
+            f"{x.shape[axis]} elements along axis {axis} do not divide by groups of {group}"
+        )
     return x.unflatten(axis, (x.shape[axis] // group, group))
 
 
 def broadcast(scale: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
     """`scale` (or a zero point) in a shape that broadcasts over `x`."""
-    if scale.ndim == 0 or scale.ndim == x.ndim and not group:
+    if scale.ndim == 0 or (scale.ndim == x.ndim and not group):
         return scale
     if group:
         return scale.repeat_interleave(group, axis)
@@ -198,7 +219,7 @@ def broadcast(scale: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, group: int) -> Tensor:
-    """x = scale · (q − zero) in float32; the difference is exact in int32."""
+    """X = scale · (q − zero) in float32; the difference is exact in int32."""
     centred = q.to(torch.int32)
     if zero is not None:
         centred = centred - broadcast(zero, q, axis, group).to(torch.int32)
@@ -206,7 +227,8 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, group: 
 
 
 def pack(q: Tensor, element: str) -> Tensor:
-    """Integers of 2, 3, 4 or 8 bits as a flat uint8 tensor, little-endian bit order: element i at bits [i·b, (i+1)·b).
+    """Integers of 2, 3, 4 or 8 bits as a flat uint8 tensor, little-endian bit order: element i at
+    bits [i·b, (i+1)·b).
 
     For 4 and 2 bits this is the byte layout of ONNX's INT4 and INT2 tensors.
     """

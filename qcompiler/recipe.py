@@ -1,4 +1,6 @@
-"""Recipes: what the user wants, never how. Presets by name, from a YAML file, or in Python; every field can be set."""
+"""Recipes: what the user wants, never how. Presets by name, from a YAML file, or in Python; every
+field can be set.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,35 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: str = Field("custom", description="the preset's name, or the user's own")
-    weights: str | None = Field("int8:channel", description="format of linear and convolution weights")
-    activations: str | None = Field(None, description="format of what linears and convolutions read")
-    embeddings: str | None = Field("int8:channel", description="format of embedding tables, a scale for each row")
+    weights: str | None = Field(
+        "int8:channel", description="format of linear and convolution weights"
+    )
+    activations: str | None = Field(
+        None, description="format of what linears and convolutions read"
+    )
+    embeddings: str | None = Field(
+        "int8:channel", description="format of embedding tables, a scale for each row"
+    )
     calibration: Literal["minmax", "percentile", "kl", "mse", "pnorm"] = Field(
         "minmax", description="how a static range is drawn from the calibration data"
     )
-    percentile: float = Field(99.99, gt=50, le=100, description="central share kept by `percentile`, in percent")
-    p: float = Field(2.4, gt=0.5, le=16, description="exponent of `pnorm`")
-    batches: int | None = Field(None, ge=1, description="calibration batches to use; all when not given")
-    smooth: bool = Field(True, description="move activation outliers into the weights (SmoothQuant, alpha searched)")
-    insert_scale: bool = Field(
-        True, description="smooth also where no layer can take the factor, by one multiplication more"
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="central share kept by `percentile`, in percent"
     )
-    correct_bias: bool = Field(True, description="take the mean quantization error out of the biases")
+    p: float = Field(2.4, gt=0.5, le=16, description="exponent of `pnorm`")
+    batches: int | None = Field(
+        None, ge=1, description="calibration batches to use; all when not given"
+    )
+    smooth: bool = Field(
+        True, description="move activation outliers into the weights (SmoothQuant, alpha searched)"
+    )
+    insert_scale: bool = Field(
+        True,
+        description="smooth also where no layer can take the factor, by one multiplication more",
+    )
+    correct_bias: bool = Field(
+        True, description="take the mean quantization error out of the biases"
+    )
     keep_float: tuple[str, ...] = Field((), description="module paths (globs) that stay float")
     fused: bool = Field(
         True, description="ONNX Runtime's own fused attention; off: standard ONNX operators only"
@@ -49,7 +66,9 @@ class Recipe(BaseModel):
     keep_reference: bool = Field(
         True, description="keep the float model in the artifact, for `verify` and `bench`"
     )
-    min_sqnr: float = Field(0.0, description="fail when an output's SQNR against the float model is lower, in dB")
+    min_sqnr: float = Field(
+        0.0, description="fail when an output's SQNR against the float model is lower, in dB"
+    )
 
     @field_validator("weights", "activations", "embeddings")
     @classmethod
@@ -93,7 +112,11 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             key = str(first["loc"][0])
             given, allowed = settings.get(key), first.get("ctx", {}).get("expected", "")
-            hint = f"; {nearest(str(given), allowed.replace(chr(39), '').replace(' or ', ', ').split(', '))}" if allowed else ""
+            hint = (
+                f"; {nearest(str(given), allowed.replace(chr(39), '').replace(' or ', ', ').split(', '))}"
+                if allowed
+                else ""
+            )
             raise InputError(f"recipe: {key}={given!r}: {first['msg']}{hint}") from error
 
 

@@ -1,14 +1,18 @@
-"""Invariance regions: which tensors may be scaled, shifted or rotated per channel without changing the function.
+"""Invariance regions: which tensors may be scaled, shifted or rotated per channel without changing
+the function.
 
-A region starts at a *writer* (a linear, convolution, norm or embedding whose weights give each output channel its size), follows the value through
-ops that commute with per-channel scaling, and ends at *readers* (linears and convolutions whose weights can undo the scale). Everything
-else that reads the value is a *blocker*, kept with its reason. At a residual addition the region grows to both sides.
+A region starts at a *writer* (a linear, convolution, norm or embedding whose weights give each
+output channel its size), follows the value through ops that commute with per-channel scaling, and
+ends at *readers* (linears and convolutions whose weights can undo the scale). Everything else that
+reads the value is a *blocker*, kept with its reason. At a residual addition the region grows to
+both sides.
 
-Channels are followed by running data movement (view, transpose, expand, …) on a tensor of channel numbers, so that head
-splits and the repetition of grouped key/value heads need no rules of their own.
+Channels are followed by running data movement (view, transpose, expand, …) on a tensor of channel
+numbers, so that head splits and the repetition of grouped key/value heads need no rules of their
+own.
 
-The idea of finding such regions on the graph is that of Brevitas' activation equalization; SmoothQuant (Xiao 2023), AWQ (Lin
-2023) and rotations (QuaRot, Ashkboos 2024) all act on them.
+The idea of finding such regions on the graph is that of Brevitas' activation equalization;
+SmoothQuant (Xiao 2023), AWQ (Lin 2023) and rotations (QuaRot, Ashkboos 2024) all act on them.
 """
 
 from __future__ import annotations
@@ -38,13 +42,21 @@ MOVES = (
     aten._unsafe_view.default, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
 )  # fmt: skip
 SCALE_INVARIANT = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default)
-SHAPE_KEEPING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default)
+SHAPE_KEEPING = (
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+)
 SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear or convolution that reads the region; its input channel j carries the region's channel `channels[j]`."""
+    """A linear or convolution that reads the region.
+
+    Its input channel j carries the region's channel `channels[j]`.
+    """
 
     node: Node
     channels: Tensor
@@ -67,7 +79,8 @@ class Region:
         writers: nodes whose output channel i is the region's channel i.
         readers: see `Reader`.
         blockers: what forbids a merged scaling; empty when the region is free.
-        only_scale: whether an op inside commutes with scaling but not with shifting (a multiplication or ReLU).
+        only_scale: whether an op inside commutes with scaling but not with shifting (a
+            multiplication or ReLU).
     """
 
     size: int
@@ -90,7 +103,10 @@ def find_regions(draft: Draft) -> list[Region]:
 
 
 def channel_axis(node: Node) -> int:
-    """The axis that holds the channels of a writer's output: before the spatial ones for convolutions, else the last."""
+    """The axis that holds the channels of a writer's output.
+
+    Before the spatial ones for convolutions, else the last.
+    """
     return node.meta["val"].ndim - (_spatial(node) if node.target in CONVS else 0) - 1
 
 
@@ -117,11 +133,17 @@ def _concrete(value: Any) -> Any:
         return _hint(found) if isinstance(found, torch.SymInt) else found
 
     value = torch.fx.node.map_arg(value, size)
-    return torch.utils._pytree.tree_map(lambda v: _hint(v) if isinstance(v, torch.SymInt) else v, value)
+    return torch.utils._pytree.tree_map(
+        lambda v: _hint(v) if isinstance(v, torch.SymInt) else v, value
+    )
 
 
 def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) and size.node.hint is not None else int(size)
+    return (
+        int(size.node.hint)
+        if isinstance(size, torch.SymInt) and size.node.hint is not None
+        else int(size)
+    )
 
 
 def concrete_shape(node: Node) -> list[int]:
@@ -130,7 +152,10 @@ def concrete_shape(node: Node) -> list[int]:
 
 
 class _Walk:
-    """One region while it grows. `work` holds values and the channel number of each of their elements."""
+    """One region while it grows.
+
+    `work` holds values and the channel number of each of their elements.
+    """
 
     def __init__(self, draft: Draft, region: Region) -> None:
         self.draft = draft
@@ -233,7 +258,9 @@ def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
 
 def _add(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     others = [a for a in user.args[:2] if a is not value]
-    plain = labels.shape[-1] == walk.region.size and bool((labels == torch.arange(walk.region.size)).all())
+    plain = labels.shape[-1] == walk.region.size and bool(
+        (labels == torch.arange(walk.region.size)).all()
+    )
     labels = labels.expand(concrete_shape(user))  # a summand may broadcast
     for other in others:
         if not isinstance(other, Node) or not plain:
@@ -250,7 +277,9 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
     shape = concrete_shape(node)
     if shape[-1:] != [labels.shape[-1]] or len(shape) > labels.ndim:
         return False
-    labels = torch.arange(shape[-1], dtype=torch.int32).expand(shape)  # it may broadcast over the other axes
+    labels = torch.arange(shape[-1], dtype=torch.int32).expand(
+        shape
+    )  # it may broadcast over the other axes
     if _is_writer(walk.draft, node):
         if channel_axis(node) != labels.ndim - 1:
             return False
@@ -269,7 +298,7 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
 def _multiply(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     walk.region.only_scale = True
     others = [a for a in user.args[:2] if a is not value]
-    if user.target is aten.div.Tensor and user.args[0] is not value or not others:
+    if (user.target is aten.div.Tensor and user.args[0] is not value) or not others:
         return walk.block(user, f"{place(user)} is not linear in it")
     if isinstance(others[0], Node) and others[0] in walk.visited:
         return walk.block(user, f"{place(user)} multiplies it by itself")
@@ -300,7 +329,9 @@ def merge_obstacle(draft: Draft, region: Region) -> str | None:
         if set(reader.node.args[1].users) - members:  # type: ignore[union-attr]
             return f"the weight of {place(reader.node)} has another reader"
     for writer in region.writers:
-        position = 0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
+        position = (
+            0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
+        )
         weight = writer.args[position]
         if set(weight.users) - {writer}:  # type: ignore[union-attr]
             return f"the weight of {place(writer)} has another reader"

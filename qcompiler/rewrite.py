@@ -22,7 +22,10 @@ P = ParamSpec("P")
 
 
 class Rewrite(Protocol[P]):
-    """A pass: `program → program`. `exact` says whether it claims the same function in real arithmetic."""
+    """A pass: `program → program`.
+
+    `exact` says whether it claims the same function in real arithmetic.
+    """
 
     __name__: str
     exact: bool
@@ -31,12 +34,16 @@ class Rewrite(Protocol[P]):
 
 
 class Draft:
-    """A private, mutable copy of a program's graph. Tensors are shared with the program until they are replaced."""
+    """A private, mutable copy of a program's graph.
+
+    Tensors are shared with the program until they are replaced.
+    """
 
     def __init__(self, program: Program) -> None:
         source = program.exported
         module = torch.fx.GraphModule(source.graph_module, copy.deepcopy(source.graph))
-        # The copy renames nodes that are called like a builtin ("input"); the signature knows the old names.
+        # The copy renames nodes that are called like a builtin ("input"); the signature knows the
+        # old names.
         for old, new in zip(source.graph.nodes, module.graph.nodes, strict=True):
             new.name = old.name
         self.exported = ExportedProgram(
@@ -60,7 +67,9 @@ class Draft:
         return self.exported.graph
 
     def calls(self, *ops: Any) -> Iterator[Node]:
-        """The calls of any of `ops`, in order; all calls when none is given. Safe against edits while iterating."""
+        """The calls of any of `ops`, in order; all calls when none is given. Safe against edits
+        while iterating.
+        """
         for node in list(self.graph.nodes):
             if node.op == "call_function" and (not ops or node.target in ops) and not node._erased:
                 yield node
@@ -77,14 +86,20 @@ class Draft:
         return self._store(key)[key].detach()
 
     def set_constant(self, node: Node, value: Tensor) -> Node:
-        """Give every reader of the placeholder another value; returns a node with the new shape and dtype."""
+        """Give every reader of the placeholder another value.
+
+        Returns a node with the new shape and dtype.
+        """
         key = self._key(node)
         assert key is not None
         old = self._store(key)[key]
         if old.shape == value.shape and old.dtype == value.dtype:
-            # Two placeholders may share one tensor (tied weights): the key, not the storage, is replaced.
+            # Two placeholders may share one tensor (tied weights): the key, not the storage, is
+            # replaced.
             parameter = isinstance(old, torch.nn.Parameter)
-            self._store(key)[key] = torch.nn.Parameter(value, requires_grad=False) if parameter else value
+            self._store(key)[key] = (
+                torch.nn.Parameter(value, requires_grad=False) if parameter else value
+            )
             self.changed = True
             return node
         fresh = self.add_constant(node.name, value)
@@ -95,7 +110,11 @@ class Draft:
         """A new buffer. The name is made unique."""
         specs = self.exported.graph_signature.input_specs
         place = next(
-            (i for i, s in enumerate(specs) if s.kind not in (InputKind.PARAMETER, InputKind.BUFFER)),
+            (
+                i
+                for i, s in enumerate(specs)
+                if s.kind not in (InputKind.PARAMETER, InputKind.BUFFER)
+            ),
             len(specs),
         )
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -114,13 +133,16 @@ class Draft:
         self.changed = True
         return node
 
-    def call(self, op: Any, *args: Any, before: Node, like: Node | None = None, **kwargs: Any) -> Node:
+    def call(
+        self, op: Any, *args: Any, before: Node, like: Node | None = None, **kwargs: Any
+    ) -> Node:
         """Insert a call before a node; shape, dtype and source line are filled in.
 
         Args:
             op: an ATen or qc overload.
             before: the node that the call precedes.
-            like: the node whose module path and source line the call inherits; `before` if not given.
+            like: the node whose module path and source line the call inherits; `before` if not
+                given.
         """
         origin = like or before
         with self.graph.inserting_before(before):
@@ -172,7 +194,11 @@ class Draft:
         placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
         for spec in signature.input_specs:
             node = placeholders[spec.arg.name]
-            if spec.kind != InputKind.USER_INPUT and not node.users and not _is_mutated(signature, spec):
+            if (
+                spec.kind != InputKind.USER_INPUT
+                and not node.users
+                and not _is_mutated(signature, spec)
+            ):
                 graph.erase_node(node)
             else:
                 kept.append(spec)
@@ -201,7 +227,9 @@ class Draft:
         return None
 
     def _store(self, key: str) -> dict[str, Any]:
-        return self.exported.state_dict if key in self.exported.state_dict else self.exported.constants
+        return (
+            self.exported.state_dict if key in self.exported.state_dict else self.exported.constants
+        )
 
     def _fake_mode(self) -> FakeTensorMode:
         for node in self.graph.nodes:
@@ -211,7 +239,10 @@ class Draft:
 
 
 def _has_effect(node: Node) -> bool:
-    """Whether a node must stay even if nothing reads it. Random ops need not: a captured program is in eval mode."""
+    """Whether a node must stay even if nothing reads it.
+
+    Random ops need not: a captured program is in eval mode.
+    """
     schema = getattr(node.target, "_schema", None)
     return node.op in ("placeholder", "output") or bool(schema is not None and schema.is_mutable)
 
@@ -221,7 +252,9 @@ def _is_mutated(signature: Any, spec: InputSpec) -> bool:
 
 
 def module_path(node: Node) -> str:
-    """The dotted path of the module that made the node, for people: `encoder.layer.0.attention.self.query`."""
+    """The dotted path of the module that made the node, for people:
+    `encoder.layer.0.attention.self.query`.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     return next((path for path, _ in reversed(stack.values()) if path), "")
 
@@ -245,8 +278,10 @@ def place(node: Node) -> str:
 def rewrite(*, exact: bool) -> Callable[[Callable[Concatenate[Draft, P], None]], Rewrite[P]]:
     """Turn an edit of a draft into a pass.
 
-    The pass is pure: it works on a private draft and returns a new Program with one more `Entry`, valid and without dead code. When the
-    edit changed nothing, the ExportedProgram is the same object. `exact=True` is a claim that the driver checks on real batches.
+    The pass is pure: it works on a private draft and returns a new Program with one more `Entry`,
+        valid and without dead code. When the
+    edit changed nothing, the ExportedProgram is the same object. `exact=True` is a claim that the
+    driver checks on real batches.
     """
 
     def wrap(edit: Callable[Concatenate[Draft, P], None]) -> Rewrite[P]:

@@ -1,9 +1,9 @@
 """Targets: what a machine can run. A target parses from and prints to its string.
 
-    ort:cpu            ONNX Runtime on the CPU that compiles
-    ort:cpu:vnni       … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
-    ort:cpu:avx2       … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
-    ort:cpu:arm64      … on 64-bit ARM
+ort:cpu            ONNX Runtime on the CPU that compiles
+ort:cpu:vnni       … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
+ort:cpu:avx2       … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
+ort:cpu:arm64      … on 64-bit ARM
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The inverse of `str`; unknown names give an `UnsupportedError` that names the known ones."""
+        """The inverse of `str`.
+
+        Unknown names give an `UnsupportedError` that names the known ones.
+        """
         runtime, _, rest = text.strip().partition(":")
         device, _, feature = rest.partition(":")
         if runtime not in DEVICES:
-            raise UnsupportedError(f"target '{text}': no runtime '{runtime}'; {nearest(runtime, [*DEVICES])}")
+            raise UnsupportedError(
+                f"target '{text}': no runtime '{runtime}'; {nearest(runtime, [*DEVICES])}"
+            )
         if device not in DEVICES[runtime]:
             known = [f"{runtime}:{name}" for name in DEVICES[runtime]]
             raise UnsupportedError(f"target '{text}': no device '{device}'; {nearest(text, known)}")
         if feature and feature not in DEVICES[runtime][device]:
             known = [*DEVICES[runtime][device]]
-            raise UnsupportedError(f"target '{text}': no feature '{feature}'; {nearest(feature, known)}")
+            raise UnsupportedError(
+                f"target '{text}': no feature '{feature}'; {nearest(feature, known)}"
+            )
         return cls(runtime, device, feature)
 
     @property
@@ -54,9 +61,11 @@ class Target:
 
     @property
     def saturates(self) -> bool:
-        """Whether full-range u8 × s8 weights can overflow silently (vpmaddubsw adds two products in int16).
+        """Whether full-range u8 × s8 weights can overflow silently (vpmaddubsw adds two products in
+        int16).
 
-        255·127·2 = 64770 > 32767; with weights in −64…63 the worst pair is 255·64·2 = 32640, which fits.
+        255·127·2 = 64770 > 32767; with weights in −64…63 the worst pair is 255·64·2 = 32640, which
+        fits.
         """
         return CPU_FEATURES[self.effective_feature]
 
@@ -71,7 +80,9 @@ class Target:
         if activation.dynamic and (activation.element, activation.symmetric) != ("uint8", False):
             return f"ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, not {activation}"
         if activation.reduced:
-            return f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
+            return (
+                f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
+            )
         if weight is None or weight.bits != 8 or weight.granularity == "group":
             return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
         return None

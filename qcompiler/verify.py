@@ -1,12 +1,15 @@
-"""Verification: how far each step moved the numbers, on real data, and whether that is more than it may be.
+"""Verification: how far each step moved the numbers, on real data, and whether that is more than it
+may be.
 
 Two errors that must not be mixed:
 
-- *quantization error*: the captured program against the quantized program. Expected; bounded by the recipe.
-- *lowering error*: the quantized program against the artifact as it runs. Rounding only, except where the runtime itself
-  quantizes (which the audit names).
+- *quantization error*: the captured program against the quantized program. Expected; bounded by the
+    recipe.
+- *lowering error*: the quantized program against the artifact as it runs. Rounding only, except
+  where the runtime itself quantizes (which the audit names).
 
-Both as SQNR = 10 log₁₀(‖reference‖² / ‖reference − got‖²) in dB ("A Survey of Low-bit Large Language Models", section 2.2).
+Both as SQNR = 10 log₁₀(‖reference‖² / ‖reference − got‖²) in dB ("A Survey of Low-bit Large
+Language Models", section 2.2).
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ class Sqnr:
 
     @property
     def db(self) -> float:
-        """In dB; `INFINITE_DB` where nothing differs, its negative where something is NaN or infinite."""
+        """In dB; `INFINITE_DB` where nothing differs, its negative where something is NaN or
+        infinite.
+        """
         if self.noise == 0.0:
             return INFINITE_DB
         if not math.isfinite(self.noise):
@@ -67,7 +72,8 @@ class Sqnr:
 def relative(reference: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """The largest ‖got − reference‖ / ‖reference‖ over the outputs, in float64.
 
-    Infinite where `got` has a NaN or infinity and the reference has none; what the reference has of them does not count.
+    Infinite where `got` has a NaN or infinity and the reference has none; what the reference has of
+    them does not count.
     """
     worst = 0.0
     for r, g in zip(reference, got, strict=True):
@@ -84,7 +90,8 @@ def relative(reference: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """The captured program's outputs on the batches that exact passes are checked on, and what rounding explains.
+    """The captured program's outputs on the batches that exact passes are checked on, and what
+    rounding explains.
 
     Attributes:
         batches: the inputs.
@@ -107,15 +114,18 @@ class Reference:
 
     @property
     def bound(self) -> float:
-        """What an exact pass may move the outputs by: it sums in another order, so a few times the rounding of the model itself.
+        """What an exact pass may move the outputs by: it sums in another order, so a few times the
+        rounding of the model itself.
 
-        16 times the measured float32 rounding error, and at least 64 machine epsilons for models of a few operations.
+        16 times the measured float32 rounding error, and at least 64 machine epsilons for models of
+        a few operations.
         """
         return max(16 * self.rounding, 64 * EPS)
 
 
 def check_exact(before: Program, after: Program, reference: Reference) -> Program:
-    """Measure the last pass on the batches; raise when it claims exactness and moved more than rounding explains.
+    """Measure the last pass on the batches; raise when it claims exactness and moved more than
+    rounding explains.
 
     Returns:
         `after`, its last history entry completed with residual and bound.
@@ -138,7 +148,9 @@ def check_exact(before: Program, after: Program, reference: Reference) -> Progra
 
 
 def _first_difference(before: Program, after: Program, reference: Reference) -> str:
-    """The first node with the same name and shape in both programs whose value differs beyond the bound."""
+    """The first node with the same name and shape in both programs whose value differs beyond the
+    bound.
+    """
     batch = reference.batches[0]
     old: dict[str, Tensor] = {}
 
@@ -150,7 +162,12 @@ def _first_difference(before: Program, after: Program, reference: Reference) -> 
 
     def compare(node: Node, value: Any) -> None:
         known = old.get(node.name)
-        if not found and known is not None and isinstance(value, Tensor) and known.shape == value.shape:
+        if (
+            not found
+            and known is not None
+            and isinstance(value, Tensor)
+            and known.shape == value.shape
+        ):
             error = relative([known], [value])
             if error > reference.bound:
                 found.append(f"; the first node that differs is {place(node)} ({error:.2e})")
@@ -178,7 +195,8 @@ def compare(
     data: str,
     masks: Sequence[Tensor] | None = None,
 ) -> list[Comparison]:
-    """SQNR and cosine of each floating-point output over the batches; one sequence of outputs for each batch.
+    """SQNR and cosine of each floating-point output over the batches; one sequence of outputs for
+    each batch.
 
     `masks` are 0 where a batch is padding: what a model says there means nothing.
     """
@@ -194,7 +212,8 @@ def compare(
 def compare_sites(
     before: Program, after: Program, names: Iterable[str], batches: Iterable[Batch], mask: str = ""
 ) -> dict[str, float]:
-    """SQNR in dB of the named nodes' values, quantized program against the program before quantization.
+    """SQNR in dB of the named nodes' values, quantized program against the program before
+    quantization.
 
     The error of a node includes what it inherits from the nodes before it.
     """
