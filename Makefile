@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo     compile all-MiniLM-L6-v2 to int8 into build/minilm-w8a8"
 	@echo "make test     lint, types, tests"
-	@echo "make bench    time and judge the result beside its float model"
+	@echo "make bench    time and judge MiniLM and EfficientNet-Lite0 beside their peers"
 	@echo "make setup    only the environment, .venv    (PYTHON=$(PYTHON), EXTRAS=$(EXTRAS))"
 	@echo "make format   let ruff fix and format the sources"
 	@echo "make clean    remove build/, caches and .venv"
@@ -68,6 +68,7 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/minilm.py
+	$(BIN)/python tests/benchmarks/efficientnet.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""The backends: each writes a Program for one runtime and loads it there."""

@@ -21,8 +21,8 @@ import onnx
 from qcompiler.backends.ort import MODEL, session
 
 INTEGER = {
-    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv",
-    "ConvInteger", "QAttention",
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger",
+    "QLinearConv", "ConvInteger", "QAttention",
 }  # fmt: skip
 WEIGHTS = {"MatMulNBits"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv"}
@@ -77,9 +77,9 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
         integer: whether their activations are quantized too, so that integer kernels are promised.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "optimised.onnx"
-        session(folder / MODEL, 1, path)
-        graph = onnx.load(path, load_external_data=False).graph
+        optimised = Path(scratch) / "optimised.onnx"
+        session(folder / MODEL, 1, optimised)
+        graph = onnx.load(optimised, load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     constants = {i.name for i in graph.initializer}
     layers, stray = [], 0
@@ -131,8 +131,9 @@ def _why_float(
 def profile(
     folder: Path, inputs: Mapping[str, np.ndarray[Any, Any]], runs: int = 20
 ) -> list[tuple[str, float]]:
-    """Share of the kernels' time by operator, largest first, from ONNX Runtime's own profiler (one
-    thread).
+    """Share of the kernels' time by operator, largest first.
+
+    Measured by ONNX Runtime's own profiler, on one thread.
     """
     import onnxruntime
 

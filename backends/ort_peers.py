@@ -1,5 +1,6 @@
-"""ONNX Runtime's own quantizers, applied to the same float model: what an artifact is compared with
-in `qcompiler bench`.
+"""ONNX Runtime's own quantizers, applied to the same float model.
+
+They are what `qcompiler bench` compares an artifact with.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def build(
     """Quantize `model` with ONNX Runtime's tools as their documentation recommends for the CPU.
 
     Args:
-        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max, per
-            channel).
+        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max,
+            per channel).
         model: the float ONNX model.
         folder: where to write the result.
         batches: calibration batches for `ort-static`.
@@ -53,9 +54,7 @@ def build(
         prepared = folder / "prepared.onnx"
         try:
             quant_pre_process(model, prepared, skip_symbolic_shape=True)
-        except (
-            Exception
-        ):  # the tool fails on some graphs; its documentation calls this step optional
+        except Exception:  # it fails on some graphs; its documentation calls this step optional
             prepared = model
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -64,7 +63,9 @@ def build(
 
             def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
                 batch = next(self.rest, None)
-                return batch and {n: t.numpy() for n, t in zip(inputs, batch, strict=True)}
+                if batch is None:
+                    return None
+                return {n: t.numpy() for n, t in zip(inputs, batch, strict=True)}
 
         quantize_static(
             prepared, result, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,

@@ -1,7 +1,7 @@
-"""Surgery on the exported ONNX graph: forms that ONNX Runtime fuses and runs fast, found by
-structure.
+"""Surgery on the exported ONNX graph: forms that ONNX Runtime fuses and runs fast.
 
-Why each step exists was measured on ONNX Runtime 1.31 (CPU, one thread):
+They are found by structure. Why each step exists was measured on ONNX Runtime 1.31 (CPU, one
+thread):
 
 - `turn_weights`: a weight stored [K, N] under DequantizeLinear fuses with its MatMul; stored [N, K]
   with a Transpose it does not (a hundred times slower for 4 bits).
@@ -10,11 +10,11 @@ Why each step exists was measured on ONNX Runtime 1.31 (CPU, one thread):
 - `use_sums`: an Add before LayerNormalization becomes SkipLayerNormalization, whose kernel takes
   six times as long as Sum and LayerNormalization apart.
 - `merge_pads`: zero padding joins the convolution that reads it, so that DequantizeLinear and Conv
-    stand side by side.
+  stand side by side.
 - `drop_clips`: a Relu or Clip that the quantizer after it repeats goes, so that Conv and
-    QuantizeLinear stand side by side.
+  QuantizeLinear stand side by side.
 - `keep_products`: MatMul and Add of rank 2 become Gemm, which does not fuse with its weight's
-    DequantizeLinear; MatMul and Sum do not.
+  DequantizeLinear; MatMul and Sum do not.
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def _turned(constant: gs.Constant) -> gs.Constant:
 
 
 def merge_pads(graph: gs.Graph) -> None:
-    """Pad with zeros over the spatial axes, read by convolutions alone → the convolutions' own
-    padding.
-    """
+    """Zero padding over the spatial axes joins the convolutions that alone read it."""
     for node in [n for n in graph.nodes if n.op == "Pad"]:
         readers = list(node.outputs[0].outputs)
         constants = [t for t in node.inputs[1:] if t is not None and not t.is_empty()]
@@ -202,8 +200,9 @@ def merge_pads(graph: gs.Graph) -> None:
 
 
 def name_layers(graph: gs.Graph) -> None:
-    """Name each product and convolution after the program's node, so that the audit can say which
-    layer it is.
+    """Name each product and convolution after the program's node.
+
+    So the audit can say which layer it is.
     """
     for node in [n for n in graph.nodes if n.op in ("MatMul", "Conv", "Gemm")]:
         output = node.outputs[0]
@@ -217,8 +216,9 @@ def name_layers(graph: gs.Graph) -> None:
 
 
 def keep_products(graph: gs.Graph) -> None:
-    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum, which ONNX Runtime leaves
-    alone.
+    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum.
+
+    ONNX Runtime leaves a Sum alone.
     """
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
@@ -278,8 +278,9 @@ def _covers(low: float, high: float, quantize: gs.Node) -> bool:
 
 
 def use_integer_matmuls(graph: gs.Graph) -> None:
-    """MatMul(DequantizeLinear(a), DequantizeLinear(W)) + bias → MatMulIntegerToFloat(a, W, …,
-    bias).
+    """MatMul of two dequantized operands, plus a bias → MatMulIntegerToFloat.
+
+    MatMul(DequantizeLinear(a), DequantizeLinear(W)) + bias → MatMulIntegerToFloat(a, W, …, bias).
     """
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
@@ -315,8 +316,9 @@ def use_integer_matmuls(graph: gs.Graph) -> None:
 
 
 def use_sums(graph: gs.Graph) -> None:
-    """Add of two computed tensors read by a LayerNormalization → Sum, which ONNX Runtime leaves
-    alone.
+    """Add of two computed tensors read by a LayerNormalization → Sum.
+
+    ONNX Runtime leaves a Sum alone.
     """
     for node in graph.nodes:
         if node.op != "Add" or any(isinstance(t, gs.Constant) for t in node.inputs):

@@ -94,18 +94,17 @@ def from_folder(folder: Path, extra: str = "hf") -> ModelSpec:
     """Load a local transformers folder in float32.
 
     Args:
-        folder: holds config.json and weights; a tokenizer or an image processor where data is to be
-            encoded.
-        extra: the extra of this package that the user is told to install when transformers is
-            missing.
+        folder: holds config.json and weights; a tokenizer or an image processor where data is to
+            be encoded.
+        extra: the extra of this package that the user is told to install for transformers.
 
     Returns:
         A spec with dynamic batch and, for text, dynamic sequence. Text models with a tokenizer
         bring calibration and held-out sentences; others bring none.
 
     Raises:
-        InputError: the folder, its configuration, weights or task cannot be used; transformers is
-            not installed.
+        InputError: the folder, its configuration, weights or task cannot be used, or transformers
+            is not installed.
     """
     transformers = optional("transformers", extra, f"hf:{folder}")
     settings = _settings(folder)
@@ -141,7 +140,7 @@ class TextModel(nn.Module):
 class SegmentedTextModel(TextModel):
     """The same with segment numbers, for models with more than one token type."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # one input more; only `torch.export` calls it
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Any:
         """All int64 (batch, sequence)."""

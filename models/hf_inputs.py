@@ -86,8 +86,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
 def image_encoder(folder: Path) -> Callable[[list[str]], Inputs]:
     """A function from image files to one batch, prepared by the image processor of the folder.
 
-    It needs preprocessor_config.json when it is called, not before; without, it raises an
-    `InputError`.
+    It needs preprocessor_config.json when it is called, not before; without, it raises
+    an `InputError`.
     """
 
     def encode(paths: list[str]) -> Inputs:

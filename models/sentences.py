@@ -1,9 +1,8 @@
-"""English sentences for calibrating text models: written for this package, on many subjects, 3 to
-33 words long.
+"""English sentences for calibrating text models, written for this package.
 
-Every fifth sentence is kept for verification, so both parts have the same mixture. Short questions,
-headlines, lists, numbers, names and informal lines are there because their tokens meet other
-activations than plain prose does.
+They are on many subjects and 3 to 33 words long. Every fifth sentence is kept for verification, so
+both parts have the same mixture. Short questions, headlines, lists, numbers, names and informal
+lines are there because their tokens meet other activations than plain prose does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Images that no camera took, for calibrating image models when the user has given no photographs.
 
 Textured discs and bars that occlude each other over 1/f noise: the "dead leaves" model of natural
-    images (Lee, Mumford and Huang
-2001), whose statistics make networks respond much as photographs do (Baradad 2021, "Learning to See
-by Looking at Noise"). Real data are better; whoever uses these says so.
+images (Lee, Mumford and Huang 2001), whose statistics make networks respond much as photographs do
+(Baradad 2021, "Learning to See by Looking at Noise"). Real data are better; who uses these says so.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""The passes: one rewrite or analysis per file, named like its function and its line in the
-history.
+"""The passes: one rewrite or analysis per file.
+
+Each file is named like its function and its line in the history.
 """

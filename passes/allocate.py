@@ -1,19 +1,18 @@
 """Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
 
 Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row.
-    Convolutions: the weight and what it reads; ONNX Runtime's
-integer convolution also writes integers, so each value between convolutions (after its ReLU or
-clip), residual sums and pools of such values are quantized where they are made, once for all
-readers.
+Convolutions: the weight and what it reads; ONNX Runtime's integer convolution also writes integers,
+so each value between convolutions (after its ReLU or clip), residual sums and pools of such values
+are quantized where they are made, once for all readers.
 
 Left in float, with the reason: layers that the recipe keeps, weights that are computed or tied to
-    something else, convolutions whose
-output goes to float operators, what the target has no kernel for.
+something else, convolutions whose output goes to float operators, what the target cannot run.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -24,7 +23,7 @@ from qcompiler.program import Program, Refusal
 from qcompiler.qtype import QType
 from qcompiler.recipe import Recipe
 from qcompiler.regions import ADDS, CONVS, LINEAR, MOVES
-from qcompiler.rewrite import Draft, module_path, place
+from qcompiler.rewrite import Draft, module_path, operand, place
 from qcompiler.target import Target
 
 aten = torch.ops.aten
@@ -84,7 +83,7 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
             continue
         entries[_site(node, 1)] = Assignment(fitted)
         source = node.args[0]
-        if activation is not None and not _is_quantized(source, entries):  # type: ignore[arg-type]
+        if activation is not None and not _is_quantized(source, entries):
             reader = source if isinstance(source, Node) and source.target in PADS else node
             entries[_site(reader, 0)] = Assignment(activation)
         if node.target in CONVS and activation is not None:
@@ -111,11 +110,11 @@ def _obstacle(
     path = module_path(node)
     if any(fnmatch(path, pattern) for pattern in recipe.keep_float):
         return "the recipe keeps it"
-    table = node.args[0] if node.target is EMBEDDING else node.args[1]
+    table = operand(node, 0 if node.target is EMBEDDING else 1)
     if not draft.is_constant(table):
         return "its weight is computed"
-    if len(table.users) > 1 and {u.target for u in table.users} != {node.target}:  # type: ignore[union-attr]
-        others = [u for u in table.users if u is not node]  # type: ignore[union-attr]
+    if len(table.users) > 1 and {u.target for u in table.users} != {node.target}:
+        others = [u for u in table.users if u is not node]
         if node.target is EMBEDDING:
             return f"its table is tied to {place(others[0])}"
     if node.target in CONVS and activation is not None:
@@ -127,14 +126,15 @@ def _obstacle(
 
 
 def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:
-    """The format with the largest group, not above the wanted, that divides the layer's input
-    features.
+    """The format with the largest group that divides the layer's input features.
+
+    The group is not above the wanted one.
     """
     if weight.group is None:
         return weight
     if node.target in CONVS:
         return QType("int8", "channel")
-    features = draft.constant(node.args[1]).shape[1]  # type: ignore[arg-type]
+    features = draft.constant(node.args[1]).shape[1]
     group = weight.group
     while features % group and group > 16:
         group //= 2
@@ -150,8 +150,9 @@ def _final(node: Node) -> Node:
 
 
 def _conv_chain(draft: Draft) -> dict[Node, list[Node]]:
-    """Convolutions whose output stays among integer ops, each with the values to quantize (its own,
-    after the clip).
+    """Convolutions whose output stays among integer ops, each with the values to quantize.
+
+    These are its own, after the clip.
     """
     values: dict[Node, Node] = {}  # value → the convolution, sum or pool that makes it
     for node in draft.calls():
@@ -177,8 +178,9 @@ def _conv_chain(draft: Draft) -> dict[Node, list[Node]]:
 def _join(
     draft: Draft, entries: dict[Site, Assignment], activation: QType, chain: dict[Node, list[Node]]
 ) -> None:
-    """Sums and pools of quantized values are quantized as well, so that no convolution meets a
-    float between.
+    """Quantize sums and pools of quantized values as well.
+
+    Then no convolution meets a float in between.
     """
     if not chain:
         return
@@ -192,14 +194,15 @@ def _join(
             del entries[site]
 
 
-def _is_quantized(source: Node, entries: dict[Site, Assignment]) -> bool:
-    """Whether a value is already quantized where it is made, seen through data movement and
-    padding.
+def _is_quantized(source: Any, entries: dict[Site, Assignment]) -> bool:
+    """Whether a value is already quantized where it is made.
+
+    Data movement and padding are seen through.
     """
     while isinstance(source, Node):
         if _site(source, -1) in entries:
             return True
         if source.target not in MOVES and source.target not in PADS:
             return False
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     return False

@@ -19,7 +19,7 @@ from qcompiler import ops
 from qcompiler.observe import Observations
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR
-from qcompiler.rewrite import Draft, rewrite
+from qcompiler.rewrite import Draft, operand, rewrite
 
 
 @rewrite(exact=False)
@@ -30,8 +30,7 @@ def correct_bias(draft: Draft, observations: Observations) -> None:
     """
     count = 0
     for node in draft.calls(LINEAR):
-        bias = node.args[2] if len(node.args) > 2 else None
-        data, weight = node.args[0], node.args[1]
+        data, weight, bias = (operand(node, i) for i in range(3))
         if not isinstance(bias, Node) or not draft.is_constant(bias):
             continue
         if not isinstance(weight, Node) or weight.target is not ops.dequantize:
@@ -46,7 +45,7 @@ def correct_bias(draft: Draft, observations: Observations) -> None:
             continue
         float_weight, quantized = _weights(draft, weight)
         rows = stats.rows.float()
-        noisy = _simulate(draft, data, rows)  # type: ignore[arg-type]
+        noisy = _simulate(draft, data, rows)
         error = (rows.double() @ float_weight.double().T).mean(0) - (
             noisy.double() @ quantized.double().T
         ).mean(0)
@@ -63,7 +62,7 @@ def _weights(draft: Draft, dequantize: Node) -> tuple[Tensor, Tensor]:
     """The float weight and what dequantization gives back."""
     quantize = dequantize.args[0]
     assert isinstance(quantize, Node)
-    weight = draft.constant(quantize.args[0])  # type: ignore[arg-type]
+    weight = draft.constant(quantize.args[0])
     constants: list[Any] = [
         draft.constant(a) if isinstance(a, Node) else a for a in quantize.args[1:]
     ]
@@ -78,7 +77,9 @@ def _simulate(draft: Draft, data: Node, rows: Tensor) -> Tensor:
     q = data.args[0]
     assert isinstance(q, Node)
     if q.target is ops.quantize:
-        scale, zero = (draft.constant(a) for a in q.args[1:3])  # type: ignore[arg-type]
-        return ops.dequantize(ops.quantize(rows, scale, zero, *q.args[3:]), scale, zero, 0, 0)  # type: ignore[no-any-return]
-    kind = QType.parse(q.args[0].args[1])  # type: ignore[union-attr, arg-type]
+        scale, zero = (draft.constant(a) for a in q.args[1:3])
+        integers = ops.quantize(rows, scale, zero, *q.args[3:])
+        noisy: Tensor = ops.dequantize(integers, scale, zero, 0, 0)
+        return noisy
+    kind = QType.parse(operand(operand(q, 0), 1))
     return kind.round_trip(rows)

@@ -1,15 +1,14 @@
-"""Move the scale and shift of each norm into the layers that read it, and its mean subtraction into
-those that write it.
+"""Move each norm's scale and shift into the layers that read it, its mean into those that write it.
 
     linear(norm(x) · γ + β, W, b) = linear(norm(x), W · diag(γ), b + W β)
 
-With `center=True` the mean subtraction of LayerNorm moves as well: it is the linear map C = I −
-11ᵀ/n, so the writers of the stream take W' = C W and b' = C b, and LayerNorm becomes RMSNorm
-(QuaRot, Ashkboos 2024, section 4.1; SliceGPT, Ashkboos 2024, section 3.2).
+With `center=True` the mean subtraction of LayerNorm moves as well: it is the linear map
+C = I − 11ᵀ/n, so the writers of the stream take W' = C W and b' = C b, and LayerNorm becomes
+RMSNorm (QuaRot, Ashkboos 2024, section 4.1; SliceGPT, Ashkboos 2024, section 3.2).
 
 Refused: a norm whose value something else reads as well (the residual of a post-norm block), a
-    reader whose weight has other readers,
-convolutions as readers of a shift (padding is zero before the shift, not after it).
+reader whose weight has other readers, convolutions as readers of a shift (padding is zero before
+the shift, not after it).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler.regions import ADDS, LINEAR, NORMS, SHAPE_KEEPING, Reader, Region, find_regions
-from qcompiler.rewrite import Draft, place, rewrite
+from qcompiler.rewrite import Draft, operand, place, rewrite
 
 aten = torch.ops.aten
 
@@ -50,9 +49,9 @@ def fold_norm(draft: Draft, center: bool = False) -> None:
 
 
 def _affine(draft: Draft, norm: Node) -> tuple[Tensor, Tensor | None]:
-    gamma = draft.constant(norm.args[2])  # type: ignore[arg-type]
-    shift = norm.args[3] if norm.target is aten.layer_norm.default and len(norm.args) > 3 else None
-    return gamma, draft.constant(shift) if shift is not None else None  # type: ignore[arg-type]
+    gamma = draft.constant(norm.args[2])
+    shift = operand(norm, 3) if norm.target is aten.layer_norm.default else None
+    return gamma, draft.constant(shift) if shift is not None else None
 
 
 def _is_plain(draft: Draft, norm: Node) -> bool:
@@ -70,8 +69,7 @@ def _obstacle(draft: Draft, region: Region) -> str | None:
         return "nothing with weights reads it"
     members = {reader.node for reader in region.readers}
     for reader in region.readers:
-        weight = reader.node.args[1]
-        if set(weight.users) - members:  # type: ignore[union-attr]
+        if set(operand(reader.node, 1).users) - members:
             return f"the weight of {place(reader.node)} has another reader"
     gamma, beta = _affine(draft, region.writers[0])
     if region.only_scale and bool((gamma <= 0).any()):
@@ -87,17 +85,18 @@ def _obstacle(draft: Draft, region: Region) -> str | None:
 def _fold(draft: Draft, norm: Node, region: Region) -> None:
     gamma, beta = (None if t is None else t.double() for t in _affine(draft, norm))
     assert gamma is not None
-    weights = {r.node.args[1]: draft.constant(r.node.args[1]).double() for r in region.readers}  # type: ignore[arg-type]
+    nodes = [operand(reader.node, 1) for reader in region.readers]
+    weights = {node: draft.constant(node).double() for node in nodes}
     scaled: set[Node] = set()
     for reader in region.readers:
-        weight_node: Node = reader.node.args[1]  # type: ignore[assignment]
+        weight_node = operand(reader.node, 1)
         weight = weights[weight_node]
         if beta is not None and reader.node.target is LINEAR:
             _add_bias(draft, reader, weight @ beta[reader.channels])
         if weight_node not in scaled:  # readers may share one weight
             scaled.add(weight_node)
             factor = gamma[reader.channels].reshape([1, -1] + [1] * (weight.ndim - 2))
-            draft.set_constant(weight_node, (weight * factor).float())  # type: ignore[arg-type]
+            draft.set_constant(weight_node, (weight * factor).float())
     # Norms may share parameters: give this one its own.
     norm.update_arg(2, draft.add_constant(f"{norm.name}_ones", torch.ones_like(gamma).float()))
     if beta is not None:
@@ -142,14 +141,13 @@ def _center(draft: Draft) -> None:
         if norm.users and norm not in reached:
             draft.refuse(
                 norm,
-                "its mean cannot move into the writers: not all that it reads is written by weights",
+                "its mean cannot move into the writers: not all that it reads is written by "
+                "weights",
             )
 
 
 def _centre_obstacle(region: Region, norms: list[Node]) -> str | None:
-    """Why the writers of a stream cannot take the mean subtraction of the norms that read it, or
-    None.
-    """
+    """Why the writers cannot take the mean subtraction of the norms that read them, or None."""
     others = [b for b in region.blockers if b.node not in norms]
     if others:
         return others[0].reason
@@ -176,16 +174,16 @@ def _is_sum_of(value: Any, writers: list[Node]) -> bool:
 
 
 def _weight_is_shared(writer: Node, region: Region) -> bool:
-    weight = writer.args[0] if writer.target is aten.embedding.default else writer.args[1]
-    return bool(set(weight.users) - set(region.writers))  # type: ignore[union-attr]
+    weight = operand(writer, 0 if writer.target is aten.embedding.default else 1)
+    return bool(set(weight.users) - set(region.writers))
 
 
 def _center_writer(draft: Draft, writer: Node) -> None:
     embedding = writer.target is aten.embedding.default
     weight_node = writer.args[0] if embedding else writer.args[1]
-    weight = draft.constant(weight_node).double()  # type: ignore[arg-type]
+    weight = draft.constant(weight_node).double()
     centred = weight - weight.mean(1 if embedding else 0, keepdim=True)
-    draft.set_constant(weight_node, centred.float())  # type: ignore[arg-type]
+    draft.set_constant(weight_node, centred.float())
     bias = writer.args[2] if not embedding and len(writer.args) > 2 else None
     if isinstance(bias, Node):
         old = draft.constant(bias).double()

@@ -1,14 +1,14 @@
 """Join head split, scaled dot-product attention and head merge into one `qc::attention`.
 
-    transpose(sdpa(split(q), split(k), split(v), mask, scale))·merge  =  attention(q, k, v, mask,
-    heads, kv_heads, scale)
+    transpose(sdpa(split(q), split(k), split(v), mask, scale))·merge
+        =  attention(q, k, v, mask, heads, kv_heads, scale)
 
 where split is (batch, sequence, heads · size) → (batch, heads, sequence, size). Runtimes have one
 kernel for the whole, which saves the transposes. Grouped key/value heads repeated by expand and
 reshape are taken as such.
 
 Refused: attention with dropout, with an interleaved head layout, or whose heads are read by
-    something else on the way.
+something else on the way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.regions import SDPA, concrete_shape
-from qcompiler.rewrite import Draft, rewrite
+from qcompiler.rewrite import Draft, operand, rewrite
 
 aten = torch.ops.aten
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-             aten.unflatten.int)  # fmt: skip
+_RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+    aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
 _TRANSPOSES = (aten.transpose.int, aten.permute.default)
 
 
@@ -45,25 +47,25 @@ def fuse_attention(draft: Draft) -> None:
 
 
 def _fuse(draft: Draft, node: Node) -> str | None:
-    query, key, value = node.args[:3]
+    query, key, value = (operand(node, i) for i in range(3))
     names = ("attn_mask", "dropout_p", "is_causal")
     options = dict(zip(names, node.args[3:], strict=False)) | dict(node.kwargs)
     if options.get("dropout_p"):
         return "it has dropout"
-    heads = concrete_shape(query)[1]  # type: ignore[arg-type]
+    heads = concrete_shape(query)[1]
     inputs = [_merged(n) for n in (query, key, value)]
     missing = [name for name, n in zip(("query", "key", "value"), inputs, strict=True) if n is None]
     if missing:
         return (
             f"the {missing[0]} is not the split of a (batch, sequence, channels) tensor into heads"
         )
-    (q, _), (k, kv_heads), (v, v_heads) = inputs  # type: ignore[misc]
+    (q, _), (k, kv_heads), (v, v_heads) = (n for n in inputs if n is not None)
     if kv_heads != v_heads or heads % kv_heads:
         return f"{heads} query, {kv_heads} key and {v_heads} value heads"
     final = _merge(node)
     if final is None:
         return "its heads are read by something else than their merge"
-    size = concrete_shape(query)[-1]  # type: ignore[arg-type]
+    size = concrete_shape(query)[-1]
     scale = options.get("scale")
     mask = options.get("attn_mask")
     fused = draft.call(
@@ -81,13 +83,14 @@ def _is_swap(node: Any) -> bool:
     if not isinstance(node, Node) or node.target not in _TRANSPOSES or node.meta["val"].ndim != 4:
         return False
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
-    return sorted(int(a) % 4 for a in node.args[1:3]) == [1, 2]  # type: ignore[call-overload]
+        return list(operand(node, 1)) == [0, 2, 1, 3]
+    return sorted(int(operand(node, i)) % 4 for i in (1, 2)) == [1, 2]
 
 
 def _merged(node: Any) -> tuple[Node, int] | None:
-    """The (batch, sequence, channels) tensor that `node` splits into heads, and the number of heads
-    before any repetition.
+    """The (batch, sequence, channels) tensor that `node` splits into heads, and their number.
+
+    The number is that before any repetition.
     """
     node = _before_repeat(node)
     if not _is_swap(node):
@@ -95,11 +98,11 @@ def _merged(node: Any) -> tuple[Node, int] | None:
     split = node.args[0]
     if not isinstance(split, Node) or split.target not in _RESHAPES:
         return None
-    whole = split.args[0]
-    shape, before = split.meta["val"].shape, whole.meta["val"].shape  # type: ignore[union-attr]
+    whole = operand(split, 0)
+    shape, before = split.meta["val"].shape, whole.meta["val"].shape
     if len(before) != 3 or len(shape) != 4 or str(shape[1]) != str(before[1]):
         return None
-    return whole, int(shape[2])  # type: ignore[return-value]
+    return whole, int(shape[2])
 
 
 def _before_repeat(node: Any) -> Any:
@@ -155,5 +158,5 @@ def _swapped(start: Node, end: Node) -> bool:
     while end is not start:
         if _is_swap(end):
             return True
-        end = end.args[0]  # type: ignore[assignment]
+        end = operand(end, 0)
     return False

@@ -1,16 +1,17 @@
 """Insert a quantize/dequantize pair at every site of a plan.
 
 Weights: `dequantize(quantize(W))` on the constant, which `pack_weights` computes. Activations: a
-    static pair with the plan's range, or
-`dynamic_quantize`. Readers of one value with one format share the pair. Embeddings: the rows are
-looked up as integers and dequantized after that, never the whole table. A convolution's bias
-becomes int32 with the scale s_x · s_w, which integer accumulators add without rounding ("A Survey
-of Low-bit Large Language Models", section 2.2; Jacob 2018, section 2.2).
+static pair with the plan's range, or `dynamic_quantize`. Readers of one value with one format share
+the pair. Embeddings: the rows are looked up as integers and dequantized after that, never the whole
+table. A convolution's bias becomes int32 with the scale s_x · s_w, which integer accumulators add
+without rounding ("A Survey of Low-bit Large Language Models", section 2.2; Jacob 2018,
+section 2.2).
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,9 +57,8 @@ def insert_qdq(draft: Draft, plan: Plan) -> None:
 
 def _after(draft: Draft, source: Node) -> Node:
     """The node before which a call that reads `source` may stand."""
-    if source.op != "placeholder":
-        return source.next
-    return next(n for n in draft.graph.nodes if n.op != "placeholder")
+    nodes: Iterable[Node] = draft.graph.nodes if source.op == "placeholder" else [source.next]
+    return next(n for n in nodes if n.op != "placeholder")
 
 
 def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> Node:
@@ -70,12 +70,14 @@ def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> N
             draft.call(operator.getitem, triple, i, before=before, like=source) for i in range(3)
         )
     else:
-        assert assignment.low is not None and assignment.high is not None
+        assert assignment.low is not None
+        assert assignment.high is not None
         s, z = kind.scale_for(torch.tensor(assignment.low), torch.tensor(assignment.high))
         scale = draft.add_constant(f"{source.name}_scale", s)
         zero = draft.add_constant(f"{source.name}_zero_point", z)
         q = draft.call(
-            ops.quantize, source, scale, zero, 0, 0, kind.qmin, kind.qmax, before=before, like=source
+            ops.quantize, source, scale, zero, 0, 0, kind.qmin, kind.qmax,
+            before=before, like=source,
         )  # fmt: skip
     return draft.call(ops.dequantize, q, scale, zero, 0, 0, before=before, like=source)
 
@@ -146,7 +148,7 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     scales = [p.args[1] for p in pairs]
     if not all(draft.is_constant(s) for s in scales):
         return
-    scale = (draft.constant(scales[0]).double() * draft.constant(scales[1]).double()).float()  # type: ignore[arg-type]
+    scale = (draft.constant(scales[0]).double() * draft.constant(scales[1]).double()).float()
     s = draft.add_constant(f"{node.name}_bias_scale", scale)
     z = draft.add_constant(
         f"{node.name}_bias_zero_point", torch.zeros_like(scale, dtype=torch.int32)

@@ -3,10 +3,10 @@
     [x W₁ᵀ + b₁ ; x W₂ᵀ + b₂ ; …] = x [W₁ ; W₂ ; …]ᵀ + [b₁ ; b₂ ; …]
 
 One larger matrix product keeps the multipliers busier than several small ones, and the input is
-quantized and packed once (query, key and value; gate and up).
+quantized and packed once (query, key and value; gate and up). Where only some of the linears have
+a bias, the others are given zeros.
 
-Refused: linears whose weights have other readers (they would be stored twice), linears of which
-    some only have a bias are given zeros.
+Refused: linears whose weights have other readers (they would be stored twice).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.regions import LINEAR
-from qcompiler.rewrite import Draft, place, rewrite
+from qcompiler.rewrite import Draft, operand, place, rewrite
 
 aten = torch.ops.aten
 
@@ -25,15 +25,16 @@ def merge_linears(draft: Draft) -> None:
     """Merge the linears that share an input."""
     groups: dict[Node, list[Node]] = {}
     for node in draft.calls(LINEAR):
-        if not draft.is_constant(node.args[1]):
+        weight = operand(node, 1)
+        if not draft.is_constant(weight):
             continue
-        if len(node.args[1].users) > 1:  # type: ignore[union-attr]
-            draft.refuse(node, f"the weight {place(node.args[1])} has another reader")  # type: ignore[arg-type]
+        if len(weight.users) > 1:
+            draft.refuse(node, f"the weight {place(weight)} has another reader")
             continue
         if any(b is not None and not draft.is_constant(b) for b in node.args[2:]):
             draft.refuse(node, "its bias is computed")
             continue
-        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+        groups.setdefault(operand(node, 0), []).append(node)
     merged = 0
     for source, members in groups.items():
         if len(members) > 1:
@@ -45,7 +46,7 @@ def merge_linears(draft: Draft) -> None:
 
 def _merge(draft: Draft, source: Node, members: list[Node]) -> None:
     first = members[0]
-    weights = [draft.constant(m.args[1]) for m in members]  # type: ignore[arg-type]
+    weights = [draft.constant(m.args[1]) for m in members]
     sizes = [w.shape[0] for w in weights]
     weight = draft.add_constant(f"{first.name}_merged_weight", torch.cat(weights))
     biases = [m.args[2] if len(m.args) > 2 else None for m in members]

@@ -4,8 +4,8 @@
 - What depends on constants alone is computed now, when the result is no larger than what it was
   made from.
 - `addmm`, `mm` and `matmul` with a constant matrix become `linear`.
-- Batch normalization after a convolution is folded into it:  W' = W·γ/√(σ²+ε),  b' =
-    (b−μ)·γ/√(σ²+ε) + β.
+- Batch normalization after a convolution is folded into it:
+  W' = W·γ/√(σ²+ε),  b' = (b−μ)·γ/√(σ²+ε) + β.
 - RMSNorm spelled out (x · rsqrt(mean(x²) + ε) · γ, or as a quotient) becomes `aten.rms_norm`.
 - GELU (erf and tanh) and SiLU become one op each, however they are spelled: an elementwise subgraph
   with one input is evaluated on a grid and compared with the function itself.
@@ -23,16 +23,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
-from qcompiler.rewrite import Draft, place, rewrite
+from qcompiler.rewrite import Draft, evaluate, operand, place, rewrite
 
 aten = torch.ops.aten
 
-_DROP = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
-         "sym_constrain_range_for_size")  # fmt: skip
+_DROP = (
+    "_assert_tensor_metadata", "_assert_scalar", "_assert_async",
+    "sym_constrain_range", "sym_constrain_range_for_size",
+)  # fmt: skip
 _ELEMENTWISE = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.erf.default,
-    aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.neg.default, aten.reciprocal.default,
-    aten.square.default, aten.erfc.default, aten.rsub.Scalar, aten.add.Scalar, aten.mul.Scalar,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar,
+    aten.erf.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.neg.default,
+    aten.reciprocal.default, aten.square.default, aten.erfc.default, aten.rsub.Scalar,
+    aten.add.Scalar, aten.mul.Scalar,
 }  # fmt: skip
 _CURVED = {
     aten.erf.default,
@@ -81,21 +84,23 @@ def _make_functional(draft: Draft) -> None:
             )
         if _alias_is_read_later(target, node):
             raise UnsupportedError(
-                f"{place(node)} writes into a view that is read later; use the out-of-place operation in the model"
+                f"{place(node)} writes into a view that is read later; use the out-of-place "
+                "operation in the model"
             )
-        fresh = draft.call(functional, *node.args, before=node, **node.kwargs)
-        order = {n: i for i, n in enumerate(draft.graph.nodes)}
-        target.replace_all_uses_with(
-            fresh, delete_user_cb=lambda user, at=order[node], order=order: order.get(user, -1) > at
-        )
+        options: dict[str, Any] = dict(node.kwargs)
+        fresh = draft.call(functional, *node.args, before=node, **options)
+        nodes = list(draft.graph.nodes)
+        later = set(nodes[nodes.index(node) + 1 :])
+        target.replace_all_uses_with(fresh, delete_user_cb=later.__contains__)
         draft.swap(node, fresh)
         draft.graph.erase_node(node)
 
 
 # Ops whose result shares memory with their input, or may.
 _VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice", "narrow", "chunk", "split",
-    "split_with_sizes", "unbind", "getitem", "expand", "unsqueeze", "squeeze", "alias", "detach", "contiguous", "to", "dropout",
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice",
+    "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem", "expand", "unsqueeze",
+    "squeeze", "alias", "detach", "contiguous", "to", "dropout",
 }  # fmt: skip
 
 
@@ -113,7 +118,7 @@ def _alias_is_read_later(target: Node, writer: Node) -> bool:
     """Whether another value that shares memory with `target` is read after the write."""
     base = target
     while _is_view(base):
-        base = base.args[0]  # type: ignore[assignment]
+        base = operand(base, 0)
     family = [base]
     for value in family:  # grows while it is read
         family += [user for user in value.users if _is_view(user) and user < writer]
@@ -130,17 +135,15 @@ def _drop_no_ops(draft: Draft) -> None:
             count += 1
         elif node.args and isinstance(node.args[0], Node) and _is_no_op(node, name):
             draft.swap(node, node.args[0])
-            draft.graph.erase_node(
-                node
-            )  # dropout counts as impure: dead-code elimination would keep it
+            # Dropout counts as impure: dead-code elimination would keep it.
+            draft.graph.erase_node(node)
             count += 1
     if count:
         draft.note(f"{count} no-ops dropped")
 
 
 def _is_no_op(node: Node, name: str) -> bool:
-    source = node.args[0]
-    value, before = node.meta.get("val"), source.meta.get("val")  # type: ignore[union-attr]
+    value, before = node.meta.get("val"), operand(node, 0).meta.get("val")
     if (
         not isinstance(value, Tensor)
         or not isinstance(before, Tensor)
@@ -148,7 +151,7 @@ def _is_no_op(node: Node, name: str) -> bool:
     ):
         return False
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
-        return node.args[2] is False or node.args[1] == 0
+        return operand(node, 2) is False or bool(operand(node, 1) == 0)
     if name in (
         "to",
         "contiguous",
@@ -161,14 +164,11 @@ def _is_no_op(node: Node, name: str) -> bool:
     ):
         return value.device == before.device
     if name == "slice":
-        start = node.args[2] if len(node.args) > 2 else None
-        end = node.args[3] if len(node.args) > 3 else None
-        step = node.args[4] if len(node.args) > 4 else 1
-        return start in (None, 0) and end in (None, _LAST) and step == 1
-    if name in ("add", "sub") and not node.kwargs:
-        return len(node.args) == 2 and type(node.args[1]) in (int, float) and node.args[1] == 0
-    if name in ("mul", "div") and not node.kwargs:
-        return len(node.args) == 2 and type(node.args[1]) in (int, float) and node.args[1] == 1
+        start, end, step = (operand(node, i) for i in (2, 3, 4))
+        return start in (None, 0) and end in (None, _LAST) and step in (None, 1)
+    if name in ("add", "sub", "mul", "div") and not node.kwargs:
+        other, neutral = operand(node, 1), 0 if name in ("add", "sub") else 1
+        return len(node.args) == 2 and type(other) in (int, float) and bool(other == neutral)
     if name in ("view", "reshape", "expand", "flatten"):
         return _same_shape(value, before)
     return False
@@ -201,7 +201,7 @@ def _fold_constants(draft: Draft) -> None:
         args = torch.fx.node.map_arg(node.args, draft.constant)
         kwargs = torch.fx.node.map_arg(node.kwargs, draft.constant)
         with torch.no_grad():
-            folded = node.target(*args, **kwargs)  # type: ignore[operator]
+            folded = evaluate(node, args, kwargs)
         draft.swap(node, draft.add_constant(f"{node.name}_folded", folded.contiguous()))
         count += 1
     if count:
@@ -212,22 +212,21 @@ def _make_linears(draft: Draft) -> None:
     for node in draft.calls(aten.addmm.default, aten.mm.default, aten.matmul.default):
         bias = node.args[0] if node.target is aten.addmm.default else None
         x, weight = node.args[-2:]
-        if not draft.is_constant(weight) or draft.constant(weight).ndim != 2 or node.kwargs:  # type: ignore[arg-type]
+        if not draft.is_constant(weight) or draft.constant(weight).ndim != 2 or node.kwargs:
             continue
         if not isinstance(x, Node) or x.meta["val"].ndim < 2:
             continue
-        if bias is not None and (
-            not draft.is_constant(bias) or draft.constant(bias).ndim != 1  # type: ignore[arg-type]
-        ):
+        if bias is not None and (not draft.is_constant(bias) or draft.constant(bias).ndim != 1):
             continue
-        turned = draft.add_constant(f"{node.name}_weight", draft.constant(weight).t().contiguous())  # type: ignore[arg-type]
+        turned = draft.add_constant(f"{node.name}_weight", draft.constant(weight).t().contiguous())
         draft.swap(node, draft.call(aten.linear.default, x, turned, bias, before=node))
 
 
 def _fold_batch_norms(draft: Draft) -> None:
     folded = 0
     for norm in draft.calls(aten.batch_norm.default):
-        conv, gamma, beta, mean, variance, training, _, eps, *_ = norm.args
+        operands: tuple[Any, ...] = norm.args
+        conv, gamma, beta, mean, variance, training, _, eps, *_ = operands
         if training:
             draft.refuse(
                 norm, "the batch normalization is in training mode: call eval() on the module"
@@ -236,26 +235,27 @@ def _fold_batch_norms(draft: Draft) -> None:
         if not isinstance(conv, Node) or conv.target not in _CONVS or len(conv.users) > 1:
             draft.refuse(norm, "no convolution feeds this batch normalization alone")
             continue
-        weight_node = conv.args[1]
-        if not draft.is_constant(weight_node) or len(weight_node.users) > 1:  # type: ignore[union-attr]
+        weight_node = operand(conv, 1)
+        if not draft.is_constant(weight_node) or len(weight_node.users) > 1:
             draft.refuse(norm, "the convolution's weight is computed or has another reader")
             continue
-        weight = draft.constant(weight_node).double()  # type: ignore[arg-type]
+        weight = draft.constant(weight_node).double()
 
         def value(node: Any, default: float, like: Tensor = weight) -> Tensor:
             if node is None:
                 return torch.full((like.shape[0],), default, dtype=torch.float64)
             return draft.constant(node).double()
 
-        scale = value(gamma, 1.0) / (value(variance, 1.0) + eps).sqrt()  # type: ignore[operator]
-        old_bias = value(conv.args[2] if len(conv.args) > 2 else None, 0.0)
+        scale = value(gamma, 1.0) / (value(variance, 1.0) + eps).sqrt()
+        old_bias = value(operand(conv, 2), 0.0)
         bias = (old_bias - value(mean, 0.0)) * scale + value(beta, 0.0)
         folded_weight = weight * scale.reshape([-1] + [1] * (weight.ndim - 1))
-        dtype = draft.constant(weight_node).dtype  # type: ignore[arg-type]
+        dtype = draft.constant(weight_node).dtype
         new_weight = draft.add_constant(f"{conv.name}_weight", folded_weight.to(dtype))
         new_bias = draft.add_constant(f"{conv.name}_bias", bias.to(dtype))
         args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
-        draft.swap(norm, draft.call(conv.target, *args, before=conv, **conv.kwargs))
+        options: dict[str, Any] = dict(conv.kwargs)
+        draft.swap(norm, draft.call(conv.target, *args, before=conv, **options))
         folded += 1
     if folded:
         draft.note(f"{folded} batch normalizations folded")
@@ -276,22 +276,20 @@ def _recognise_rms_norms(draft: Draft) -> None:
     for root in draft.calls(aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar):
         if root.target is aten.pow.Tensor_Scalar and root.args[1] != -0.5:
             continue
-        total = root.args[0]
-        eps = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, float)), None)  # type: ignore[arg-type]
-        mean = next((a for a in _operands(total, aten.add.Tensor) if isinstance(a, Node)), None)  # type: ignore[arg-type]
+        summands = _operands(operand(root, 0), aten.add.Tensor)
+        eps = next((a for a in summands if isinstance(a, float)), None)
+        mean = next((a for a in summands if isinstance(a, Node)), None)
         if eps is None or mean is None or mean.target is not aten.mean.dim:
             continue
-        square = mean.args[0]
-        if mean.args[1] not in ([-1], [square.meta["val"].ndim - 1]) or mean.args[2:] != (True,):  # type: ignore[union-attr]
+        square = operand(mean, 0)
+        if mean.args[1] not in ([-1], [square.meta["val"].ndim - 1]) or mean.args[2:] != (True,):
             continue
         if (
             square.target is aten.square.default
-            or (
-                square.target is aten.pow.Tensor_Scalar and square.args[1] == 2  # type: ignore[union-attr]
-            )
+            or (square.target is aten.pow.Tensor_Scalar and square.args[1] == 2)
             or (square.target is aten.mul.Tensor and square.args[0] is square.args[1])
         ):
-            x = square.args[0]  # type: ignore[union-attr]
+            x = square.args[0]
         else:
             continue
         for scaled in [u for u in root.users if _scales(u, x, root)]:
@@ -314,20 +312,23 @@ def _scales(user: Node, x: Node, root: Node) -> bool:
 def _gain(draft: Draft, scaled: Node) -> tuple[Node | None, Node]:
     """The constant weight that the only reader multiplies by, and the node where the norm ends."""
     reader = next(iter(scaled.users)) if len(scaled.users) == 1 else None
-    for operand in _operands(reader, aten.mul.Tensor) if reader else []:
-        if draft.is_constant(operand) and draft.constant(operand).ndim == 1:
+    for factor in _operands(reader, aten.mul.Tensor) if reader else []:
+        if draft.is_constant(factor) and draft.constant(factor).ndim == 1:
             assert reader is not None
-            if draft.constant(operand).shape[0] == scaled.meta["val"].shape[-1]:
-                return operand, reader
+            if draft.constant(factor).shape[0] == scaled.meta["val"].shape[-1]:
+                return factor, reader
     return None, scaled
 
 
 _GRID = torch.linspace(-12.0, 12.0, 4097, dtype=torch.float64)
-_ACTIVATIONS = (
-    ("gelu", aten.gelu.default, {}, torch.nn.functional.gelu(_GRID)),
-    ("tanh-gelu", aten.gelu.default, {"approximate": "tanh"}, torch.nn.functional.gelu(_GRID, approximate="tanh")),
-    ("silu", aten.silu.default, {}, torch.nn.functional.silu(_GRID)),
-)  # fmt: skip
+_ACTIVATIONS: tuple[tuple[str, Any, dict[str, Any], Tensor], ...] = tuple(
+    (name, op, options, op(_GRID, **options))
+    for name, op, options in (
+        ("gelu", aten.gelu.default, {}),
+        ("tanh-gelu", aten.gelu.default, {"approximate": "tanh"}),
+        ("silu", aten.silu.default, {}),
+    )
+)
 
 
 def _recognise_activations(draft: Draft) -> None:
@@ -354,11 +355,9 @@ def _recognise_activations(draft: Draft) -> None:
 
 
 def _cuts(node: Node, limit: int = 14) -> list[Node]:
-    """Nodes upstream of `node` through elementwise ops that two or more paths lead to, nearest
-    first.
-    """
-    cone, queue = [], [node]
-    curved = False
+    """Nodes upstream of `node` that two or more paths of elementwise ops lead to, nearest first."""
+    cone: list[Node] = []
+    queue, curved = [node], False
     while queue and len(cone) < limit:
         current = queue.pop(0)
         curved = curved or current.target in _CURVED
@@ -371,9 +370,7 @@ def _cuts(node: Node, limit: int = 14) -> list[Node]:
 
 
 def _on_grid(node: Node, source: Node) -> Tensor | None:
-    """The subgraph from `source` to `node` evaluated on the grid, or None if it has another
-    input.
-    """
+    """The subgraph from `source` to `node` on the grid, or None if it has another input."""
     values: dict[Node, Tensor] = {source: _GRID}
 
     def visit(current: Node, depth: int) -> bool:
@@ -384,7 +381,7 @@ def _on_grid(node: Node, source: Node) -> Tensor | None:
         if not all(visit(s, depth + 1) for s in current.all_input_nodes):
             return False
         args = torch.fx.node.map_arg(current.args, values.__getitem__)
-        values[current] = current.target(*args, **current.kwargs)  # type: ignore[operator]
+        values[current] = evaluate(current, args, current.kwargs)
         return True
 
     return values[node] if visit(node, 0) and not math.isnan(float(values[node].sum())) else None

@@ -22,8 +22,8 @@ def pack_weights(draft: Draft) -> None:
         source, scale, zero = node.args[:3]
         if not draft.is_constant(source):
             continue
-        weight = draft.constant(source)  # type: ignore[arg-type]
-        args = [draft.constant(scale), draft.constant(zero), *node.args[3:]]  # type: ignore[arg-type]
+        weight = draft.constant(source)
+        args = [draft.constant(scale), draft.constant(zero), *node.args[3:]]
         with torch.no_grad():
             q = ops.quantize(weight, *args)
         element = QType.parse(node.meta["qtype"]).element if "qtype" in node.meta else None

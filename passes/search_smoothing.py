@@ -1,24 +1,22 @@
-"""Choose the smoothing factor of each tensor that quantized linears read: an analysis, Program ×
-Observations → factors.
+"""Choose the smoothing factor of each tensor that quantized linears read.
 
-Dividing channel c of x by s_c and multiplying column c of W by s_c keeps x Wᵀ. SmoothQuant (Xiao
-2023, eq. 4) takes s_c = max|x_c|^α / max|w_c|^(1−α). Here α is searched for each tensor, and s is
-then refined by gradient descent on the expected error of the layer's output under uniform rounding
-noise:
+An analysis, Program × Observations → factors. Dividing channel c of x by s_c and multiplying column
+c of W by s_c keeps x Wᵀ. SmoothQuant (Xiao 2023, eq. 4) takes s_c = max|x_c|^α / max|w_c|^(1−α).
+Here α is searched for each tensor, and s is then refined by gradient descent on the expected error
+of the layer's output under uniform rounding noise:
 
-    L_a = (R/n_a)²/12 · Σ_c s_c² ‖w_c‖²                      with R = max_c hi_c/s_c − min_c
-    lo_c/s_c L_w = Σ_o (max_c |w_oc| s_c / n_w)²/12 · Σ_c E[x_c²]/s_c²
+    L_a = (R/n_a)²/12 · Σ_c s_c² ‖w_c‖²  with  R = max_c hi_c/s_c − min_c lo_c/s_c
+    L_w = Σ_o (max_c |w_oc| s_c / n_w)²/12 · Σ_c E[x_c²]/s_c²
 
 where n_a and n_w are the numbers of steps of the activation's and weight's formats. The candidate
 with the smallest true error on the sampled rows wins, "no smoothing" being one of them.
 
 The extremes hi and lo are not those of the sample alone: a channel that fires rarely would look
-    harmless and overflow on other text. They
-are widened to μ ± 6σ, and for the output of an activation function f to the range of f over μ ± 5σ
-of its input.
+harmless and overflow on other text. They are widened to μ ± 6σ, and for the output of an activation
+function f to the range of f over μ ± 5σ of its input.
 
-Where the layers that write the tensor can take the factor, Outlier Suppression+'s shift z_c = (hi_c
-+ lo_c)/2 (Wei 2023, eq. 4) is a candidate as well.
+Where the layers that write the tensor can take the factor, Outlier Suppression+'s shift
+z_c = (hi_c + lo_c)/2 (Wei 2023, eq. 4) is a candidate as well.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from qcompiler.plan import Factor
 from qcompiler.program import Program
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle
-from qcompiler.rewrite import Draft
+from qcompiler.rewrite import Draft, operand
 
 aten = torch.ops.aten
 ACTIVATIONS = (
@@ -45,12 +43,8 @@ ACTIVATIONS = (
     aten.tanh.default,
     aten.sigmoid.default,
 )
-ALPHAS = (
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-)  # above, channels that fired rarely in calibration overflow on other data
+# Above, channels that fired rarely in calibration overflow on other data.
+ALPHAS = (0.4, 0.5, 0.6, 0.7)
 MERGE_GAIN = 0.1  # dB below which a merged factor is not worth having
 INSERT_GAIN = 1.0  # dB below which a multiplication at run time is not
 
@@ -63,7 +57,7 @@ def smoothing_sites(program: Program, insert: bool) -> dict[str, int]:
         if merged or insert:
             names[source.name] = -1
             if source.target in ACTIVATIONS:
-                names[source.args[0].name] = -1  # type: ignore[union-attr]
+                names[operand(source, 0).name] = -1
     return names
 
 
@@ -84,7 +78,7 @@ def search_smoothing(
         if not merged and not insert:
             continue
         readers = [u for u in source.users if u.target is LINEAR and u.args[0] is source]
-        weights = torch.cat([draft.constant(r.args[1]) for r in readers]).double()  # type: ignore[arg-type]
+        weights = torch.cat([draft.constant(r.args[1]) for r in readers]).double()
         stats = observations[source.name]
         low, high = _extremes(source, stats, observations)
         tie = region.readers[0].channels if merged and region is not None else None
@@ -96,8 +90,9 @@ def search_smoothing(
 
 
 def _candidates(draft: Draft) -> list[tuple[Node, Region | None, bool]]:
-    """Tensors read by linears with constant weights, their region, and whether its writers can take
-    a factor.
+    """Tensors read by linears with constant weights, each with its region.
+
+    Last in each triple: whether the region's writers can take a factor.
     """
     regions = {reader.node: region for region in find_regions(draft) for reader in region.readers}
     found: list[tuple[Node, Region | None, bool]] = []
@@ -108,7 +103,7 @@ def _candidates(draft: Draft) -> list[tuple[Node, Region | None, bool]]:
             continue
         seen.add(source)
         readers = [u for u in source.users if u.target is LINEAR and u.args[0] is source]
-        if any(len(r.args[1].users) > 1 for r in readers):  # type: ignore[union-attr]
+        if any(len(operand(r, 1).users) > 1 for r in readers):
             continue  # a tied weight cannot be scaled for one of its readers
         region = regions.get(node)
         merged = region is not None and merge_obstacle(draft, region) is None
@@ -135,7 +130,7 @@ def _takes_shift(region: Region) -> bool:
 def _extremes(source: Node, stats: Statistics, observations: Observations) -> tuple[Tensor, Tensor]:
     """Lowest and highest value to expect of each channel, (channels,) float64."""
     if source.target in ACTIVATIONS:
-        before = observations[source.args[0].name]  # type: ignore[union-attr]
+        before = observations[operand(source, 0).name]
         ends = torch.linspace(-5.0, 5.0, 41, dtype=torch.float64)[:, None]
         grid = source.target(before.mean + ends * before.deviation, **source.kwargs)
         low, high = torch.minimum(stats.low, grid.amin(0)), torch.maximum(stats.high, grid.amax(0))
@@ -187,8 +182,9 @@ def _search(
 
 
 def _tied(value: Tensor, tie: Tensor | None) -> Tensor:
-    """One value for all channels that carry the same channel of the writer (repeated key/value
-    heads): their mean.
+    """One value for all channels that carry the same channel of the writer: their mean.
+
+    Such channels are those of repeated key/value heads.
     """
     if tie is None:
         return value
@@ -203,8 +199,8 @@ def _steps(kind: QType) -> int:
 
 
 def _expected(
-    scale: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor, weight: QType,
-    activation: QType, sharpness: float | None = None,
+    scale: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor,
+    weight: QType, activation: QType, sharpness: float | None = None,
 ) -> float:  # fmt: skip
     return float(
         _noise(
@@ -249,8 +245,8 @@ def _noise(
 
 
 def _refine(
-    start: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor, weight: QType,
-    activation: QType, iterations: int = 60,
+    start: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor,
+    weight: QType, activation: QType, iterations: int = 60,
 ) -> Tensor:  # fmt: skip
     """Adam on log s from the best grid point.
 
@@ -263,7 +259,7 @@ def _refine(
         schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, iterations)
         for _ in range(iterations):
             optimiser.zero_grad()
-            _noise(t, terms, weight, activation, 24.0).backward()  # type: ignore[no-untyped-call]
+            _noise(t, terms, weight, activation, 24.0).backward()
             optimiser.step()
             schedule.step()
     t = t.detach()
@@ -271,11 +267,12 @@ def _refine(
 
 
 def _true_error(
-    scale: Tensor, shift: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, weight: QType,
-    activation: QType,
+    scale: Tensor, shift: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor,
+    weight: QType, activation: QType,
 ) -> float:  # fmt: skip
-    """Squared error of the readers' output on the sampled rows, with the range that the extremes
-    ask for.
+    """Squared error of the readers' output on the sampled rows.
+
+    The activation's range is the one that the extremes ask for.
     """
     x = ((rows - shift) / scale).float()
     w = (weights * scale).float()

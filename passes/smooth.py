@@ -1,5 +1,4 @@
-"""Apply smoothing factors: x ↦ (x − z)/s before the quantizer, W ↦ W·diag(s) and b ↦ b + W z after
-it.
+"""Apply smoothing factors: divide a tensor by them, and multiply what reads it.
 
     x Wᵀ + b = ((x − z)/s) (W diag(s))ᵀ + (b + W z)
 
@@ -8,8 +7,8 @@ layers that write x can take the factor it costs nothing when the model runs; ot
 multiplication by 1/s is inserted between x and its linears, and x itself, which something else
 reads as well, stays.
 
-Refused, with the reason: tensors whose writers cannot take the factor when no multiplication may be
-    inserted.
+Refused, with the reason: tensors whose writers cannot take the factor when no multiplication may
+be inserted.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def smooth(draft: Draft, factors: Mapping[str, Factor], insert: bool = True) -> 
 
 
 def _scale_reader(draft: Draft, reader: Node, scale: Tensor, shift: Tensor) -> None:
-    weight = draft.constant(reader.args[1]).double()  # type: ignore[arg-type]
+    weight = draft.constant(reader.args[1]).double()
     if bool((shift != 0).any()):
         bias = reader.args[2] if len(reader.args) > 2 else None
         old = (
@@ -65,7 +64,7 @@ def _scale_reader(draft: Draft, reader: Node, scale: Tensor, shift: Tensor) -> N
         )
         fresh = draft.add_constant(f"{reader.name}_bias", (old + weight @ shift).float())
         reader.args = (reader.args[0], reader.args[1], fresh)
-    draft.set_constant(reader.args[1], (weight * scale).float())  # type: ignore[arg-type]
+    draft.set_constant(reader.args[1], (weight * scale).float())
 
 
 def _merge(draft: Draft, region: Region, factor: Factor) -> None:

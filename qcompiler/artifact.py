@@ -1,6 +1,4 @@
-"""Artifacts: a folder with the compiled model, its manifest, its report and the data it was
-verified on.
-"""
+"""Artifacts: a folder with the compiled model, its manifest, its report and verification data."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +62,8 @@ class Artifact:
             raise InputError(f"{path} is corrupt ({error}); compile the model again") from error
         if version > FORMAT:
             raise InputError(
-                f"{path} has format {version}, this qcompiler reads up to {FORMAT}; install a newer qcompiler"
+                f"{path} has format {version}, this qcompiler reads up to {FORMAT}; "
+                "install a newer qcompiler"
             )
         missing = {"inputs", "outputs", "target", "files"} - set(manifest)
         if missing:
@@ -112,16 +111,15 @@ class Artifact:
         return runner
 
     def check_files(self) -> None:
-        """Raise a `VerifyError` naming the first file that is missing or is not what was
-        written.
-        """
+        """Raise a `VerifyError` naming the first file that is missing or was changed."""
         for name, digest in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file():
                 raise VerifyError(f"{path} is missing; compile the model again")
             if sha256(path) != digest:
                 raise VerifyError(
-                    f"{path} is not the file that was written (checksum differs); compile the model again"
+                    f"{path} is not the file that was written (checksum differs); "
+                    "compile the model again"
                 )
 
     def batches(self, kind: str) -> list[Batch]:
@@ -171,8 +169,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def writing(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes
-    when it does not.
+    """A temporary folder beside `out` that becomes `out` when the block ends well.
+
+    When it does not, the folder vanishes.
 
     Raises:
         InputError: if `out` exists and `force` is not set, or cannot be written.
@@ -193,11 +192,11 @@ def writing(out: Path, force: bool) -> Iterator[Path]:
         work.chmod(0o777 & ~_umask())
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.rename(out, old / out.name)
-            os.rename(work, out)
+            out.rename(old / out.name)
+            work.rename(out)
             shutil.rmtree(old)
         else:
-            os.rename(work, out)
+            work.rename(out)
     except OSError as error:
         if error.errno == 28:
             raise InputError(
@@ -218,7 +217,8 @@ def describe_tensor(name: str, value: Any, symbols: Mapping[str, str]) -> dict[s
     """Name, dtype and shape of an input or output for the manifest; dynamic sizes by name."""
     if not isinstance(value, Tensor):
         return {"name": name, "dtype": type(value).__name__, "shape": []}
-    shape = [s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape]
+    sizes: Iterable[Any] = value.shape  # symbols where they are dynamic
+    shape = [s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in sizes]
     return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
 
 

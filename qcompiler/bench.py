@@ -1,5 +1,6 @@
-"""Timing: several callables side by side, interleaved, so that a noisy machine disturbs all of them
-alike.
+"""Timing: several callables side by side.
+
+They are interleaved, so that a noisy machine disturbs all of them alike.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def load_calibration(text: str, spec: ModelSpec, batch_size: int = 8) -> Batches
 
     Args:
         text: one of
-            a `.txt` file, one text a line, or `.jsonl`, one `{"text": …}` a line; batched by
-            length;
+            a `.txt` file, one text a line, or `.jsonl`, one `{"text": …}` a line, batched
+            by length;
             `.npz`, `.safetensors` or `.pt` with one tensor for each input, samples first (a `.pt`
             may also hold a list of batches);
             a folder of images, or of `.npz`/`.safetensors` files that are one batch each, in

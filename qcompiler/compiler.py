@@ -31,6 +31,7 @@ from qcompiler.passes.smooth import smooth
 from qcompiler.plan import Assignment, Factor
 from qcompiler.program import Program, capture
 from qcompiler.recipe import Recipe, load_recipe
+from qcompiler.rewrite import operand
 from qcompiler.spec import Batches, Inputs, ModelSpec
 from qcompiler.target import Target
 from qcompiler.verify import Reference, check_exact, compare_sites
@@ -187,12 +188,13 @@ def _is_layer(node: torch.fx.Node) -> bool:
 
 
 def _node(program: Program, name: str) -> torch.fx.Node:
-    return next(n for n in program.exported.graph.nodes if n.name == name)
+    nodes: Iterable[torch.fx.Node] = program.exported.graph.nodes
+    return next(n for n in nodes if n.name == name)
 
 
 def _source(program: Program, site: Any) -> str:
     node = _node(program, site.node)
-    return node.name if site.operand == -1 else node.args[site.operand].name  # type: ignore[union-attr]
+    return node.name if site.operand == -1 else str(operand(node, site.operand).name)
 
 
 def _is_activation(program: Program, site: Any) -> bool:
@@ -235,7 +237,8 @@ def _as_spec(
         return ModelSpec("program", torch.nn.Identity(), example, dynamic_shapes or {}, factory)
     if example_inputs is None:
         raise InputError(
-            "example_inputs are needed to capture a module: a tuple of tensors, or a mapping by name"
+            "example_inputs are needed to capture a module: a tuple of tensors, or a mapping by "
+            "name"
         )
     return ModelSpec(type(model).__name__, model, example_inputs, dynamic_shapes or {}, factory)
 

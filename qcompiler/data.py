@@ -32,7 +32,8 @@ class Data:
             if recipe.needs_data:
                 raise InputError(
                     f"recipe '{recipe.name}' needs calibration data and {spec.name} brings none: "
-                    "give --calibration (a file, a folder or module:function), or use w8, w4a16 or w8a8-dynamic --set smooth=false"
+                    "give --calibration (a file, a folder or module:function), or use w8, w4a16 or "
+                    "w8a8-dynamic --set smooth=false"
                 )
             example = spec.example_inputs
             source = held = lambda: [example]
@@ -67,7 +68,7 @@ class Data:
             raise InputError(f"{name}: there is no data; give at least one batch")
 
 
-def flatten(program: Program, inputs: Inputs, where: str) -> Batch:
+def flatten(program: Program, inputs: Inputs | Tensor, where: str) -> Batch:
     """One batch, by name or position, in the order of the program's inputs."""
     if isinstance(inputs, Tensor):
         return (inputs,)

@@ -1,6 +1,6 @@
-"""What follows the passes.
+"""What follows the passes: lower, audit, verify, time, report.
 
-Lower, audit, verify, time, report; and doing so again with an artifact on disk.
+And doing so again with an artifact on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ class Compiled:
 
     Attributes:
         source: as captured.
-        plain: the float model in the form that runs fastest; what the quantized model is compared
-            with.
+        plain: the float model in its fastest form, which the quantized one is compared with.
         floating: smoothed, just before quantization.
         quantized: with packed integers.
         plan, factors: the decisions.
@@ -97,8 +97,10 @@ def deliver(
             from qcompiler.backends import ort, ort_audit
 
             say("lower")
-            ort.lower(compiled.quantized, folder, output_names=names, dynamic_shapes=spec.dynamic_shapes,
-                      fused=recipe.fused)  # fmt: skip
+            ort.lower(
+                compiled.quantized, folder, output_names=names, fused=recipe.fused,
+                dynamic_shapes=spec.dynamic_shapes,
+            )  # fmt: skip
             reference = folder / REFERENCE
             reference.mkdir()
             say("lower the float model")
@@ -148,7 +150,9 @@ def deliver(
     manifest |= {
         "errors": errors,
         "metric": metric,
-        "size": {"float_bytes": _size(reference), "model_bytes": _size(folder)},
+        "size": {
+            "float_bytes": _size(reference / ort.MODEL), "model_bytes": _size(folder / ort.MODEL),
+        },
         "latency": [
             {
                 "shape": " ".join("×".join(map(str, t.shape)) for t in batch[:1]), "threads": 1,
@@ -173,8 +177,9 @@ def deliver(
 
 
 def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
-    """Layers whose weights the plan quantizes, node → module path; with float activations only
-    linears have such kernels.
+    """Layers whose weights the plan quantizes, node → module path.
+
+    With float activations only linears have such kernels.
     """
     nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
     linear = torch.ops.aten.linear.default
@@ -185,9 +190,9 @@ def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
     }
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the model file and its external data."""
-    return sum(p.stat().st_size for p in folder.glob("model.onnx*"))
+def _size(model: Path) -> int:
+    """Bytes of a model file and its external data."""
+    return sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
 
 
 def _as_module(run: Callable[..., Any], spec: Any) -> Callable[..., Any]:
@@ -198,9 +203,9 @@ def _as_module(run: Callable[..., Any], spec: Any) -> Callable[..., Any]:
 
 
 def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
-    """What `verify` demands of the artifact against the program.
+    """What `verify` demands of the artifact against the program, in dB.
 
-    What was measured here, less 6 dB for another CPU's kernels.
+    It is what was measured here, less 6 dB for another CPU's kernels.
     """
     measured = [row["sqnr_db"] for row in errors["lowering"]]
     return round(max(0.0, min(measured, default=0.0) - 6.0), 1)
@@ -218,17 +223,19 @@ def _manifest(
     nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
     values = {n.name: n.meta.get("val") for n in program.exported.graph.nodes}
     outputs = [values.get(str(o)) for o in program.exported.graph_signature.user_outputs]
-    sizes = {str(values[i].shape[d]): s for i in program.inputs if isinstance(values[i], torch.Tensor)  # type: ignore[union-attr]
-             for d, s in spec.dynamic_shapes.get(i, {}).items()}  # fmt: skip
+    sizes = {
+        str(values[name].shape[dim]): size
+        for name in program.inputs
+        if isinstance(values[name], torch.Tensor)
+        for dim, size in spec.dynamic_shapes.get(name, {}).items()
+    }
 
     def path(name: str) -> str:
         return module_path(nodes[name]) if name in nodes else ""
 
     try:
-        structure = pytree.treespec_dumps(program.exported.call_spec.out_spec)  # type: ignore[arg-type]
-    except (
-        Exception
-    ):  # an output type that torch cannot write down: the artifact then returns a tuple
+        structure = pytree.treespec_dumps(program.exported.call_spec.out_spec)
+    except Exception:  # torch cannot write the output's type down: the artifact returns a tuple
         structure = ""
     return {
         "format": artifacts.FORMAT,
@@ -240,14 +247,19 @@ def _manifest(
         "versions": artifacts.versions(),
         "machine": machine(),
         "inputs": [artifacts.describe_tensor(n, values[n], sizes) for n in program.inputs],
-        "outputs": [artifacts.describe_tensor(n, v, sizes) for n, v in zip(names, outputs, strict=True)],
+        "outputs": [
+            artifacts.describe_tensor(n, v, sizes) for n, v in zip(names, outputs, strict=True)
+        ],
         "out_spec": structure,
         "padding_mask": spec.padding_mask,
         "history": [asdict(entry) for entry in program.history],
         "plan": json.loads(compiled.plan.to_json()),
         "refusals": [asdict(r) for r in compiled.plan.refusals],
         "smoothing": [
-            {"tensor": n, "path": path(n), "method": f.method, "gain_db": f.gain, "merged": f.merged}
+            {
+                "tensor": n, "path": path(n), "method": f.method, "gain_db": f.gain,
+                "merged": f.merged,
+            }
             for n, f in compiled.factors.items()
         ],
         "ranges": _ranges(compiled, path),
@@ -284,8 +296,9 @@ def _ranges(compiled: Compiled, path: Callable[[str], str]) -> list[dict[str, An
 
 
 def _origin(compiled: Compiled, name: str) -> str:
-    """The tensor that an inserted smoothing multiplication reads, or, fused away, the one that its
-    successor replaced.
+    """The tensor that an inserted smoothing multiplication reads.
+
+    Where it was fused away: the one that its successor replaced.
     """
     node = next(n for n in compiled.floating.exported.graph.nodes if n.name == name)
     first = node.args[0] if node.args else None
@@ -304,7 +317,8 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(l.partition(":")[2].strip() for l in lines if l.startswith("model name"))  # noqa: E741
+        name = next(line for line in lines if line.startswith("model name"))
+        cpu = name.partition(":")[2].strip()
     except (OSError, StopIteration):
         pass
     return {"cpu": cpu, "cores": os.cpu_count() or 1, "feature": cpu_feature()}
@@ -314,13 +328,14 @@ def _warnings(manifest: Mapping[str, Any]) -> list[str]:
     found = list(manifest["audit"]["broken"])
     slow = [row for row in manifest["latency"] if row["ratio"] > 1]
     found += [
-        f"slower than the float model: {row['ratio']:.2f} times its time at {row['shape']}; the audit lists the kernels"
+        f"slower than the float model: {row['ratio']:.2f} times its time at {row['shape']}; "
+        "the audit lists the kernels"
         for row in slow
     ]
     if "MatMulNBits" in manifest["audit"]["kernels"]:
         found.append(
-            "ONNX Runtime quantizes activations to 8 bits inside MatMulNBits (its accuracy level 4): "
-            "a lowering error beyond rounding, shown above"
+            "ONNX Runtime quantizes activations to 8 bits inside MatMulNBits (its accuracy level "
+            "4): a lowering error beyond rounding, shown above"
         )
     return found
 
@@ -333,8 +348,9 @@ def _judge(manifest: Mapping[str, Any], recipe: Recipe) -> None:
     )
     if worst < recipe.min_sqnr:
         raise VerifyError(
-            f"SQNR on held-out data is {worst:.1f} dB, recipe '{recipe.name}' demands {recipe.min_sqnr:.1f}: try "
-            "another calibration, keep layers in float (--set keep_float=…), or accept it with --set min_sqnr=0"
+            f"SQNR on held-out data is {worst:.1f} dB, recipe '{recipe.name}' demands "
+            f"{recipe.min_sqnr:.1f}: try another calibration, keep layers in float "
+            "(--set keep_float=…), or accept it with --set min_sqnr=0"
         )
     broken = manifest["audit"]["broken"]
     if broken and recipe.promise == "error":
@@ -345,8 +361,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     """Check an artifact again, on the data kept with it: files, lowering error, quantization error.
 
     Returns:
-        `{"ok": bool, "checks": [{"what", "value", "bound", "ok"}]}`; values in dB except for the
-        files.
+        `{"ok": bool, "checks": [{"what", "value", "bound", "ok"}]}`; values in dB, for the files
+        their number.
 
     Raises:
         VerifyError: if a file is missing or changed.
@@ -378,9 +394,13 @@ def verify(folder: str | Path) -> dict[str, Any]:
             for row in compare(expected, got, names, kind, masks) if expected else []:
                 demanded = bound if stored == "quantized" or kind == "held-out" else 0.0
                 checks.append(
-                    {"what": f"{what}: {row.output}, {kind}", "value": row.sqnr_db, "bound": demanded,
-                     "ok": row.sqnr_db >= demanded}
-                )  # fmt: skip
+                    {
+                        "what": f"{what}: {row.output}, {kind}",
+                        "value": row.sqnr_db,
+                        "bound": demanded,
+                        "ok": row.sqnr_db >= demanded,
+                    }
+                )
     return {"ok": all(c["ok"] for c in checks), "checks": checks}
 
 
@@ -392,8 +412,9 @@ def bench(
     shape: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time an artifact beside its float model and ONNX Runtime's own quantizers, interleaved, in
-    one run.
+    """Time an artifact beside its float model and ONNX Runtime's own quantizers.
+
+    All are interleaved in one run.
 
     Args:
         folder: the artifact; its float model must have been kept.
@@ -445,18 +466,21 @@ def bench(
             for name, run in runs.items()
         }
         say("time")
-        timings = interleave({n: (lambda run=run: run(*batch)) for n, run in runs.items()}, seconds)  # type: ignore[misc]
+        timings = interleave({n: partial(run, *batch) for n, run in runs.items()}, seconds)
         rows: list[dict[str, Any]] = [
             {
-                "name": t.name, "ms": t.ms, "ratio": t.ratio, "low": t.low, "high": t.high, "rounds": t.rounds,
-                "size_bytes": sum(p.stat().st_size for p in paths[t.name].parent.glob(paths[t.name].name + "*")),
-                "sqnr_db": None if t.name == "float" else quality[t.name], "note": "",
+                **asdict(t),
+                "size_bytes": _size(paths[t.name]),
+                "sqnr_db": None if t.name == "float" else quality[t.name],
+                "note": "",
             }
             for t in timings
-        ]  # fmt: skip
+        ]
     rows += [
-        {"name": n, "ms": None, "ratio": None, "low": None, "high": None, "rounds": 0, "size_bytes": None,
-         "sqnr_db": None, "note": note}
+        {
+            "name": n, "ms": None, "ratio": None, "low": None, "high": None, "rounds": 0,
+            "size_bytes": None, "sqnr_db": None, "note": note,
+        }
         for n, note in notes.items()
     ]  # fmt: skip
     first = batch[0]
@@ -471,8 +495,9 @@ def bench(
 def _resize(
     batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str
 ) -> tuple[torch.Tensor, ...]:
-    """The batch with its dynamic sizes set, in order of appearance, by repeating and cutting its
-    data.
+    """The batch with its dynamic sizes set, in order of appearance.
+
+    Its data are repeated and cut.
     """
     symbols: list[str] = []
     for entry in inputs:

@@ -1,18 +1,17 @@
-"""Calibration: what the activations looked like, gathered in bounded memory, and the range that
-each method draws from it.
+"""Calibration: what the activations looked like, and the range that each method draws from it.
 
 Memory for each observed tensor, whatever the number of batches (`Statistics.bytes_bound`):
 
-    8 · BINS  (histogram)  +  4 · 8 · channels  (extremes, sums)  +  4 · ROWS · channels  (sampled
-    rows)
+    8 · BINS  (histogram)  +  4 · 8 · channels  (extremes, sums)
+        +  4 · ROWS · channels  (sampled rows)
 
 The histogram spans [−A, A]; when a value falls outside, A doubles and bins merge in pairs, so
 nothing is ever re-read. The sampled rows are a reservoir (Vitter 1985, algorithm R) drawn with a
 generator seeded by the tensor's name: the same data give the same statistics, bit for bit.
 
 Methods: min-max; percentile; KL divergence (Migacz 2017, "8-bit inference with TensorRT"); search
-    over the p-norm of the error
-("mse" is p = 2). See "A Survey of Low-bit Large Language Models", section 2.4 (calibration).
+over the p-norm of the error ("mse" is p = 2). See "A Survey of Low-bit Large Language Models",
+section 2.4 (calibration).
 """
 
 from __future__ import annotations
@@ -76,7 +75,8 @@ class Statistics:
             return
         if not bool(torch.isfinite(rows).all()):
             raise InputError(
-                f"calibration: the value of '{self.name}' has NaN or Inf; check the inputs and the model"
+                f"calibration: the value of '{self.name}' has NaN or Inf; "
+                "check the inputs and the model"
             )
         low, high = rows.amin(0).double(), rows.amax(0).double()
         self.low = low if self.seen == 0 else torch.minimum(self.low, low)
@@ -262,8 +262,9 @@ def search_norm(
 def _search_kl(
     stats: Statistics, qtype: QType, low: float, high: float, steps: int = 96
 ) -> tuple[float, float]:
-    """The shrink factor whose quantized histogram is nearest to the clipped one in Kullback–Leibler
-    divergence.
+    """The range whose quantized histogram is nearest to the clipped one.
+
+    Nearest in Kullback–Leibler divergence; both ends shrink by one factor.
     """
     centres, counts = stats.centres, stats.counts
 

@@ -4,8 +4,8 @@
     qc::dequantize        integers → float
     qc::dynamic_quantize  float → integers, scale and zero point computed from the tensor itself
     qc::unpack            packed 2-, 3- and 4-bit weights → int8
-    qc::attention         softmax(q kᵀ · scale + mask) v over the heads of (batch, sequence, heads ·
-    size) tensors
+    qc::attention         softmax(q kᵀ · scale + mask) v over the heads of
+                          (batch, sequence, heads · size) tensors
 
 The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11.
 An axis and a group size are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
@@ -21,7 +21,8 @@ from qcompiler.qtype import ELEMENTS, QType
 
 _library = torch.library.Library("qc", "DEF")
 _library.define(
-    "quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int group, int qmin, int qmax) -> Tensor"
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int group, int qmin, int qmax)"
+    " -> Tensor"
 )
 _library.define(
     "dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis, int group) -> Tensor"
@@ -29,7 +30,8 @@ _library.define(
 _library.define("dynamic_quantize(Tensor x, str qtype) -> (Tensor, Tensor, Tensor)")
 _library.define("unpack(Tensor packed, str element, int[] shape) -> Tensor")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, bool causal) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale,"
+    " bool causal) -> Tensor"
 )
 
 
@@ -73,7 +75,8 @@ def _attention(
     causal: bool,
 ) -> Tensor:
     def split(x: Tensor, count: int) -> Tensor:
-        return x.unflatten(-1, (count, x.shape[-1] // count)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (count, x.shape[-1] // count))
+        return heads.transpose(1, 2)
 
     out = torch.nn.functional.scaled_dot_product_attention(
         split(q, heads),
@@ -98,18 +101,17 @@ _library.impl(
 )
 
 
-@torch.library.register_fake("qc::quantize")
-def _(x, scale, zero_point, axis, group, qmin, qmax):  # type: ignore[no-untyped-def]
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int, qmin: int, qmax: int
+) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
-@torch.library.register_fake("qc::dequantize")
-def _(q, scale, zero_point, axis, group):  # type: ignore[no-untyped-def]
+def _fake_dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
     return torch.empty_like(q, dtype=scale.dtype)
 
 
-@torch.library.register_fake("qc::dynamic_quantize")
-def _(x, text):  # type: ignore[no-untyped-def]
+def _fake_dynamic_quantize(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor]:
     kind = QType.parse(text)
     shape = [*x.shape[:-1], 1] if kind.granularity == "token" else []
     return (
@@ -119,15 +121,28 @@ def _(x, text):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("qc::unpack")
-def _(packed, element, shape):  # type: ignore[no-untyped-def]
+def _fake_unpack(packed: Tensor, element: str, shape: list[int]) -> Tensor:
     return packed.new_empty(shape, dtype=torch.int8 if ELEMENTS[element][1] else torch.uint8)
 
 
-@torch.library.register_fake("qc::attention")
-def _(q, k, v, mask, heads, kv_heads, scale, causal):  # type: ignore[no-untyped-def]
+def _fake_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
     return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads])
 
+
+torch.library.register_fake("qc::quantize", _fake_quantize)
+torch.library.register_fake("qc::dequantize", _fake_dequantize)
+torch.library.register_fake("qc::dynamic_quantize", _fake_dynamic_quantize)
+torch.library.register_fake("qc::unpack", _fake_unpack)
+torch.library.register_fake("qc::attention", _fake_attention)
 
 quantize = torch.ops.qc.quantize.default
 dequantize = torch.ops.qc.dequantize.default

@@ -1,5 +1,6 @@
-"""The Plan: which tensor use gets which number format, and over which range. Data, never
-behaviour.
+"""The Plan: which tensor use gets which number format, and over which range.
+
+It is data, never behaviour.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Plan(Mapping[Site, Assignment]):
-    """An immutable mapping from sites to formats, in graph order, and what was left in float with
-    its reason.
+    """An immutable mapping from sites to formats, in graph order.
 
-    Operand −1 is the node's own value, quantized once for all its readers.
+    `refusals` are what was left in float, with the reason. Operand −1 is the node's own value,
+    quantized once for all its readers.
     """
 
     entries: Mapping[Site, Assignment] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ class Entry:
         name: the pass.
         exact: whether it claims the same function in real arithmetic.
         changed: whether it changed the program at all.
-        residual: ‖new − old‖ / ‖old‖ of the outputs on the checked batches; None where it was not
-            measured.
+        residual: ‖new − old‖ / ‖old‖ of the outputs on the checked batches; None if not measured.
         bound: what float rounding explains; None for passes that claim nothing.
         notes: what it did, in counts.
         refusals: what it did not do.
@@ -65,9 +64,7 @@ class Program:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, in the order of the forward signature, nested arguments
-        flattened.
-        """
+        """Names of the inputs in the order of the forward signature, nested arguments flattened."""
         return tuple(str(name) for name in self.exported.graph_signature.user_inputs)
 
     def with_entry(self, entry: Entry) -> Program:
@@ -87,17 +84,15 @@ class Program:
 
     def placeholder(self, name: str) -> Node:
         """The input node of that name."""
-        return next(
-            n for n in self.exported.graph.nodes if n.op == "placeholder" and n.name == name
-        )
+        nodes: Iterable[Node] = self.exported.graph.nodes
+        return next(n for n in nodes if n.op == "placeholder" and n.name == name)
 
     def check_batch(self, batch: Batch, where: str = "inputs") -> None:
-        """Raise an `InputError` if `batch` has not the number, dtypes and static sizes of the
-        inputs.
-        """
+        """Raise an `InputError` if `batch` has not the inputs' number, dtypes and static sizes."""
         if len(batch) != len(self.inputs):
             raise InputError(
-                f"{where}: {len(batch)} tensors given, the model takes {len(self.inputs)}: {', '.join(self.inputs)}"
+                f"{where}: {len(batch)} tensors given, the model takes {len(self.inputs)}: "
+                f"{', '.join(self.inputs)}"
             )
         for name, value in zip(self.inputs, batch, strict=True):
             expected = self.placeholder(name).meta.get("val")
@@ -109,20 +104,22 @@ class Program:
                 raise InputError(
                     f"{where}: '{name}' is {value.dtype}, the model takes {expected.dtype}"
                 )
-            wanted = [str(s) if isinstance(s, int) else "*" for s in expected.shape]
+            sizes: Iterable[Any] = expected.shape  # symbols where they are dynamic
+            wanted = [str(s) if isinstance(s, int) else "*" for s in sizes]
             fits = len(wanted) == value.ndim and all(
                 w in ("*", str(s)) for w, s in zip(wanted, value.shape, strict=True)
             )
             if not fits:
                 shape = ", ".join(wanted)
                 raise InputError(
-                    f"{where}: '{name}' has the shape {tuple(value.shape)}, the model takes ({shape})"
+                    f"{where}: '{name}' has the shape {tuple(value.shape)}, "
+                    f"the model takes ({shape})"
                 )
 
     @torch.no_grad()
     def run(
         self, batch: Batch, watch: Watch | None = None, double: bool = False
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Run the graph node by node; a value is dropped after its last reader.
 
         Args:
@@ -132,7 +129,7 @@ class Program:
                 rounding bounds).
 
         Returns:
-            The flat outputs.
+            The flat outputs: tensors, and whatever else the model returns.
         """
         graph = self.exported.graph
         last_use: dict[Node, Node] = {}
@@ -184,8 +181,9 @@ class Program:
 
 
 def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions of `value` that are not padding, as rows; all of `value` where the mask does
-    not apply.
+    """The positions of `value` that are not padding, as rows.
+
+    All of `value` where the mask does not apply.
 
     Args:
         value: any tensor.
@@ -232,9 +230,9 @@ def capture(
     Args:
         module: any module that `torch.export` accepts; put into eval mode here.
         example_inputs: positional (a tuple) or by name (a mapping).
-        dynamic_shapes: input name → {dimension: name}, such as `{"input_ids": {0: "batch", 1:
-            "sequence"}}`. A dimension that is 1 in the example is doubled for the capture, because
-            `torch.export` takes 0 and 1 as constants.
+        dynamic_shapes: input name → {dimension: name}, such as
+            `{"input_ids": {0: "batch", 1: "sequence"}}`. A dimension that is 1 in the example is
+            doubled for the capture, because `torch.export` takes 0 and 1 as constants.
 
     Raises:
         CaptureError: with the line of the model at fault and the known remedy.
@@ -287,8 +285,9 @@ def load_pt2(path: Path) -> Program:
         return Program(torch.export.load(path))
     except Exception as error:
         raise InputError(
-            f"{path}: not a program that torch {torch.__version__} can read ({_first_line(error)}); "
-            "save it again with torch.export.save of this or an older version"
+            f"{path}: not a program that torch {torch.__version__} can read "
+            f"({_first_line(error)}); save it again with torch.export.save of this or an older "
+            "version"
         ) from error
 
 
@@ -301,28 +300,33 @@ def _forward_names(module: torch.nn.Module) -> list[str]:
 def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(f"example input '{name}' is a {type(value).__name__}, not a tensor")
+    widened: Tensor = value
     for dim in dynamic:
         if dim >= value.ndim:
             raise InputError(
                 f"example input '{name}' has no dimension {dim}: its shape is {tuple(value.shape)}"
             )
         if value.shape[dim] == 1:
-            value = value.repeat_interleave(2, dim)
-    return value
+            widened = widened.repeat_interleave(2, dim)
+    return widened
 
 
 _REMEDIES = (
     (
-        ("data-dependent", "GuardOnDataDependent", "Could not guard", "Could not extract specialized integer"),
-        "the model branches on the values of a tensor: compute both sides and choose with torch.where, or use torch.cond",
+        ("data-dependent", "GuardOnDataDependent", "Could not guard",
+         "Could not extract specialized integer"),
+        "the model branches on the values of a tensor: compute both sides and choose with "
+        "torch.where, or use torch.cond",
     ),
     (
         ("specialized", "Constraints violated", "ConstraintViolation", "marked as dynamic but"),
-        "the model fixes a size that was asked to be dynamic: leave that dimension out of dynamic_shapes",
+        "the model fixes a size that was asked to be dynamic: leave that dimension out of "
+        "dynamic_shapes",
     ),
     (
-        ("shapes cannot be multiplied", "size mismatch", "must match the size", "same dtype", "expected scalar type",
-         "Expected input", "normalized_shape", "channels, but got", "same reduction dim"),
+        ("shapes cannot be multiplied", "size mismatch", "must match the size", "same dtype",
+         "expected scalar type", "Expected input", "normalized_shape", "channels, but got",
+         "same reduction dim"),
         "the example inputs do not fit the model: check their shapes and dtypes",
     ),
     (
@@ -356,9 +360,9 @@ def _source_line(error: BaseException) -> str:
         frames = [
             frame
             for frame in traceback.extract_tb(current.__traceback__)
-            if "/torch/" not in frame.filename and not frame.filename.startswith(str(Path(__file__).parent))
-            and not frame.filename.startswith("<")
-        ]  # fmt: skip
+            if "/torch/" not in frame.filename
+            and not frame.filename.startswith((str(Path(__file__).parent), "<"))
+        ]
         current = current.__cause__ or current.__context__
     if not frames:
         return ""

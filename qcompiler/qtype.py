@@ -38,8 +38,7 @@ class QType:
             unsigned elements).
         reduced: one bit of the range left unused (int8 in −64…63): CPUs without VNNI add two u8×s8
             products in int16.
-        dynamic: the scale is computed from the tensor when the model runs; `token` is always
-            dynamic.
+        dynamic: the scale is computed from the tensor when the model runs; always so for `token`.
     """
 
     element: str = "int8"
@@ -159,8 +158,7 @@ class QType:
         """Smallest and largest element for each scale of `x`, in the shape that the scale has.
 
         Per tensor: (); per channel: (x.shape[axis],); per token: x.shape with 1 in the last place;
-            per group:
-        x.shape with x.shape[axis] / group along `axis`.
+        per group: x.shape with x.shape[axis] / group along `axis`.
         """
         if self.granularity == "tensor":
             return x.amin(), x.amax()
@@ -173,15 +171,12 @@ class QType:
         return blocks.amin(axis % x.ndim + 1), blocks.amax(axis % x.ndim + 1)
 
     def quantize(self, x: Tensor, scale: Tensor, zero: Tensor, axis: int = 0) -> Tensor:
-        """Q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in `dtype`, of the shape of
-        `x`.
-        """
+        """Q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in `dtype`."""
         axis = axis % x.ndim if x.ndim else 0
         shaped = broadcast(scale, x, axis, self.group or 0)
         q = torch.round(x / shaped) + broadcast(zero, x, axis, self.group or 0).to(x.dtype)
-        if (
-            self.bits == 32
-        ):  # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around
+        if self.bits == 32:
+            # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around.
             q = q.double()
         return q.clamp(self.qmin, self.qmax).to(self.dtype)
 
@@ -195,8 +190,9 @@ class QType:
         return dequantize(q, scale, zero, axis % x.ndim, self.group or 0)
 
     def bytes_for(self, elements: int, scales: int) -> int:
-        """Bytes of storage for that many elements and scales (float32, and a zero point each where
-        affine).
+        """Bytes of storage for that many elements and scales.
+
+        A scale is a float32, with a zero point of one byte where the format is affine.
         """
         return (elements * self.bits + 7) // 8 + scales * (4 if self.symmetric else 5)
 
@@ -206,7 +202,8 @@ def _blocks(x: Tensor, axis: int, group: int) -> Tensor:
         raise InputError(
             f"{x.shape[axis]} elements along axis {axis} do not divide by groups of {group}"
         )
-    return x.unflatten(axis, (x.shape[axis] // group, group))
+    blocks: Tensor = x.unflatten(axis, (x.shape[axis] // group, group))
+    return blocks
 
 
 def broadcast(scale: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
@@ -227,10 +224,10 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, group: 
 
 
 def pack(q: Tensor, element: str) -> Tensor:
-    """Integers of 2, 3, 4 or 8 bits as a flat uint8 tensor, little-endian bit order: element i at
-    bits [i·b, (i+1)·b).
+    """Integers of 2, 3, 4 or 8 bits as a flat uint8 tensor.
 
-    For 4 and 2 bits this is the byte layout of ONNX's INT4 and INT2 tensors.
+    The bit order is little-endian: element i is at bits [i·b, (i+1)·b). For 4 and 2 bits this is
+    the byte layout of ONNX's INT4 and INT2 tensors.
     """
     bits = ELEMENTS[element][0]
     flat = q.flatten().to(torch.int32) & ((1 << bits) - 1)

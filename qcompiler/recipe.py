@@ -1,5 +1,6 @@
-"""Recipes: what the user wants, never how. Presets by name, from a YAML file, or in Python; every
-field can be set.
+"""Recipes: what the user wants, never how.
+
+Presets by name, from a YAML file, or in Python; every field can be set.
 """
 
 from __future__ import annotations
@@ -112,11 +113,8 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             key = str(first["loc"][0])
             given, allowed = settings.get(key), first.get("ctx", {}).get("expected", "")
-            hint = (
-                f"; {nearest(str(given), allowed.replace(chr(39), '').replace(' or ', ', ').split(', '))}"
-                if allowed
-                else ""
-            )
+            known = allowed.replace("'", "").replace(" or ", ", ").split(", ")
+            hint = f"; {nearest(str(given), known)}" if allowed else ""
             raise InputError(f"recipe: {key}={given!r}: {first['msg']}{hint}") from error
 
 

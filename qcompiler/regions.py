@@ -1,15 +1,13 @@
-"""Invariance regions: which tensors may be scaled, shifted or rotated per channel without changing
-the function.
+"""Invariance regions: tensors that may be scaled, shifted or rotated without changing the function.
 
-A region starts at a *writer* (a linear, convolution, norm or embedding whose weights give each
-output channel its size), follows the value through ops that commute with per-channel scaling, and
-ends at *readers* (linears and convolutions whose weights can undo the scale). Everything else that
-reads the value is a *blocker*, kept with its reason. At a residual addition the region grows to
-both sides.
+Each channel has its own factor. A region starts at a *writer* (a linear, convolution, norm or
+embedding whose weights give each output channel its size), follows the value through ops that
+commute with per-channel scaling, and ends at *readers* (linears and convolutions whose weights can
+undo the scale). Everything else that reads the value is a *blocker*, kept with its reason. At a
+residual addition the region grows to both sides.
 
 Channels are followed by running data movement (view, transpose, expand, …) on a tensor of channel
-numbers, so that head splits and the repetition of grouped key/value heads need no rules of their
-own.
+numbers, so that head splits and repeated key/value heads need no rules of their own.
 
 The idea of finding such regions on the graph is that of Brevitas' activation equalization;
 SmoothQuant (Xiao 2023), AWQ (Lin 2023) and rotations (QuaRot, Ashkboos 2024) all act on them.
@@ -18,13 +16,14 @@ SmoothQuant (Xiao 2023), AWQ (Lin 2023) and rotations (QuaRot, Ashkboos 2024) al
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.rewrite import Draft, place
+from qcompiler.rewrite import Draft, evaluate, operand, place
 
 aten = torch.ops.aten
 
@@ -35,11 +34,12 @@ ADDS = (aten.add.Tensor, aten.add_.Tensor)
 MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 # Ops that only move elements (or keep them): run on channel numbers to follow the channels.
 MOVES = (
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default,
-    aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.expand.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int, aten.alias.default,
-    aten.repeat_interleave.self_int, aten.dropout.default, aten.detach.default, aten.t.default,
-    aten._unsafe_view.default, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default,
+    aten.contiguous.default, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.default, aten.expand.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.slice.Tensor, aten.select.int, aten.alias.default, aten.repeat_interleave.self_int,
+    aten.dropout.default, aten.detach.default, aten.t.default, aten._unsafe_view.default,
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
 )  # fmt: skip
 SCALE_INVARIANT = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default)
 SHAPE_KEEPING = (
@@ -107,12 +107,12 @@ def channel_axis(node: Node) -> int:
 
     Before the spatial ones for convolutions, else the last.
     """
-    return node.meta["val"].ndim - (_spatial(node) if node.target in CONVS else 0) - 1
+    return int(node.meta["val"].ndim) - (_spatial(node) if node.target in CONVS else 0) - 1
 
 
 def _spatial(conv: Node) -> int:
     """The number of spatial axes."""
-    return int(conv.args[1].meta["val"].ndim) - 2  # type: ignore[union-attr]
+    return int(operand(conv, 1).meta["val"].ndim) - 2
 
 
 def _is_writer(draft: Draft, node: Node) -> bool:
@@ -121,7 +121,7 @@ def _is_writer(draft: Draft, node: Node) -> bool:
     if node.target is LINEAR or node.target in CONVS:
         return draft.is_constant(node.args[1])
     if node.target in NORMS:
-        return len(node.args) > 2 and draft.is_constant(node.args[2]) and len(node.args[1]) == 1  # type: ignore[arg-type]
+        return draft.is_constant(operand(node, 2)) and len(operand(node, 1)) == 1
     return node.target is aten.embedding.default and draft.is_constant(node.args[0])
 
 
@@ -224,14 +224,14 @@ def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
         moved = (
             labels
             if user.target in SHAPE_KEEPING
-            else user.target(labels, *rest, **_concrete(user.kwargs))  # type: ignore[operator]
+            else evaluate(user, (labels, *rest), _concrete(user.kwargs))
         )
     except RuntimeError as error:
         return walk.block(user, f"{place(user)}: channels lost ({error})")
     if isinstance(moved, (list, tuple)):
         for part in user.users:
-            if part.target.__name__ == "getitem":  # type: ignore[union-attr]
-                walk.add(part, moved[part.args[1]])
+            if part.target is getitem:
+                walk.add(part, moved[operand(part, 1)])
         return None
     return walk.add(user, moved)
 
@@ -277,9 +277,8 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
     shape = concrete_shape(node)
     if shape[-1:] != [labels.shape[-1]] or len(shape) > labels.ndim:
         return False
-    labels = torch.arange(shape[-1], dtype=torch.int32).expand(
-        shape
-    )  # it may broadcast over the other axes
+    # It may broadcast over the other axes.
+    labels = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
     if _is_writer(walk.draft, node):
         if channel_axis(node) != labels.ndim - 1:
             return False
@@ -288,10 +287,11 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
         return True
     if node.target in SHAPE_KEEPING:
         walk.add(node, labels)
-        return _claim(walk, node.args[0], labels)  # type: ignore[arg-type]
+        return _claim(walk, operand(node, 0), labels)
     if node.target in ADDS and all(isinstance(a, Node) for a in node.args[:2]):
         walk.add(node, labels)
-        return all([_claim(walk, a, labels) for a in node.args[:2]])  # type: ignore[arg-type]
+        left, right = (_claim(walk, operand(node, i), labels) for i in (0, 1))
+        return left and right
     return False
 
 
@@ -306,12 +306,12 @@ def _multiply(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
 
 
 def _attend(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
-    query, key, values = user.args[:3]
+    query, key, values = (operand(user, i) for i in range(3))
     if values is not value or value in (query, key):
         return walk.block(user, f"{place(user)} takes it as query or key")
     if labels.ndim != 4:
         return walk.block(user, f"{place(user)} does not take it as (batch, heads, sequence, size)")
-    heads, kv_heads = concrete_shape(query)[1], labels.shape[1]  # type: ignore[arg-type]
+    heads, kv_heads = concrete_shape(query)[1], labels.shape[1]
     row = labels[:, :, :1, :].repeat_interleave(heads // kv_heads, 1)
     if not bool((labels == labels[:, :, :1, :]).all()):
         return walk.block(user, f"{place(user)} mixes channels along the sequence")
@@ -326,14 +326,13 @@ def merge_obstacle(draft: Draft, region: Region) -> str | None:
         return "nothing with weights reads it"
     members = {r.node for r in region.readers}
     for reader in region.readers:
-        if set(reader.node.args[1].users) - members:  # type: ignore[union-attr]
+        if set(operand(reader.node, 1).users) - members:
             return f"the weight of {place(reader.node)} has another reader"
     for writer in region.writers:
         position = (
             0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
         )
-        weight = writer.args[position]
-        if set(weight.users) - {writer}:  # type: ignore[union-attr]
+        if set(operand(writer, position).users) - {writer}:
             return f"the weight of {place(writer)} has another reader"
     return None
 
@@ -341,13 +340,13 @@ def merge_obstacle(draft: Draft, region: Region) -> str | None:
 def scale_writer(draft: Draft, writer: Node, scale: Tensor, shift: Tensor) -> None:
     """Let a writer produce (y − shift) / scale for its output y; both (channels,) float64."""
     if writer.target is aten.embedding.default:
-        table = draft.constant(writer.args[0]).double()  # type: ignore[arg-type]
-        draft.set_constant(writer.args[0], ((table - shift) / scale).float())  # type: ignore[arg-type]
+        table = draft.constant(writer.args[0]).double()
+        draft.set_constant(writer.args[0], ((table - shift) / scale).float())
         return
     position = 2 if writer.target in NORMS else 1
-    weight = draft.constant(writer.args[position]).double()  # type: ignore[arg-type]
+    weight = draft.constant(writer.args[position]).double()
     shaped = scale.reshape([-1] + [1] * (weight.ndim - 1))
-    draft.set_constant(writer.args[position], (weight / shaped).float())  # type: ignore[arg-type]
+    draft.set_constant(writer.args[position], (weight / shaped).float())
     position += 1
     if writer.target is aten.rms_norm.default:
         assert not bool((shift != 0).any()), "an RMSNorm has no bias that could take a shift"

@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class Rewrite(Protocol[P]):
     __name__: str
     exact: bool
 
-    def __call__(self, program: Program, *args: P.args, **kwargs: P.kwargs) -> Program: ...
+    def __call__(self, program: Program, *args: P.args, **kwargs: P.kwargs) -> Program:
+        """The program after the pass, with one more entry in its history."""
+        ...
 
 
 class Draft:
@@ -42,8 +44,7 @@ class Draft:
     def __init__(self, program: Program) -> None:
         source = program.exported
         module = torch.fx.GraphModule(source.graph_module, copy.deepcopy(source.graph))
-        # The copy renames nodes that are called like a builtin ("input"); the signature knows the
-        # old names.
+        # The copy renames nodes that are called like a builtin ("input"); the signature does not.
         for old, new in zip(source.graph.nodes, module.graph.nodes, strict=True):
             new.name = old.name
         self.exported = ExportedProgram(
@@ -64,11 +65,13 @@ class Draft:
     @property
     def graph(self) -> torch.fx.Graph:
         """The private graph."""
-        return self.exported.graph
+        graph: torch.fx.Graph = self.exported.graph
+        return graph
 
     def calls(self, *ops: Any) -> Iterator[Node]:
-        """The calls of any of `ops`, in order; all calls when none is given. Safe against edits
-        while iterating.
+        """The calls of any of `ops`, in order; all calls when none is given.
+
+        Safe against edits while iterating.
         """
         for node in list(self.graph.nodes):
             if node.op == "call_function" and (not ops or node.target in ops) and not node._erased:
@@ -78,14 +81,15 @@ class Draft:
         """Whether `node` is a parameter, buffer or constant tensor."""
         return isinstance(node, Node) and node.op == "placeholder" and self._key(node) is not None
 
-    def constant(self, node: Node) -> Tensor:
+    def constant(self, node: Any) -> Tensor:
         """The value of a parameter, buffer or constant. Not to be written to."""
         key = self._key(node)
         if key is None:
             raise RewriteError(f"'{node.name}' is not a constant")
-        return self._store(key)[key].detach()
+        value: Tensor = self._store(key)[key].detach()
+        return value
 
-    def set_constant(self, node: Node, value: Tensor) -> Node:
+    def set_constant(self, node: Any, value: Tensor) -> Node:
         """Give every reader of the placeholder another value.
 
         Returns a node with the new shape and dtype.
@@ -94,14 +98,13 @@ class Draft:
         assert key is not None
         old = self._store(key)[key]
         if old.shape == value.shape and old.dtype == value.dtype:
-            # Two placeholders may share one tensor (tied weights): the key, not the storage, is
-            # replaced.
+            # Two placeholders may share one tensor (tied weights): the key is set, not the storage.
             parameter = isinstance(old, torch.nn.Parameter)
             self._store(key)[key] = (
                 torch.nn.Parameter(value, requires_grad=False) if parameter else value
             )
             self.changed = True
-            return node
+            return cast(Node, node)
         fresh = self.add_constant(node.name, value)
         node.replace_all_uses_with(fresh)
         return fresh
@@ -123,6 +126,7 @@ class Draft:
             following = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(following):
             node = self.graph.placeholder(name)
+        node.target = node.name  # the argument's name in the generated code: unique as well
         key = node.name
         while key in self.exported.state_dict or key in self.exported.constants:
             key += "_"
@@ -141,8 +145,7 @@ class Draft:
         Args:
             op: an ATen or qc overload.
             before: the node that the call precedes.
-            like: the node whose module path and source line the call inherits; `before` if not
-                given.
+            like: the node whose module path and source line the call inherits; left out, `before`.
         """
         origin = like or before
         with self.graph.inserting_before(before):
@@ -163,7 +166,7 @@ class Draft:
         with self._fake_mode(), torch.no_grad():
             args = torch.fx.node.map_arg(node.args, fake)
             kwargs = torch.fx.node.map_arg(node.kwargs, fake)
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["val"] = evaluate(node, args, kwargs)
 
     def swap(self, old: Node, new: Node) -> None:
         """Let all readers of `old` read `new` instead."""
@@ -207,7 +210,8 @@ class Draft:
         for store in (self.exported.state_dict, self.exported.constants):
             for key in [key for key in store if key not in used]:
                 del store[key]
-        for node, spec in zip(graph.output_node().args[0], signature.output_specs, strict=True):  # type: ignore[arg-type]
+        outputs = operand(graph.output_node(), 0)
+        for node, spec in zip(outputs, signature.output_specs, strict=True):
             if isinstance(node, Node) and isinstance(spec.arg, TensorArgument):
                 spec.arg = TensorArgument(name=node.name)
         graph.lint()
@@ -227,14 +231,15 @@ class Draft:
         return None
 
     def _store(self, key: str) -> dict[str, Any]:
-        return (
-            self.exported.state_dict if key in self.exported.state_dict else self.exported.constants
-        )
+        exported = self.exported
+        store: dict[str, Any] = exported.state_dict
+        return store if key in store else exported.constants
 
     def _fake_mode(self) -> FakeTensorMode:
         for node in self.graph.nodes:
             if isinstance(node.meta.get("val"), FakeTensor):
-                return node.meta["val"].fake_mode  # type: ignore[no-any-return]
+                mode: FakeTensorMode = node.meta["val"].fake_mode
+                return mode
         return FakeTensorMode()
 
 
@@ -251,9 +256,25 @@ def _is_mutated(signature: Any, spec: InputSpec) -> bool:
     return spec.target in set(signature.buffers_to_mutate.values())
 
 
+def operand(node: Node, index: int) -> Any:
+    """One positional operand of a call, or None where it was left out.
+
+    `Any`, because `torch.fx` types an operand as a union of twenty types, and which one it is
+    follows from the op.
+    """
+    return node.args[index] if index < len(node.args) else None
+
+
+def evaluate(node: Node, args: Any, kwargs: Any) -> Any:
+    """What the op of a call gives for other operands."""
+    op: Any = node.target
+    return op(*args, **kwargs)
+
+
 def module_path(node: Node) -> str:
-    """The dotted path of the module that made the node, for people:
-    `encoder.layer.0.attention.self.query`.
+    """The dotted path of the module that made the node, for people.
+
+    Such as `encoder.layer.0.attention.self.query`; empty where it is not known.
     """
     stack = node.meta.get("nn_module_stack") or {}
     return next((path for path, _ in reversed(stack.values()) if path), "")
@@ -279,9 +300,8 @@ def rewrite(*, exact: bool) -> Callable[[Callable[Concatenate[Draft, P], None]],
     """Turn an edit of a draft into a pass.
 
     The pass is pure: it works on a private draft and returns a new Program with one more `Entry`,
-        valid and without dead code. When the
-    edit changed nothing, the ExportedProgram is the same object. `exact=True` is a claim that the
-    driver checks on real batches.
+    valid and without dead code. When the edit changed nothing, the ExportedProgram is the same
+    object. `exact=True` is a claim that the driver checks on real batches.
     """
 
     def wrap(edit: Callable[Concatenate[Draft, P], None]) -> Rewrite[P]:
@@ -307,7 +327,8 @@ def rewrite(*, exact: bool) -> Callable[[Callable[Concatenate[Draft, P], None]],
             )
             return Program(exported, (*program.history, entry))
 
-        apply.exact = exact  # type: ignore[attr-defined]
-        return apply  # type: ignore[return-value]
+        made = cast("Rewrite[P]", apply)
+        made.exact = exact
+        return made
 
     return wrap

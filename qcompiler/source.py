@@ -27,8 +27,8 @@ def names_function(text: str) -> bool:
 def load_function(text: str) -> Callable[[], Any]:
     """The function that `text` names; calling it turns its failures into `InputError`s.
 
-    The folder of a file is put at the end of `sys.path`, so that the file can import its
-    neighbours.
+    The folder of a file is put at the end of `sys.path`, so that the file can import what lies
+    beside it.
 
     Args:
         text: `file.py:function`, or `module:function` for a module that Python can import.

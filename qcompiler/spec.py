@@ -23,15 +23,14 @@ class ModelSpec:
         module: the torch module; put into eval mode at capture.
         example_inputs: tensors by input name (the names of `forward`'s parameters), or positional.
             float32, integer or bool.
-        dynamic_shapes: input name → {dimension: name of the size}; sizes with one name are one
-            size.
+        dynamic_shapes: input name → {dimension: name of the size}; one name is one size.
         calibration: a factory of batches, each like `example_inputs`; called more than once, so it
             must give the same batches each time. None: the compiler asks for calibration data where
             the recipe needs it.
         held_out: the same, other data, for verification only. None: every fourth calibration batch
             is held out.
-        calibration_note: what the user should know of that data, for the report; empty for real
-            data.
+        calibration_note: what the user should know of that data, for the report; empty for data
+            that are real.
         metric: the task's metric, computed from a callable that takes and returns what the module
             does; higher is better.
         metric_name: its name, such as "Spearman" or "top-1".
@@ -39,8 +38,8 @@ class ModelSpec:
         padding_mask: name of the input that is 0 where the others hold padding, such as
             "attention_mask". Positions that it masks count neither in calibration nor in error
             measures, for every tensor that begins with the mask's dimensions.
-        encode: texts or image paths → one batch, for `--calibration` with a text file or an image
-            folder.
+        encode: texts or image paths → one batch, for `--calibration` with a text file or a folder
+            of images.
         files: files to copy beside the compiled model (tokenizer, configuration), by their relative
             path in the artifact.
     """

@@ -61,24 +61,32 @@ class Target:
 
     @property
     def saturates(self) -> bool:
-        """Whether full-range u8 × s8 weights can overflow silently (vpmaddubsw adds two products in
-        int16).
+        """Whether full-range u8 × s8 weights can overflow silently.
 
-        255·127·2 = 64770 > 32767; with weights in −64…63 the worst pair is 255·64·2 = 32640, which
-        fits.
+        vpmaddubsw adds two products in int16: 255·127·2 = 64770 > 32767. With weights in −64…63 the
+        worst pair is 255·64·2 = 32640, which fits.
         """
         return CPU_FEATURES[self.effective_feature]
 
     def refusal(self, weight: QType | None, activation: QType | None) -> str | None:
         """Why this target has no kernel for the pair, or None."""
         if weight is not None and weight.bits not in (2, 4, 8):
-            return f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8, 4 or 2 bits"
+            return (
+                f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; "
+                "use 8, 4 or 2 bits"
+            )
         if activation is None:
             return None
         if activation.bits != 8 or activation.granularity != "tensor":
-            return f"ONNX Runtime multiplies 8-bit activations with one scale per tensor, not {activation}"
+            return (
+                "ONNX Runtime multiplies 8-bit activations with one scale per tensor, "
+                f"not {activation}"
+            )
         if activation.dynamic and (activation.element, activation.symmetric) != ("uint8", False):
-            return f"ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, not {activation}"
+            return (
+                "ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, "
+                f"not {activation}"
+            )
         if activation.reduced:
             return (
                 f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"

@@ -154,9 +154,10 @@ def compact(program: Program) -> str:
     def shape(value: Any) -> str:
         if not isinstance(value, Tensor):
             return ""
+        shape: Iterable[Any] = value.shape  # symbols where they are dynamic
         parts = [
             str(s) if isinstance(s, int) else sizes.setdefault(str(s), f"d{len(sizes)}")
-            for s in value.shape
+            for s in shape
         ]
         return f"  # {str(value.dtype).removeprefix('torch.')} ({', '.join(parts)})"
 

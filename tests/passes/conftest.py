@@ -12,6 +12,13 @@ from qcompiler.passes.normalize import normalize
 from qcompiler.program import Program, capture
 from qcompiler.testing import compact
 
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Weights that a test draws are the same in every run."""
+    torch.manual_seed(0)
+
+
 Captured = Callable[..., Program]
 
 
