@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +21,7 @@ from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
 from qcompiler.backends.ort_translate import OPSET, translations
 from qcompiler.errors import UnsupportedError
 from qcompiler.program import Program
+from qcompiler.regions import CONVS, LINEAR
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -54,13 +56,11 @@ def lower(
     """
     model = _export(program)
     graph = gs.import_onnx(model)
-    operate(graph, fused)
+    operate(graph, fused, _layer_names(model, program))
     _rename(graph, program, output_names, dynamic_shapes or {})
+    graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):
-        graph.import_domains = [
-            *_without(graph.import_domains, MICROSOFT),
-            onnx.helper.make_opsetid(MICROSOFT, 1),
-        ]
+        graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))
     result = gs.export_onnx(graph, do_type_check=False)
     pack_constants(graph, result)
     _tidy(result, program)
@@ -81,10 +81,6 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
 
 
-def _without(domains: Any, name: str) -> list[Any]:
-    return [d for d in domains or [] if d.domain != name]
-
-
 def _export(program: Program) -> onnx.ModelProto:
     try:
         with _quiet(), torch.no_grad():
@@ -101,6 +97,22 @@ def _export(program: Program) -> onnx.ModelProto:
         raise UnsupportedError(f"no ONNX form: {_reason(error)}") from error
     assert exported is not None
     return exported.model_proto
+
+
+def _layer_names(model: onnx.ModelProto, program: Program) -> dict[str, str]:
+    """The exporter's names of linears and convolutions → the program's; it traces anew and renames.
+
+    Both are in the order of computation. Empty where their numbers differ.
+    """
+    kind = re.compile(r"%(\w+) :.*?target=torch\.ops\.aten\.(linear|conv[12]d|convolution)\.")
+    found: dict[str, None] = {}
+    for node in model.graph.node:
+        for entry in node.metadata_props:
+            match = kind.match(entry.value) if entry.key == "pkg.torch.onnx.fx_node" else None
+            if match:
+                found[match[1]] = None
+    nodes = [n.name for n in program.exported.graph.nodes if n.target in (LINEAR, *CONVS)]
+    return dict(zip(found, nodes, strict=True)) if len(found) == len(nodes) else {}
 
 
 def _reason(error: BaseException) -> str:

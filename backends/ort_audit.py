@@ -8,6 +8,7 @@ runs in float is a broken promise.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
     constants = {i.name for i in graph.initializer}
     layers, stray = [], 0
     for node in graph.node:
+        node.name = _program_name(node.name)
         path = planned.get(node.name, "")
         if node.op_type in INTEGER:
             layers.append(Layer(node.name, path, node.op_type, "integer"))
@@ -113,6 +115,11 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
         )
     counts = Counter(node.op_type for node in graph.node)
     return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
+
+
+def _program_name(name: str) -> str:
+    """The program's name of a layer, without what ONNX Runtime's optimiser adds to it."""
+    return re.sub(r"(_token_\d+|/\w+)+$", "", name.removeprefix("fused "))
 
 
 def _why_float(

@@ -20,6 +20,7 @@ thread):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -32,8 +33,14 @@ from qcompiler.qtype import pack, unpack
 MICROSOFT = "com.microsoft"
 
 
-def operate(graph: gs.Graph, fused: bool) -> None:
-    """All steps, in order. `fused` allows operators of ONNX Runtime's own domain."""
+def operate(graph: gs.Graph, fused: bool, layers: Mapping[str, str] | None = None) -> None:
+    """All steps, in order.
+
+    Args:
+        graph: changed in place.
+        fused: allow operators of ONNX Runtime's own domain.
+        layers: the exporter's name of a layer's output → the program's name of the layer.
+    """
     lift_constants(graph)
     bypass_identities(graph)
     trim_outputs(graph)
@@ -41,11 +48,11 @@ def operate(graph: gs.Graph, fused: bool) -> None:
     turn_weights(graph)
     merge_pads(graph)
     drop_clips(graph)
-    name_layers(graph)
-    keep_products(graph)
+    name_layers(graph, layers or {})
     if fused:
         use_integer_matmuls(graph)
         use_sums(graph)
+    keep_products(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
@@ -199,7 +206,7 @@ def merge_pads(graph: gs.Graph) -> None:
         node.outputs.clear()
 
 
-def name_layers(graph: gs.Graph) -> None:
+def name_layers(graph: gs.Graph, layers: Mapping[str, str]) -> None:
     """Name each product and convolution after the program's node.
 
     So the audit can say which layer it is.
@@ -212,17 +219,17 @@ def name_layers(graph: gs.Graph) -> None:
             and add.op == "Add"
             and any(isinstance(t, gs.Constant) for t in add.inputs)
         )
-        node.name = add.outputs[0].name if add is not None and biased else output.name
+        name = add.outputs[0].name if add is not None and biased else output.name
+        node.name = layers.get(name, name)
 
 
 def keep_products(graph: gs.Graph) -> None:
-    """Add after a MatMul of rank 2 whose weight alone is quantized → Sum.
+    """Add after a MatMul of rank 2 whose weight is quantized → Sum.
 
     ONNX Runtime leaves a Sum alone.
     """
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
-        data, weight = (_maker(t, "DequantizeLinear") for t in node.inputs)
-        if data is None and weight is not None:
+        if node.outputs and _maker(node.inputs[1], "DequantizeLinear") is not None:
             for reader in node.outputs[0].outputs:
                 if reader.op == "Add" and len(reader.outputs[0].shape or ()) == 2:
                     reader.op = "Sum"

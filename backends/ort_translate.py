@@ -62,8 +62,13 @@ def _quantize(
 def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
     if len(scale.shape) == len(q.shape) and len(q.shape) > 1 and not group:
         # One scale for each row: DequantizeLinear has no such form.
-        return op.Mul(op.Cast(q, to=1), scale)
+        signed = q.dtype == ir.DataType.INT8  # symmetric, so its zero point is 0
+        return op.Mul(op.Cast(q, to=1) if signed else _centred(q, zero_point), scale)
     return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group)
+
+
+def _centred(q: Any, zero_point: Any) -> Any:
+    return op.DequantizeLinear(q, op.Constant(value_float=1.0), zero_point)
 
 
 def _dynamic_quantize(x: Any, qtype: str) -> Any:
@@ -79,19 +84,49 @@ def _unpack(packed: Any, element: str, shape: Any) -> Any:
 def _attention(
     q: Any, k: Any, v: Any, mask: Any, heads: int, kv_heads: int, scale: float, causal: bool
 ) -> Any:
+    mask = _full_mask(mask, q, k, 1)
+    out, *_ = op.Attention(
+        q, k, v, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale, is_causal=int(causal)
+    )
+    return out
+
+
+def _full_mask(mask: Any, q: Any, k: Any, axis: int) -> Any:
+    """A float mask with a row for each query; the queries are along `axis` of q."""
     if mask is not None and mask.shape[-2] == 1:
         # ONNX Runtime's kernel wants a row of the mask for each query.
         ones = op.Constant(value_ints=[1] * (len(mask.shape) - 2))
-        queries, keys = op.Shape(q, start=1, end=2), op.Shape(k, start=1, end=2)
+        queries, keys = op.Shape(q, start=axis, end=axis + 1), op.Shape(k, start=axis, end=axis + 1)
         mask = op.Expand(mask, op.Concat(ones, queries, keys, axis=0))
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         # Added as floats, the mask costs a tenth of the attention's time less than as booleans.
         low = op.Constant(value_float=torch.finfo(torch.float32).min)
         mask = op.Where(mask, op.Constant(value_float=0.0), low)
-    out, *_ = op.Attention(
-        q, k, v, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale, is_causal=int(causal)
-    )
-    return out
+    return mask
+
+
+def _sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention over (…, sequence, size) tensors, where `fuse_attention` left it as it was."""
+    rank = len(q.shape)
+    if rank not in (3, 4) or dropout:
+        raise NotImplementedError(f"attention of rank {rank} with dropout {dropout}")
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
+    one = op.Constant(value_ints=[1])
+    if rank == 3:  # a batch of single heads
+        q, k, v = (op.Unsqueeze(t, one) for t in (q, k, v))
+        mask = op.Unsqueeze(mask, one) if mask is not None and len(mask.shape) == 3 else mask
+    out, *_ = op.Attention(q, k, v, _full_mask(mask, q, k, 2), scale=scale, is_causal=int(causal))
+    return op.Squeeze(out, one) if rank == 3 else out
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -154,6 +189,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dynamic_quantize: _dynamic_quantize,
         ops.unpack: _unpack,
         ops.attention: _attention,
+        aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,
         aten.slice.Tensor: _slice,
         aten.layer_norm.default: _layer_norm,

@@ -11,7 +11,7 @@ section 2.2).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
-from qcompiler.plan import Assignment, Plan, Site
+from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
 from qcompiler.regions import CONVS
 from qcompiler.rewrite import Draft, rewrite
@@ -28,8 +28,9 @@ aten = torch.ops.aten
 
 
 @rewrite(exact=False)
-def insert_qdq(draft: Draft, plan: Plan) -> None:
-    """Quantize and dequantize at the plan's sites."""
+def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None = None) -> None:
+    """Quantize and dequantize at the plan's sites; `rounded` weights keep their own grid."""
+    rounded = rounded or {}
     nodes = {n.name: n for n in draft.graph.nodes}
     shared: dict[tuple[Node, Assignment], Node] = {}
     for site, assignment in plan.items():
@@ -41,7 +42,7 @@ def insert_qdq(draft: Draft, plan: Plan) -> None:
         elif node.target is aten.embedding.default:
             _quantize_table(draft, node, assignment.qtype)
         elif draft.is_constant(node.args[site.operand]):
-            _quantize_weight(draft, node, site, assignment.qtype)
+            _quantize_weight(draft, node, site, assignment.qtype, rounded.get(site))
         else:
             source = node.args[site.operand]
             assert isinstance(source, Node)
@@ -95,11 +96,17 @@ def weight_scales(weight: Tensor, kind: QType, axis: int) -> tuple[Tensor, Tenso
     return kind.scale_for(*kind.ranges(weight, axis))
 
 
-def _quantize_weight(draft: Draft, node: Node, site: Site, kind: QType) -> None:
+def _quantize_weight(
+    draft: Draft, node: Node, site: Site, kind: QType, rounded: Rounded | None
+) -> None:
     constant = node.args[site.operand]
     assert isinstance(constant, Node)
     axis = 1 if kind.group else 0
-    scale, zero = weight_scales(draft.constant(constant), kind, axis)
+    if rounded is None:
+        scale, zero = weight_scales(draft.constant(constant), kind, axis)
+    else:
+        scale, zero = rounded.scale, rounded.zero_point
+        constant = draft.add_constant(f"{node.name}_weight_rounded", rounded.weight)
     pair = _constant_pair(draft, constant, scale, zero, axis, kind, node)
     draft.set_input(node, site.operand, pair)
 

@@ -26,9 +26,10 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.round_weights import round_weights
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
-from qcompiler.plan import Assignment, Factor
+from qcompiler.plan import Assignment, Factor, Rounded, Site
 from qcompiler.program import Program, capture
 from qcompiler.recipe import Recipe, load_recipe
 from qcompiler.rewrite import operand
@@ -167,8 +168,13 @@ def quantize(
             ranges[site] = Assignment(assignment.qtype, low, high)
     plan = plan.with_entries(ranges)
 
+    rounded: Mapping[Site, Rounded] = {}
+    if recipe.rounding == "gptq":
+        say("round_weights")
+        rounded = round_weights(program, plan, data.calibration(), data.mask)
+
     say("insert_qdq")
-    program = insert_qdq(program, plan)
+    program = insert_qdq(program, plan, rounded)
     if recipe.correct_bias and after:
         say("correct_bias")
         program = correct_bias(program, after)

@@ -116,3 +116,17 @@ class Factor:
     merged: bool
     method: str
     gain: float
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight that was rounded otherwise than to nearest.
+
+    Attributes:
+        weight: on its grid, in float32, of the weight's shape.
+        scale, zero_point: of the grid, in the shape of `QType.ranges`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor

@@ -51,6 +51,9 @@ class Recipe(BaseModel):
         True,
         description="smooth also where no layer can take the factor, by one multiplication more",
     )
+    rounding: Literal["rtn", "gptq"] = Field(
+        "rtn", description="how linear weights are rounded: to nearest, or by GPTQ (needs data)"
+    )
     correct_bias: bool = Field(
         True, description="take the mean quantization error out of the biases"
     )
@@ -100,7 +103,8 @@ class Recipe(BaseModel):
     def needs_data(self) -> bool:
         """Whether compiling reads calibration batches for more than checks."""
         kind = self.activation_type
-        return kind is not None and (not kind.dynamic or self.smooth)
+        smoothed = kind is not None and (not kind.dynamic or self.smooth)
+        return smoothed or self.rounding == "gptq"
 
     def updated(self, settings: Mapping[str, Any]) -> Recipe:
         """This recipe with some fields set; unknown keys and bad values give an `InputError`."""

@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # torch is loaded by the tests that need it, not by every run
     from qcompiler.artifact import Artifact
     from qcompiler.program import Batch, Program
     from qcompiler.spec import Batches, ModelSpec
+
+# The tensors of the tests are tiny: more threads than one only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -1,0 +1,126 @@
+"""GPTQ against an unblocked reference that inverts the Hessian anew for every column."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.round_weights import DAMPING, gptq, round_weights
+from qcompiler.plan import Assignment, Plan, Site
+from qcompiler.program import capture
+from qcompiler.qtype import QType
+
+KINDS = ["int4:channel", "int4:g16", "int3:g16", "int2:g16:affine", "int8:channel", "int4:tensor"]
+
+
+def correlated(rows: int, features: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=g) / features**0.5 + 0.3
+    return torch.randn(rows, features, generator=g) @ mixing
+
+
+def hessian_of(x: Tensor) -> Tensor:
+    return 2 * (x.double().T @ x.double())
+
+
+def reference(weight: Tensor, hessian: Tensor, kind: QType) -> Tensor:
+    """Frantar 2022, equation 3, one column at a time, the inverse computed afresh for the rest."""
+    axis, group = (1, kind.group) if kind.group else (0, 1)
+    scale, zero = kind.scale_for(*kind.ranges(weight, axis))
+    s, z = scale.double(), zero.double()
+    if kind.group:
+        s, z = s.repeat_interleave(group, 1), z.repeat_interleave(group, 1)
+    elif kind.granularity == "channel":
+        s, z = s[:, None].expand_as(weight), z[:, None].expand_as(weight)
+    else:
+        s, z = s.expand_as(weight), z.expand_as(weight)
+    rest = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    eye = torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * eye
+    w, out = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    while rest:
+        inverse = torch.linalg.inv(damped[rest][:, rest])
+        j = rest[0]
+        q = ((w[:, j] / s[:, j]).round() + z[:, j]).clamp(kind.qmin, kind.qmax)
+        out[:, j] = (q - z[:, j]) * s[:, j]
+        error = (w[:, j] - out[:, j]) / inverse[0, 0]
+        w[:, rest] -= error[:, None] * inverse[0][None, :]
+        rest = rest[1:]
+    return out
+
+
+def output_error(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
+    return float((x.double() @ (weight - rounded).double().T).square().sum())
+
+
+@pytest.mark.parametrize("text", KINDS)
+@pytest.mark.parametrize("block", [7, 128])
+def test_matches_the_unblocked_reference(text: str, block: int) -> None:
+    kind, x = QType.parse(text), correlated(300, 48)
+    weight = torch.randn(12, 48, generator=torch.Generator().manual_seed(1))
+    got = gptq(weight, hessian_of(x), kind, block=block).weight
+    torch.testing.assert_close(
+        got.double(), reference(weight, hessian_of(x), kind), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("text", KINDS[:4])
+def test_loses_less_output_than_nearest_rounding(text: str) -> None:
+    kind, x = QType.parse(text), correlated(500, 64)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+    got = gptq(weight, hessian_of(x), kind).weight
+    nearest = kind.round_trip(weight, 1 if kind.group else 0)
+    assert output_error(x, weight, got) < 0.7 * output_error(x, weight, nearest)
+
+
+def test_equals_nearest_rounding_for_uncorrelated_inputs() -> None:
+    kind = QType.parse("int4:channel")
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    got = gptq(weight, torch.eye(32, dtype=torch.float64), kind).weight
+    torch.testing.assert_close(got, kind.round_trip(weight, 0))
+
+
+def test_silent_channels_and_a_singular_hessian() -> None:
+    kind, x = QType.parse("int4:g16"), correlated(5, 32)  # fewer rows than features: rank 5
+    x[:, 3] = 0
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(4))
+    got = gptq(weight, hessian_of(x), kind).weight
+    assert bool(torch.isfinite(got).all())
+    torch.testing.assert_close(got[:, 3], kind.round_trip(weight, 1)[:, 3])
+
+
+def test_nan_in_the_hessian_is_named() -> None:
+    with pytest.raises(ValueError, match="NaN or Inf in the Hessian"):
+        gptq(torch.ones(2, 4), torch.full((4, 4), torch.nan).double(), QType.parse("int4:channel"))
+
+
+def test_each_layer_sees_the_rounded_layers_before_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    batches = [(correlated(40, 32, seed),) for seed in range(3)]
+    program = capture(model, batches[0])
+    kind = QType.parse("int4:g16")
+    first, second = (n.name for n in program.exported.graph.nodes if "linear" in str(n.target))
+    plan = Plan({Site(first, 1): Assignment(kind), Site(second, 1): Assignment(kind)})
+    rounded = round_weights(program, plan, batches)
+    x = torch.cat([b[0] for b in batches])
+    one = gptq(model[0].weight.detach(), hessian_of(x), kind)
+    torch.testing.assert_close(rounded[Site(first, 1)].weight, one.weight)
+    middle = torch.relu(nn.functional.linear(x, one.weight, model[0].bias)).detach()
+    two = gptq(model[2].weight.detach(), hessian_of(middle), kind)
+    torch.testing.assert_close(rounded[Site(second, 1)].weight, two.weight)
+    # The quantized program multiplies exactly these weights.
+    quantized = pack_weights(insert_qdq(program, plan, rounded))
+    expected = nn.functional.linear(middle, two.weight, model[2].bias).detach()
+    got = torch.cat([quantized.run(b)[0] for b in batches])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_data_give_the_same_bits() -> None:
+    kind, x = QType.parse("int4:g16"), correlated(100, 32)
+    weight = torch.randn(8, 32)
+    first, second = (gptq(weight, hessian_of(x), kind).weight for _ in range(2))
+    assert torch.equal(first, second)
