@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.errors import InputError
 from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType, broadcast, dequantize
@@ -159,7 +160,7 @@ def _upper_factor(hessian: Tensor, damping: float) -> Tensor:
     size = len(hessian)
     mean = hessian.diagonal().mean().clamp(min=1e-12)
     if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the calibration data give NaN or Inf in the Hessian")
+        raise InputError("calibration: NaN or Inf in the Hessian; check the data and the model")
     silent = hessian.diagonal() == 0
     while True:
         damped = hessian + damping * mean * torch.eye(size, dtype=torch.float64)
@@ -168,5 +169,6 @@ def _upper_factor(hessian: Tensor, damping: float) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper
+                factor: Tensor = upper
+                return factor
         damping *= 10

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompiler.errors import InputError
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.round_weights import DAMPING, gptq, round_weights
@@ -93,7 +94,7 @@ def test_silent_channels_and_a_singular_hessian() -> None:
 
 
 def test_nan_in_the_hessian_is_named() -> None:
-    with pytest.raises(ValueError, match="NaN or Inf in the Hessian"):
+    with pytest.raises(InputError, match="NaN or Inf in the Hessian"):
         gptq(torch.ones(2, 4), torch.full((4, 4), torch.nan).double(), QType.parse("int4:channel"))
 
 
