@@ -178,13 +178,17 @@ def _tidy(model: onnx.ModelProto, program: Program) -> None:
         del value.metadata_props[:]
 
 
-def session(path: Path, threads: int | None = None, optimised: Path | None = None) -> Any:
+def session(
+    path: Path, threads: int | None = None, optimised: Path | None = None, rest: bool = False
+) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
         path: the model.
         threads: of one operator; ONNX Runtime's choice when not given.
         optimised: where to write the graph that the session really runs.
+        rest: let idle threads stop at the end of a run, instead of spinning for the next one: for
+            several sessions that take turns, whose threads would hold each other's cores.
     """
     import onnxruntime
 
@@ -194,6 +198,8 @@ def session(path: Path, threads: int | None = None, optimised: Path | None = Non
         options.intra_op_num_threads = threads
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+    if rest:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -202,9 +208,11 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
     return load_model(folder / MODEL, threads)
 
 
-def load_model(path: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
-    """An ONNX model as a function of flat inputs, returning flat outputs."""
-    running = session(path, threads)
+def load_model(
+    path: Path, threads: int | None = None, rest: bool = False
+) -> Callable[..., tuple[Tensor, ...]]:
+    """An ONNX model as a function of flat inputs, returning flat outputs; see `session`."""
+    running = session(path, threads, rest=rest)
     names = [i.name for i in running.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from qcompiler.errors import InputError, nearest
 from qcompiler.program import Batch
@@ -49,7 +50,16 @@ def build(
     logger.setLevel(logging.ERROR)
     try:
         if name == "ort-dynamic":
-            quantize_dynamic(model, result, per_channel=True, weight_type=QuantType.QInt8)
+            # The tool takes the standard Attention operator for its own and writes an invalid model.
+            graph = onnx.load(model, load_external_data=False).graph
+            standard = [n.name for n in graph.node if n.op_type == "Attention" and not n.domain]
+            quantize_dynamic(
+                model,
+                result,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=standard,
+            )
             return result
         prepared = folder / "prepared.onnx"
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.program import Batch
+from qcompiler.qtype import QType
+from qcompiler.target import Target
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
@@ -78,6 +82,9 @@ class Artifact:
         Args:
             threads: of one operator; the runtime's choice when not given.
         """
+        hazard = self.hazard()
+        if hazard:
+            warnings.warn(hazard, stacklevel=2)
         run = self.runner(threads)
         names = [i["name"] for i in self.manifest["inputs"]]
         spec = self.manifest.get("out_spec")
@@ -96,6 +103,20 @@ class Artifact:
             return pytree.tree_unflatten(outputs, structure)
 
         return call
+
+    def hazard(self) -> str:
+        """Why this machine's integer kernels may compute wrongly with this model, or nothing."""
+        formats = [QType.parse(row["qtype"]) for row in self.manifest.get("plan", [])]
+        integer = any(kind.element == "uint8" for kind in formats)
+        if not integer or any(kind.reduced for kind in formats):
+            return ""
+        runtime = str(self.manifest["target"]).partition(":")[0]
+        if runtime != "ort" or not Target("ort", "cpu").saturates:
+            return ""
+        return (
+            f"{self.folder} was compiled for a CPU with VNNI and this one has none: its products of "
+            "8-bit numbers can overflow silently; compile with --target ort:cpu:avx2"
+        )
 
     def runner(self, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
         """The compiled model as a function of flat inputs, returning flat outputs."""
@@ -197,14 +218,20 @@ def writing(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             work.rename(out)
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        if _disk_is_full(error):
             raise InputError(
                 f"the disk of {out.parent} is full; nothing was written to {out}"
             ) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether that is what happened; libraries in other languages only say so in words."""
+    known = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return known or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _umask() -> int:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -168,7 +168,7 @@ def deliver(
     manifest["warnings"] = _warnings(manifest)
     if data.note:
         manifest["warnings"].append(f"calibrated and verified on {data.note}")
-    manifest["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    manifest["peak_memory_bytes"] = peak_memory()
     _judge(manifest, recipe)
     (folder / artifacts.REPORT).write_text(report.render(manifest))
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
@@ -309,6 +309,16 @@ def _origin(compiled: Compiled, name: str) -> str:
     )
 
 
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def machine() -> dict[str, Any]:
     """The machine that measured."""
     import os
@@ -439,6 +449,7 @@ def bench(
     inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
+        runs = {name: ort.load_model(path, threads, rest=True) for name, path in paths.items()}
         notes: dict[str, str] = {}
         for peer in against:
             if peer == "float":
@@ -452,11 +463,11 @@ def bench(
                     lambda: artifact.batches("calibration"),
                     inputs,
                 )
+                runs[peer] = ort.load_model(paths[peer], threads, rest=True)
             except InputError:
                 raise
             except Exception as error:  # a peer that fails is a result, not our failure
                 notes[peer] = f"failed: {str(error).splitlines()[0][:200]}"
-        runs = {name: ort.load_model(path, threads) for name, path in paths.items()}
         expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
         quality = {
             name: min(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from qcompiler.artifact import Artifact
 from qcompiler.errors import UnsupportedError
 from qcompiler.qtype import QType
 from qcompiler.target import CPU_FEATURES, Target, cpu_feature, known_targets
@@ -135,3 +137,19 @@ def test_refusals(weight: str | None, activation: str | None, reason: str | None
     else:
         assert refusal is not None
         assert reason in refusal
+
+
+def test_an_artifact_warns_on_a_cpu_where_it_would_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full-range weights on a CPU without VNNI; reduced ones are safe everywhere."""
+
+    def artifact(weights: str) -> Artifact:
+        plan = [{"qtype": weights}, {"qtype": "uint8:tensor:affine"}]
+        return Artifact(tmp_path, {"target": "ort:cpu", "plan": plan})
+
+    monkeypatch.setattr("qcompiler.target.cpu_feature", lambda: "avx2")
+    assert "ort:cpu:avx2" in artifact("int8:channel").hazard()
+    assert artifact("int8:channel:reduced").hazard() == ""
+    monkeypatch.setattr("qcompiler.target.cpu_feature", lambda: "vnni")
+    assert artifact("int8:channel").hazard() == ""
