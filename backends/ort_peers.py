@@ -50,7 +50,7 @@ def build(
     logger.setLevel(logging.ERROR)
     try:
         if name == "ort-dynamic":
-            # The tool takes the standard Attention operator for its own and writes an invalid model.
+            # The tool takes the standard Attention for its own and writes an invalid model.
             graph = onnx.load(model, load_external_data=False).graph
             standard = [n.name for n in graph.node if n.op_type == "Attention" and not n.domain]
             quantize_dynamic(

@@ -1,85 +1,102 @@
-"""Bias correction: take the mean of each linear's quantization error out of its bias.
+"""Bias correction: take the mean of each layer's quantization error out of its bias.
 
-    b' = b + E[x Wᵀ] − E[x̂ Ŵᵀ]
+    b' = b + E[y] − E[ŷ]
 
-with x̂, Ŵ what the quantized layer really multiplies, over the rows sampled in calibration (Nagel
-2019, "Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2; here
-with data). Layers without a bias are left alone: a new addition would cost time.
+with y the layer's output in the float program and ŷ in the quantized one, per output channel, over
+calibration batches, layer by layer: each is measured with those before it already corrected (Nagel
+2019, "Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2, with
+data in place of the batch normalization's statistics).
+
+Layers without a bias are left alone: a new addition would cost time. A convolution's int32 bias
+moves by the nearest number of its steps.
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
-from qcompiler.observe import Observations
-from qcompiler.qtype import QType
-from qcompiler.regions import LINEAR
+from qcompiler.program import Batch, Program, unpadded
+from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import Draft, operand, rewrite
 
 
-@rewrite(exact=False)
-def correct_bias(draft: Draft, observations: Observations) -> None:
-    """Correct the biases of the quantized linears whose input was observed.
+def measure_bias(
+    floating: Program, quantized: Program, batches: Sequence[Batch], mask: str = ""
+) -> dict[str, Tensor]:
+    """E[y] − E[ŷ] of each linear and convolution with a bias, (channels,) float64 by node name.
 
-    Runs after `insert_qdq`.
+    Args:
+        floating: the program before `insert_qdq`.
+        quantized: after it; layers keep their names.
+        batches: calibration data, held at once.
+        mask: name of the input that is 0 at padding.
     """
+    masks = [dict(zip(floating.inputs, b, strict=True)).get(mask) for b in batches]
+    layers = {
+        n.name
+        for n in quantized.exported.graph.nodes
+        if n.target in (LINEAR, *CONVS)
+        and isinstance(operand(n, 2), Node)
+        and any(getattr(a, "target", None) is ops.dequantize for a in n.args[:2])
+    }
+    expected: dict[str, Tensor] = {}
+
+    def remember(node: Node, values: Any, compute: Callable[[int], Any]) -> list[Any] | None:
+        if node.name not in layers:
+            return None
+        outputs = [compute(i) for i in range(len(batches))]
+        expected[node.name] = _mean(node, outputs, masks)
+        return outputs
+
+    floating.lockstep(batches, remember)
+    found: dict[str, Tensor] = {}
+
+    def correct(node: Node, values: Any, compute: Callable[[int], Any]) -> list[Any] | None:
+        if node.name not in expected:
+            return None
+        outputs = [compute(i) for i in range(len(batches))]
+        shift = expected[node.name] - _mean(node, outputs, masks)
+        found[node.name] = shift
+        shape = [-1, *[1] * (outputs[0].ndim - 2)] if node.target in CONVS else [-1]
+        return [y + shift.to(y.dtype).reshape(shape) for y in outputs]
+
+    quantized.lockstep(batches, correct)
+    return found
+
+
+def _mean(node: Node, outputs: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    """Mean of each channel over all batches and positions that are no padding."""
+    total, count = torch.zeros(()).double(), 0
+    for value, mask in zip(outputs, masks, strict=True):
+        rows = value.movedim(1, -1) if node.target in CONVS else unpadded(value, mask)
+        rows = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]
+        total = total + rows.double().sum(0)
+        count += len(rows)
+    return total / max(count, 1)
+
+
+@rewrite(exact=False)
+def correct_bias(draft: Draft, shifts: Mapping[str, Tensor]) -> None:
+    """Add the shifts of `measure_bias` to the biases."""
     count = 0
-    for node in draft.calls(LINEAR):
-        data, weight, bias = (operand(node, i) for i in range(3))
-        if not isinstance(bias, Node) or not draft.is_constant(bias):
+    for node in draft.calls(LINEAR, *CONVS):
+        if node.name not in shifts:
             continue
-        if not isinstance(weight, Node) or weight.target is not ops.dequantize:
-            continue
-        source = data
-        while isinstance(source, Node) and source.target in (
-            ops.dequantize, ops.quantize, ops.dynamic_quantize, operator.getitem,
-        ):  # fmt: skip
-            source = source.args[0]
-        stats = observations.get(source.name) if isinstance(source, Node) else None
-        if stats is None:
-            continue
-        float_weight, quantized = _weights(draft, weight)
-        rows = stats.rows.float()
-        noisy = _simulate(draft, data, rows)
-        error = (rows.double() @ float_weight.double().T).mean(0) - (
-            noisy.double() @ quantized.double().T
-        ).mean(0)
-        fresh = draft.add_constant(
-            f"{node.name}_bias", (draft.constant(bias).double() + error).float()
-        )
-        draft.set_input(node, 2, fresh)
+        shift, bias = shifts[node.name], operand(node, 2)
+        quantize = operand(bias, 0) if bias.target is ops.dequantize else None
+        if quantize is None:
+            fresh = (draft.constant(bias).double() + shift).float()
+            draft.set_input(node, 2, draft.add_constant(f"{node.name}_bias", fresh))
+        else:  # int32: the constant before its quantizer
+            source = operand(quantize, 0)
+            fresh = (draft.constant(source).double() + shift).float()
+            draft.set_input(quantize, 0, draft.add_constant(f"{node.name}_bias", fresh))
         count += 1
     if count:
         draft.note(f"{count} biases corrected")
-
-
-def _weights(draft: Draft, dequantize: Node) -> tuple[Tensor, Tensor]:
-    """The float weight and what dequantization gives back."""
-    quantize = dequantize.args[0]
-    assert isinstance(quantize, Node)
-    weight = draft.constant(quantize.args[0])
-    constants: list[Any] = [
-        draft.constant(a) if isinstance(a, Node) else a for a in quantize.args[1:]
-    ]
-    q = ops.quantize(weight, *constants)
-    return weight, ops.dequantize(q, *constants[:2], *constants[2:4])
-
-
-def _simulate(draft: Draft, data: Node, rows: Tensor) -> Tensor:
-    """The rows after the layer's activation quantizer; float where it has none."""
-    if data.target is not ops.dequantize:
-        return rows
-    q = data.args[0]
-    assert isinstance(q, Node)
-    if q.target is ops.quantize:
-        scale, zero = (draft.constant(a) for a in q.args[1:3])
-        integers = ops.quantize(rows, scale, zero, *q.args[3:])
-        noisy: Tensor = ops.dequantize(integers, scale, zero, 0, 0)
-        return noisy
-    kind = QType.parse(operand(operand(q, 0), 1))
-    return kind.round_trip(rows)

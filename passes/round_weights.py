@@ -19,7 +19,7 @@ channel that never fires keeps its nearest rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType, broadcast, dequantize
 from qcompiler.regions import LINEAR
-from qcompiler.rewrite import evaluate, operand
+from qcompiler.rewrite import operand
 
 BLOCK = 128
 DAMPING = 0.01
@@ -60,50 +60,26 @@ def round_weights(
         return found
     data = list(batches)
     masks = [dict(zip(program.inputs, b, strict=True)).get(mask) for b in data]
-    last_use = {source: node for node in nodes for source in node.all_input_nodes}
-    constants, shared = program.constants(), dict[Node, Tensor]()
-    values: dict[Node, list[Any]] = {}
-    given = iter(zip(*data, strict=True))
-    for node in nodes[: nodes.index(wanted[-1]) + 1]:
-        if node.op == "placeholder":
-            known = node.name in constants
-            values[node] = [constants[node.name]] * len(data) if known else list(next(given))
-            continue
-        if node in wanted:
-            x = operand(node, 0)
-            if x not in shared:  # query, key and value read one tensor
-                shared = {x: _hessian(values[x], masks)}
-            weight = values[operand(node, 1)][0]
-            rounded = gptq(weight, shared[x], plan[sites[node.name]].qtype)
-            found[sites[node.name]] = rounded
-            fresh = [rounded.weight] * len(data)
-            values[node] = [
-                evaluate(node, _arguments(node, values, i, fresh[i]), node.kwargs)
-                for i in range(len(data))
-            ]
-        else:
-            values[node] = [_compute(program, node, values, i) for i in range(len(data))]
-        for source in node.all_input_nodes:
-            if last_use[source] is node:
-                values.pop(source, None)
+    shared: dict[Node, Tensor] = {}
+
+    def visit(
+        node: Node, values: dict[Node, list[Any]], compute: Callable[[int], Any]
+    ) -> list[Any] | None:
+        if node not in wanted:
+            return None
+        x, weight = operand(node, 0), operand(node, 1)
+        if x not in shared:  # query, key and value read one tensor
+            shared.clear()
+            shared[x] = _hessian(values[x], masks)
+        kind = plan[sites[node.name]].qtype
+        rounded = gptq(values[weight][0], shared[x], kind)
+        found[sites[node.name]] = rounded
+        bias = operand(node, 2)
+        added = None if bias is None else values[bias][0]
+        return [torch.nn.functional.linear(v, rounded.weight, added) for v in values[x]]
+
+    program.lockstep(data, visit, wanted[-1])
     return found
-
-
-def _arguments(node: Node, values: dict[Node, list[Any]], index: int, weight: Tensor) -> list[Any]:
-    args = [values[a][index] if isinstance(a, Node) else a for a in node.args]
-    args[1] = weight
-    return args
-
-
-def _compute(program: Program, node: Node, values: dict[Node, list[Any]], index: int) -> Any:
-    if node.op == "get_attr":
-        return getattr(program.exported.graph_module, str(node.target))
-
-    def value(source: Node) -> Any:
-        return values[source][index]
-
-    args = torch.fx.node.map_arg(node.args, value)
-    return evaluate(node, args, torch.fx.node.map_arg(node.kwargs, value))
 
 
 def _hessian(inputs: list[Tensor], masks: list[Tensor | None]) -> Tensor:

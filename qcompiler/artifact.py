@@ -114,8 +114,8 @@ class Artifact:
         if runtime != "ort" or not Target("ort", "cpu").saturates:
             return ""
         return (
-            f"{self.folder} was compiled for a CPU with VNNI and this one has none: its products of "
-            "8-bit numbers can overflow silently; compile with --target ort:cpu:avx2"
+            f"{self.folder} was compiled for a CPU with VNNI and this one has none: its products "
+            "of 8-bit numbers can overflow silently; compile with --target ort:cpu:avx2"
         )
 
     def runner(self, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:

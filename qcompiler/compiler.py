@@ -19,7 +19,7 @@ from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.observe import Statistics, choose_range, observe
 from qcompiler.passes.allocate import allocate
-from qcompiler.passes.correct_bias import correct_bias
+from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -38,6 +38,7 @@ from qcompiler.target import Target
 from qcompiler.verify import Reference, check_exact, compare_sites
 
 CHECKED = 2  # batches on which exact passes are proven
+CORRECTED = 8  # batches, all in memory at once, over which biases are corrected
 
 __all__ = ["bench", "compile", "quantize", "verify"]
 
@@ -175,9 +176,10 @@ def quantize(
 
     say("insert_qdq")
     program = insert_qdq(program, plan, rounded)
-    if recipe.correct_bias and after:
+    if recipe.correct_bias and activation is not None:
         say("correct_bias")
-        program = correct_bias(program, after)
+        sample = list(itertools.islice(data.calibration(), CORRECTED))
+        program = correct_bias(program, measure_bias(floating, program, sample, data.mask))
     say("pack_weights")
     quantized = _same_integers(program, pack_weights(program), reference)
     say("compare sites")

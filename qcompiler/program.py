@@ -7,6 +7,7 @@ import io
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qcompiler.errors import CaptureError, InputError
 
 Batch = tuple[Tensor, ...]
 Watch = Callable[[Node, Any], None]
+Visit = Callable[[Node, dict[Node, list[Any]], Callable[[int], Any]], list[Any] | None]
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,45 @@ class Program:
                 del values[source]
         raise AssertionError("a graph without an output node")
 
+    @torch.no_grad()
+    def lockstep(self, batches: Sequence[Batch], visit: Visit, last: Node | None = None) -> None:
+        """Run all batches side by side, node by node, so that a node's values can be changed.
+
+        Memory: the values alive at one node, for all batches.
+
+        Args:
+            batches: the inputs.
+            visit: called with each call node, the values of the nodes before it (a list with one
+                entry for each batch), and a function that computes the node for one batch. What it
+                returns become the node's values; None: they are computed as they are.
+            last: stop after this node; the whole graph when not given.
+        """
+        nodes = list(self.exported.graph.nodes)
+        last_use = {source: node for node in nodes for source in node.all_input_nodes}
+        constants = self.constants()
+        values: dict[Node, list[Any]] = {}
+        given = iter(zip(*batches, strict=True))
+        for node in nodes:
+            if node.op == "output":
+                return
+            if node.op == "placeholder":
+                known = node.name in constants
+                values[node] = [constants[node.name]] * len(batches) if known else list(next(given))
+                continue
+            if node.op == "get_attr":
+                held = getattr(self.exported.graph_module, str(node.target))
+                values[node] = [held] * len(batches)
+                continue
+
+            compute = partial(_compute, node, values)
+            changed = visit(node, values, compute)
+            values[node] = [compute(i) for i in range(len(batches))] if changed is None else changed
+            for source in node.all_input_nodes:
+                if last_use[source] is node:
+                    values.pop(source, None)
+            if node is last:
+                return
+
     def constants(self) -> dict[str, Any]:
         """Parameters, buffers and constant tensors by the name of their placeholder."""
         signature, program = self.exported.graph_signature, self.exported
@@ -178,6 +219,17 @@ class Program:
         for name, key in signature.inputs_to_lifted_tensor_constants.items():
             found[name] = program.constants[key]
         return found
+
+
+def _compute(node: Node, values: Mapping[Node, list[Any]], index: int) -> Any:
+    """A call node for one of several batches."""
+
+    def value(source: Node) -> Any:
+        return values[source][index]
+
+    op: Any = node.target
+    args = torch.fx.node.map_arg(node.args, value)
+    return op(*args, **torch.fx.node.map_arg(node.kwargs, value))
 
 
 def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from qcompiler.errors import RewriteError
 from qcompiler.models import ZOO
 from qcompiler.observe import observe
 from qcompiler.passes.allocate import allocate
-from qcompiler.passes.correct_bias import correct_bias
+from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -89,9 +89,10 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     program = check_contract(fuse_attention, program, checks)
     program = check_contract(merge_linears, program, checks)
 
-    plan, seen = plan_for(program, "w8a8", model.batches)
+    plan, _ = plan_for(program, "w8a8", model.batches)
     quantized = check_contract(insert_qdq, program, checks, idempotent=False, plan=plan)
-    corrected = check_contract(correct_bias, quantized, checks, idempotent=False, observations=seen)
+    shifts = measure_bias(program, quantized, checks)
+    corrected = check_contract(correct_bias, quantized, checks, idempotent=False, shifts=shifts)
     packed = check_contract(pack_weights, corrected, checks)
     for batch in checks:
         for old, new in zip(corrected.run(batch), packed.run(batch), strict=True):

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from qcompiler import ops
 from qcompiler.errors import RewriteError
-from qcompiler.observe import observe
-from qcompiler.passes.correct_bias import correct_bias
+from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.plan import Assignment, Plan, Site
@@ -188,10 +187,11 @@ def test_an_empty_plan_changes_nothing(captured: Any) -> None:
 
 
 def coarse(linear: nn.Linear, x: Tensor, captured: Any, kind: str = "int8:tensor") -> Any:
-    """A linear quantized so coarsely that its error has a mean, and statistics of its input."""
+    """A linear quantized so coarsely that its error has a mean, and that mean."""
     program = captured(linear, x)
     plan = plan_of(("linear", 0, "uint8:tensor:affine", -1.0, 1.0), ("linear", 1, kind))
-    return quantized(program, plan, x), observe(program, {"x": -1, "input": -1}, [(x,)])
+    after = quantized(program, plan, x)
+    return after, measure_bias(program, after, [(x,)])
 
 
 def test_bias_correction_takes_the_mean_error_out(captured: Any) -> None:
@@ -199,7 +199,7 @@ def test_bias_correction_takes_the_mean_error_out(captured: Any) -> None:
     linear = nn.Linear(16, 5)
     x = X * 2 + 0.7  # much is clipped at 1
     program, seen = coarse(linear, x, captured)
-    after = check_contract(correct_bias, program, [(x,)], idempotent=False, observations=seen)
+    after = check_contract(correct_bias, program, [(x,)], idempotent=False, shifts=seen)
     assert after.history[-1].notes == ("1 biases corrected",)
     rows = x.reshape(-1, 16)
     w = linear.weight.detach()
@@ -225,9 +225,8 @@ def test_bias_correction_of_dynamic_and_weight_only_linears(captured: Any) -> No
     ):
         linear = nn.Linear(16, 5)
         program = captured(linear, x)
-        seen = observe(program, {"input": -1}, [(x,)])
         before = quantized(program, plan, x)
-        after = correct_bias(before, seen)
+        after = correct_bias(before, measure_bias(program, before, [(x,)]))
         want = program.run((x,))[0].mean((0, 1))
         old, new = (float((p.run((x,))[0].mean((0, 1)) - want).norm()) for p in (before, after))
         assert new < 0.02 * old
@@ -240,7 +239,40 @@ def test_bias_correction_leaves_the_rest_alone(captured: Any) -> None:
     program, _ = coarse(nn.Linear(16, 5), X, captured)
     assert correct_bias(program, {}).exported is program.exported
     plain = captured(nn.Linear(16, 5), X)
-    assert correct_bias(plain, observe(plain, {"input": -1}, [(X,)])).exported is plain.exported
+    assert correct_bias(plain, measure_bias(plain, plain, [(X,)])).exported is plain.exported
+
+
+def test_bias_correction_is_sequential_and_reaches_convolutions(captured: Any) -> None:
+    """Each mean is right given the corrected layers before; int32 biases move by steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    x = torch.randn(8, 3, 9, 9) + 0.5
+    program = captured(model, x)
+    plan = plan_of(
+        ("conv2d", 0, "uint8:tensor:affine", -1.0, 2.0),
+        ("conv2d", 1, "int4:channel"),
+        ("relu", -1, "uint8:tensor:affine", 0.0, 1.5),
+        ("conv2d_1", 1, "int4:channel"),
+        ("conv2d_1", -1, "uint8:tensor:affine", -4.0, 4.0),
+    )
+    before = insert_qdq(program, plan)
+    after = correct_bias(before, measure_bias(program, before, [(x[:4],), (x[4:],)]))
+    assert after.history[-1].notes == ("2 biases corrected",)
+
+    def means(candidate: Program) -> dict[str, Tensor]:
+        found = {}
+
+        def watch(node: Any, value: Any) -> None:
+            if node.name in ("conv2d", "conv2d_1"):
+                found[node.name] = value.mean((0, 2, 3))
+
+        candidate.run((x,), watch)
+        return found
+
+    want, old, new = means(program), means(before), means(after)
+    for name in want:
+        assert float((old[name] - want[name]).abs().max()) > 0.02
+        torch.testing.assert_close(new[name], want[name], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -281,5 +313,5 @@ def test_golden(captured: Any, golden_pair: Callable[[str, Program, Program], No
     after = insert_qdq(program, plan)
     golden_pair("insert_qdq", program, after)
     golden_pair("pack_weights", after, pack_weights(after))
-    seen = observe(program, {"add": -1}, [(torch.randn(2, 3, 5, 5),)])
-    golden_pair("correct_bias", after, correct_bias(after, seen))
+    shifts = measure_bias(program, after, [(torch.randn(2, 3, 5, 5),)])
+    golden_pair("correct_bias", after, correct_bias(after, shifts))
