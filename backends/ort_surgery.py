@@ -173,11 +173,14 @@ def turn_weights(graph: gs.Graph) -> None:
 
 
 def _turned(constant: gs.Constant) -> gs.Constant:
-    values = np.ascontiguousarray(np.asarray(constant.values).T)
-    fresh = gs.Constant(constant.name + "_turned", values)
-    if hasattr(constant, "element"):
-        fresh.element = constant.element
-    return fresh
+    """The transposed constant, one for all readers."""
+    if not hasattr(constant, "turned"):
+        values = np.ascontiguousarray(np.asarray(constant.values).T)
+        fresh = gs.Constant(constant.name + "_turned", values)
+        if hasattr(constant, "element"):
+            fresh.element = constant.element
+        constant.turned = fresh
+    return constant.turned
 
 
 def merge_pads(graph: gs.Graph) -> None:

@@ -4,8 +4,8 @@ Weights: `dequantize(quantize(W))` on the constant, which `pack_weights` compute
 static pair with the plan's range, or `dynamic_quantize`. Readers of one value with one format share
 the pair. Embeddings: the rows are looked up as integers and dequantized after that, never the whole
 table. A convolution's bias becomes int32 with the scale s_x · s_w, which integer accumulators add
-without rounding ("A Survey of Low-bit Large Language Models", section 2.2; Jacob 2018,
-section 2.2).
+without rounding; a weight scale too small for that is raised ("A Survey of Low-bit Large Language
+Models", section 2.2; Jacob 2018, section 2.2).
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     scales = [p.args[1] for p in pairs]
     if not all(draft.is_constant(s) for s in scales):
         return
+    _widen(draft, scales[1], draft.constant(scales[0]), draft.constant(bias))
     scale = (draft.constant(scales[0]).double() * draft.constant(scales[1]).double()).float()
     s = draft.add_constant(f"{node.name}_bias_scale", scale)
     z = draft.add_constant(
@@ -164,3 +165,17 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     q = draft.call(ops.quantize, bias, s, z, 0, 0, low, high, before=node)
     q.meta["qtype"] = "int32:channel"
     draft.set_input(node, 2, draft.call(ops.dequantize, q, s, z, 0, 0, before=node))
+
+
+def _widen(draft: Draft, weight_scale: Node, input_scale: Tensor, bias: Tensor) -> None:
+    """Raise the weight scales whose bias would not fit into int32.
+
+    A channel whose weights all but vanished (a dead filter, common where a batch normalization was
+    folded) has so small a scale that its bias saturates; larger steps cost such a channel nothing.
+    Half of the range is kept free for bias correction.
+    """
+    scale = draft.constant(weight_scale)
+    least = bias.double().abs() / (2**30 * input_scale.double())
+    widened = torch.maximum(scale.double(), least).float()
+    if not torch.equal(widened, scale):
+        draft.set_constant(weight_scale, widened)

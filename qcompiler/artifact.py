@@ -160,7 +160,7 @@ class Artifact:
 def pack_batches(batches: list[Batch], names: list[str]) -> dict[str, Tensor]:
     """Batches as one flat mapping for safetensors: `0/input_ids`, …"""
     return {
-        f"{i}/{name}": value.contiguous()
+        f"{i}/{name}": value.contiguous().clone()  # safetensors takes no two names of one memory
         for i, batch in enumerate(batches)
         for name, value in zip(names, batch, strict=True)
     }

@@ -139,8 +139,8 @@ def deliver(
         spec_of = compiled.source.exported.call_spec.out_spec
         metric = {
             "name": spec.metric_name,
-            "float": spec.metric(_as_module(run_float, spec_of)),
-            "quantized": spec.metric(_as_module(run, spec_of)),
+            "float": spec.metric(_as_module(run_float, inputs, spec_of)),
+            "quantized": spec.metric(_as_module(run, inputs, spec_of)),
         }
     for name, source in spec.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,9 +195,10 @@ def _size(model: Path) -> int:
     return sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
 
 
-def _as_module(run: Callable[..., Any], spec: Any) -> Callable[..., Any]:
+def _as_module(run: Callable[..., Any], inputs: Sequence[str], spec: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_unflatten(list(run(*pytree.tree_leaves((args, kwargs)))), spec)
+        flat = [*pytree.tree_leaves(args), *(kwargs[name] for name in inputs if name in kwargs)]
+        return pytree.tree_unflatten(list(run(*flat)), spec)
 
     return call
 

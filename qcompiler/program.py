@@ -299,6 +299,10 @@ def capture(
     else:
         args = tuple(example_inputs)
         keys = names[: len(args)]
+        if len(keys) < len(args):
+            raise InputError(
+                f"{len(args)} example inputs given, forward takes {len(names)}: {', '.join(names)}"
+            )
     dynamic_shapes = dynamic_shapes or {}
     unknown = set(dynamic_shapes) - set(keys)
     if unknown:
@@ -321,6 +325,7 @@ def capture(
     try:
         # torch prints the whole graph to stderr when it fails; the error says what matters of it.
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            module(*args, **kwargs)  # export does not look at dtypes everywhere
             exported = torch.export.export(
                 module, args, kwargs or None, dynamic_shapes=shapes, strict=False
             )
@@ -360,7 +365,7 @@ def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
             )
         if value.shape[dim] == 1:
             widened = widened.repeat_interleave(2, dim)
-    return widened
+    return widened.detach()  # torch marks the tensor itself as dynamic, and leaves it so
 
 
 _REMEDIES = (

@@ -70,11 +70,13 @@ class Target:
 
     def refusal(self, weight: QType | None, activation: QType | None) -> str | None:
         """Why this target has no kernel for the pair, or None."""
-        if weight is not None and weight.bits not in (2, 4, 8):
+        if weight is not None and weight.bits not in (4, 8):
             return (
                 f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; "
-                "use 8, 4 or 2 bits"
+                "use 8 or 4 bits"
             )
+        if weight is not None and weight.dynamic:
+            return f"weights have one scale for the tensor, a channel or a group, not {weight}"
         if activation is None:
             return None
         if activation.bits != 8 or activation.granularity != "tensor":

@@ -158,7 +158,10 @@ def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], parts: list[s
     [
         (["{here}/model.py:no_export"], ["model.py:6", "torch.where"]),
         (["{here}/model.py:wrong_shape"], ["check their shapes"]),
-        (["{here}/model.py:wrong_dtype"], ["batch 0", "the model takes torch.int64"]),
+        (
+            ["{here}/model.py:wrong_dtype"],
+            ["Linear does not export", "check their shapes and dtypes"],
+        ),
         (["tiny-mlp", "--calibration", "{here}/model.py:with_nan"], ["batch 0", "NaN"]),
         (["tiny-mlp", "--calibration", "{here}/nan.npz"], ["NaN"]),
     ],

@@ -167,6 +167,8 @@ def test_convolutions_whose_output_is_float(formula: Any, captured: Any) -> None
         ({"weights": "int4:g32"}, "no kernel for int4:g32 weights with uint8:tensor:affine"),
         ({"weights": None}, "no kernel for None weights"),
         ({"weights": "int3:g32", "activations": None}, "no int3 tensor"),
+        ({"weights": "int2:g32", "activations": None}, "no int2 tensor"),
+        ({"weights": "int8:token", "activations": None}, "weights have one scale for the tensor"),
         ({"activations": "int8:tensor:dynamic"}, "dynamic ranges for uint8:tensor:affine"),
         ({"activations": "uint8:tensor:affine:reduced"}, "fills all 8 bits of activations"),
     ],

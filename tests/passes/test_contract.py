@@ -32,7 +32,7 @@ from qcompiler.testing import check_contract, compact
 
 aten = torch.ops.aten
 TINY = [name for name in ZOO if name.startswith("tiny-")]
-ANALYSES = {"allocate", "search_smoothing"}  # Program → data: no rewrites
+ANALYSES = {"allocate", "round_weights", "search_smoothing"}  # Program → data: no rewrites
 
 
 def plan_for(program: Program, recipe: str, batches: Any) -> tuple[Plan, Mapping[str, Any]]:

@@ -275,6 +275,25 @@ def test_bias_correction_is_sequential_and_reaches_convolutions(captured: Any) -
         torch.testing.assert_close(new[name], want[name], rtol=0, atol=2e-3)
 
 
+def test_the_bias_of_a_dead_filter_fits_into_int32(captured: Any) -> None:
+    """Weights of 1e-10 with a bias of 1: s_x · s_w alone would need 10^12 steps."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        conv.weight[1] *= 1e-9
+        conv.bias[1] = 1.2
+    x = torch.randn(2, 3, 6, 6)
+    plan = plan_of(
+        ("conv2d", 0, "uint8:tensor:affine", -4.0, 4.0),
+        ("conv2d", 1, "int8:channel"),
+        ("conv2d", -1, "uint8:tensor:affine", -4.0, 4.0),
+    )
+    got = insert_qdq(captured(conv, x), plan).run((x,))[0]
+    error = (got - conv(x).detach()).abs().amax((0, 2, 3))
+    assert float(error.max()) < 0.06
+    assert float(error[1]) < 8.0 / 255  # one step of the output
+
+
 @pytest.mark.parametrize(
     ("kind", "size"), [("int8:channel", 80), ("int4:g8", 40), ("uint2:g8:affine", 20)]
 )
