@@ -7,7 +7,8 @@ import difflib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,3 +139,21 @@ def minilm_artifact(minilm_spec: ModelSpec, tmp_path_factory: pytest.TempPathFac
 
     out = tmp_path_factory.mktemp("minilm") / "w8a8"
     return qcompiler.compile(minilm_spec, target="ort:cpu", recipe="w8a8", out=out)
+
+
+@pytest.fixture(scope="session")
+def torchlib_once() -> Iterator[None]:
+    """Torch's exporter reads 500 functions of onnxscript anew for every model: once is enough."""
+    import onnxscript
+    from torch.onnx._internal import _lazy_import
+
+    assert onnxscript
+    apis = getattr(_lazy_import, "onnxscript_apis", None)
+    if getattr(apis, "get_torchlib_ops", None) is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("onnxscript._framework_apis.torch_"):
+                patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
+        yield

@@ -25,6 +25,7 @@ from qcompiler.program import capture, load_pt2
 from qcompiler.spec import ModelSpec
 from qcompiler.verify import Sqnr
 
+pytestmark = pytest.mark.usefixtures("torchlib_once")
 THIS = Path(__file__).name
 
 
@@ -50,7 +51,7 @@ def sqnr(expected: Tensor, got: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def encoder(tmp_path_factory: pytest.TempPathFactory, torchlib_once: None) -> Artifact:
     """tiny-attention-block as w8a8."""
     spec = ZOO["tiny-attention-block"].build()
     return compile(spec, recipe="w8a8", out=tmp_path_factory.mktemp("encoder") / "artifact")

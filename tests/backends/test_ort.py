@@ -28,6 +28,8 @@ from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
 from qcompiler.verify import Sqnr
 
+pytestmark = pytest.mark.usefixtures("torchlib_once")
+
 TINY = [name for name in ZOO if name.startswith("tiny-")]
 SOME = ["tiny-mlp", "tiny-attention-block", "tiny-gqa-decoder", "tiny-conv-block"]
 COMBINATIONS = [
