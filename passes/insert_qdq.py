@@ -167,7 +167,7 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     draft.set_input(node, 2, draft.call(ops.dequantize, q, s, z, 0, 0, before=node))
 
 
-def _widen(draft: Draft, weight_scale: Node, input_scale: Tensor, bias: Tensor) -> None:
+def _widen(draft: Draft, weight_scale: Any, input_scale: Tensor, bias: Tensor) -> None:
     """Raise the weight scales whose bias would not fit into int32.
 
     A channel whose weights all but vanished (a dead filter, common where a batch normalization was

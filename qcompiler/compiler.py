@@ -30,7 +30,7 @@ from qcompiler.passes.round_weights import round_weights
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.plan import Assignment, Factor, Rounded, Site
-from qcompiler.program import Program, capture
+from qcompiler.program import Batch, Program, capture
 from qcompiler.recipe import Recipe, load_recipe
 from qcompiler.rewrite import operand
 from qcompiler.spec import Batches, Inputs, ModelSpec
@@ -38,7 +38,7 @@ from qcompiler.target import Target
 from qcompiler.verify import Reference, check_exact, compare_sites
 
 CHECKED = 2  # batches on which exact passes are proven
-CORRECTED = 8  # batches, all in memory at once, over which biases are corrected
+CORRECTED = 20  # batches at most, in memory at once, over which biases are corrected
 
 __all__ = ["bench", "compile", "quantize", "verify"]
 
@@ -178,7 +178,7 @@ def quantize(
     program = insert_qdq(program, plan, rounded)
     if recipe.correct_bias and activation is not None:
         say("correct_bias")
-        sample = list(itertools.islice(data.calibration(), CORRECTED))
+        sample = _spread(list(data.calibration()), CORRECTED)
         program = correct_bias(program, measure_bias(floating, program, sample, data.mask))
     say("pack_weights")
     quantized = _same_integers(program, pack_weights(program), reference)
@@ -189,6 +189,11 @@ def quantize(
     )
     plain = fuse_attention(normalize(source))
     return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites)
+
+
+def _spread(batches: list[Batch], most: int) -> list[Batch]:
+    """At most that many batches, evenly spaced: calibration data may be sorted."""
+    return batches[:: -(-len(batches) // most)]
 
 
 def _is_layer(node: torch.fx.Node) -> bool:
