@@ -33,7 +33,7 @@ class Data:
                 raise InputError(
                     f"recipe '{recipe.name}' needs calibration data and {spec.name} brings none: "
                     "give --calibration (a file, a folder or module:function), or use w8, w4a16 or "
-                    "w8a8-dynamic --set smooth=false"
+                    "w8a8-dynamic --set smooth=false --set rounding=rtn"
                 )
             example = spec.example_inputs
             source = held = lambda: [example]

@@ -125,11 +125,16 @@ class Recipe(BaseModel):
 PRESETS: Mapping[str, tuple[str, Recipe]] = {
     "w8a8": (
         "int8 weights, int8 activations with static ranges: fastest; needs calibration data",
-        Recipe(name="w8a8", activations="uint8:tensor:affine", min_sqnr=10.0),
+        Recipe(name="w8a8", activations="uint8:tensor:affine", rounding="gptq", min_sqnr=10.0),
     ),
     "w8a8-dynamic": (
         "int8 weights, int8 activations with ranges taken at run time: accurate, no static ranges",
-        Recipe(name="w8a8-dynamic", activations="uint8:tensor:affine:dynamic", min_sqnr=10.0),
+        Recipe(
+            name="w8a8-dynamic",
+            activations="uint8:tensor:affine:dynamic",
+            rounding="gptq",
+            min_sqnr=10.0,
+        ),
     ),
     "w8": (
         "int8 weights, float arithmetic: a quarter of the size, nearly no error",
