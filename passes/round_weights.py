@@ -13,8 +13,8 @@ The program is run on all batches in lockstep, node by node, and a layer's outpu
 its rounded weight: each layer sees what those before it really give. Memory: the values that are
 alive at one node, for all batches, and one H (inputs² float64).
 
-Refused, with the reason: nothing; a singular H is damped more until it can be inverted, and a
-channel that never fires keeps its nearest rounding.
+Nothing is refused: a singular H is damped more until it can be inverted, and a channel that never
+fires keeps its nearest rounding. Activations are not quantized on the way.
 """
 
 from __future__ import annotations
