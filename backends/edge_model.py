@@ -1,11 +1,12 @@
-"""EdgeModel: a model compiled to machine code, as data: what `edge_folder` links and describes in C.
+"""EdgeModel: a model compiled to machine code, as data; `edge_folder` links it and writes its C.
 
 The code is a list of kernels with TVM's packed C ABI, one call after another on static shapes:
 
-    int __tvm_ffi_<symbol>(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+    int __tvm_ffi_<symbol>(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *res)
 
-Every argument is a DLTensor (compact, `strides` NULL, `byte_offset` 0) whose data lie 64-byte aligned. A
-model holds one `Entry` for each combination of sizes that it was compiled for; all share the weights.
+Every argument is a DLTensor (compact, `strides` NULL, `byte_offset` 0) whose data lie 64-byte
+aligned. A model holds one `Entry` for each combination of sizes that it was compiled for; all share
+the weights.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Tensor:
 
     Attributes:
         space: which memory it lies in. `weights` is the mapped file, `arena` the planned scratch
-            memory of a run, `state` what lives from run to run (zero at first), `input` and `output` are
-            the ports.
+            memory of a run, `state` what lives from run to run (zero at first), `input` and
+            `output` are the ports.
         at: byte offset in that memory; for ports the port's number.
         dtype: numpy's name: float32, int8, uint8, int32, int64, bool, uint16 (bfloat16's bits) ...
         shape: sizes of this entry, all known.
@@ -67,8 +68,8 @@ class Port:
 class Entry:
     """The code for one combination of sizes, such as {"batch": 1, "sequence": 128}.
 
-    An input smaller than the entry is padded with zeros at the end of its dynamic dimensions, and outputs are cut to
-    the sizes given.
+    An input smaller than the entry is padded with zeros at the end of its dynamic dimensions, and
+    outputs are cut to the sizes given.
     """
 
     sizes: Mapping[str, int]
