@@ -310,14 +310,8 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
     """List the targets and the recipes that each can run."""
     with guarded(debug):
         from qcompiler.recipe import PRESETS
-        from qcompiler.target import Target, cpu_feature, known_targets
+        from qcompiler.target import Target, known_targets
 
-        meanings = {
-            "": f"the CPU of this machine ({cpu_feature()})",
-            "vnni": "x86-64 with AVX512-VNNI or AVX-VNNI",
-            "avx2": "x86-64 without VNNI: 7-bit weights, so that int16 sums cannot overflow",
-            "arm64": "64-bit ARM",
-        }
         found = []
         for name in known_targets():
             target = Target.parse(name)
@@ -326,8 +320,7 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
                 for preset, (_, recipe) in PRESETS.items()
                 if target.refusal(recipe.weight_type, recipe.activation_type) is None
             ]
-            meaning = meanings.get(target.feature, target.feature)
-            found.append({"name": name, "description": meaning, "recipes": fitting})
+            found.append({"name": name, "description": target.meaning, "recipes": fitting})
         _list(found, as_json, ("name", "description", "recipes"))
 
 

@@ -1,9 +1,20 @@
 """Targets: what a machine can run. A target parses from and prints to its string.
 
-ort:cpu            ONNX Runtime on the CPU that compiles
-ort:cpu:vnni       … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
-ort:cpu:avx2       … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
-ort:cpu:arm64      … on 64-bit ARM
+ort:cpu                  ONNX Runtime on the CPU that compiles
+ort:cpu:vnni             … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
+ort:cpu:avx2             … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
+ort:cpu:arm64            … on 64-bit ARM
+tvm:x86-64               machine code for x86-64 with SSE4.2 (x86-64-v2)
+tvm:x86-64:avx512vnni    … with AVX512 F, BW, CD, DQ, VL and VNNI
+tvm:x86-64:avx512bf16    … with AVX512-BF16 too
+tvm:x86-64-v3            … with AVX2, FMA and F16C
+tvm:aarch64              machine code for 64-bit ARM with NEON (Armv8.0)
+tvm:aarch64:dotprod      … with SDOT and UDOT
+tvm:aarch64:i8mm         … with SMMLA and UMMLA too
+tvm:aarch64:bf16         … with BFMMLA too
+tvm:armv7                machine code for 32-bit ARM with NEON and VFPv4, hard float
+tvm:riscv64              machine code for RV64GC
+tvm:native               machine code for the machine that compiles
 """
 
 from __future__ import annotations
@@ -18,7 +29,34 @@ from qcompiler.qtype import QType
 
 # Feature → whether u8 × s8 products are summed in pairs in saturating int16 there (vpmaddubsw).
 CPU_FEATURES = {"vnni": False, "avx2": True, "arm64": False}
-DEVICES = {"ort": {"cpu": CPU_FEATURES}}
+# Runtime → device → feature → what it means, for people. The feature "" is the device as such.
+DEVICES: dict[str, dict[str, dict[str, str]]] = {
+    "ort": {
+        "cpu": {
+            "": "the CPU of this machine",
+            "vnni": "x86-64 with AVX512-VNNI or AVX-VNNI",
+            "avx2": "x86-64 without VNNI: 7-bit weights, so that int16 sums cannot overflow",
+            "arm64": "64-bit ARM",
+        }
+    },
+    "tvm": {
+        "x86-64": {
+            "": "x86-64 with SSE4.2",
+            "avx512vnni": "x86-64 with AVX512 and its VNNI",
+            "avx512bf16": "x86-64 with AVX512, its VNNI and BF16",
+        },
+        "x86-64-v3": {"": "x86-64 with AVX2, FMA and F16C"},
+        "aarch64": {
+            "": "64-bit ARM with NEON",
+            "dotprod": "64-bit ARM with dot products (SDOT)",
+            "i8mm": "64-bit ARM with dot products and int8 matrix products (SMMLA)",
+            "bf16": "64-bit ARM with int8 and bfloat16 matrix products (BFMMLA)",
+        },
+        "armv7": {"": "32-bit ARM with NEON and VFPv4"},
+        "riscv64": {"": "64-bit RISC-V (RV64GC)"},
+        "native": {"": "the CPU of this machine"},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -47,16 +85,21 @@ class Target:
         if device not in DEVICES[runtime]:
             known = [f"{runtime}:{name}" for name in DEVICES[runtime]]
             raise UnsupportedError(f"target '{text}': no device '{device}'; {nearest(text, known)}")
-        if feature and feature not in DEVICES[runtime][device]:
-            known = [*DEVICES[runtime][device]]
-            raise UnsupportedError(
-                f"target '{text}': no feature '{feature}'; {nearest(feature, known)}"
-            )
+        if feature not in DEVICES[runtime][device]:
+            known = [name for name in DEVICES[runtime][device] if name]
+            hint = nearest(feature, known) if known else f"'{runtime}:{device}' has none"
+            raise UnsupportedError(f"target '{text}': no feature '{feature}'; {hint}")
         return cls(runtime, device, feature)
 
     @property
+    def meaning(self) -> str:
+        """What this target is, for people."""
+        text = DEVICES[self.runtime][self.device][self.feature]
+        return f"{text} ({cpu_feature()})" if str(self) == "ort:cpu" else text
+
+    @property
     def effective_feature(self) -> str:
-        """The feature named, or else that of this machine."""
+        """The feature named, or else that of this machine; of `ort:cpu` alone."""
         return self.feature or cpu_feature()
 
     @property
@@ -64,38 +107,52 @@ class Target:
         """Whether full-range u8 × s8 weights can overflow silently.
 
         vpmaddubsw adds two products in int16: 255·127·2 = 64770 > 32767. With weights in −64…63 the
-        worst pair is 255·64·2 = 32640, which fits.
+        worst pair is 255·64·2 = 32640, which fits. Our own kernels widen before they add.
         """
-        return CPU_FEATURES[self.effective_feature]
+        return self.runtime == "ort" and CPU_FEATURES[self.effective_feature]
 
     def refusal(self, weight: QType | None, activation: QType | None) -> str | None:
         """Why this target has no kernel for the pair, or None."""
-        if weight is not None and weight.bits not in (4, 8):
-            return (
-                f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; "
-                "use 8 or 4 bits"
-            )
         if weight is not None and weight.dynamic:
             return f"weights have one scale for the tensor, a channel or a group, not {weight}"
-        if activation is None:
-            return None
-        if activation.bits != 8 or activation.granularity != "tensor":
-            return (
-                "ONNX Runtime multiplies 8-bit activations with one scale per tensor, "
-                f"not {activation}"
-            )
-        if activation.dynamic and (activation.element, activation.symmetric) != ("uint8", False):
-            return (
-                "ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, "
-                f"not {activation}"
-            )
-        if activation.reduced:
-            return (
-                f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
-            )
-        if weight is None or weight.bits != 8 or weight.granularity == "group":
-            return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
+        return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
+
+
+def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
+    if weight is not None and weight.bits not in (4, 8):
+        return (
+            f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8 or 4 bits"
+        )
+    if activation is None:
         return None
+    if activation.bits != 8 or activation.granularity != "tensor":
+        return (
+            f"ONNX Runtime multiplies 8-bit activations with one scale per tensor, not {activation}"
+        )
+    if activation.dynamic and (activation.element, activation.symmetric) != ("uint8", False):
+        return (
+            "ONNX Runtime computes dynamic ranges for uint8:tensor:affine:dynamic alone, "
+            f"not {activation}"
+        )
+    if activation.reduced:
+        return f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
+    if weight is None or weight.bits != 8 or weight.granularity == "group":
+        return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
+    return None
+
+
+def _tvm_refusal(weight: QType | None, activation: QType | None) -> str | None:
+    if weight is not None and weight.bits not in (2, 3, 4, 8):
+        return f"weights have 8, 4, 3 or 2 bits, not {weight}"
+    if activation is None:
+        return None
+    if activation.bits != 8 or activation.granularity not in ("tensor", "token"):
+        return f"activations have 8 bits and one scale per tensor or token, not {activation}"
+    if weight is None:
+        return (
+            f"{activation} activations are multiplied with integer weights; give weights a format"
+        )
+    return None
 
 
 @cache
@@ -117,5 +174,5 @@ def known_targets() -> list[str]:
         ":".join(filter(None, (runtime, device, feature)))
         for runtime, devices in DEVICES.items()
         for device, features in devices.items()
-        for feature in ("", *features)
+        for feature in features
     ]

@@ -25,6 +25,9 @@ def test_parse_and_str_are_inverses(text: str) -> None:
 
 def test_known_targets() -> None:
     assert {"ort:cpu", "ort:cpu:vnni", "ort:cpu:avx2", "ort:cpu:arm64"} <= {*known_targets()}
+    edge = "x86-64-v3 x86-64:avx512vnni aarch64 aarch64:dotprod aarch64:i8mm armv7 riscv64 native"
+    assert {f"tvm:{name}" for name in edge.split()} <= {*known_targets()}
+    assert all(Target.parse(text).meaning for text in known_targets())
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,10 @@ def test_known_targets() -> None:
         ("ort:cpi", "no device 'cpi'; did you mean 'ort:cpu'"),
         ("ort:cpu:vnn", "no feature 'vnn'; did you mean 'vnni'"),
         ("ort:cpu:avx2:more", "no feature 'avx2:more'"),
+        ("tvm", "no device ''.*tvm:aarch64"),
+        ("tvm:aarch46", "no device 'aarch46'; did you mean 'tvm:aarch64'"),
+        ("tvm:aarch64:dotpord", "no feature 'dotpord'; did you mean 'dotprod'.*i8mm"),
+        ("tvm:armv7:dotprod", "no feature 'dotprod'; 'tvm:armv7' has none"),
     ],
 )
 def test_unknown_names(text: str, message: str) -> None:
@@ -47,6 +54,7 @@ def test_saturation_is_said() -> None:
     assert Target.parse("ort:cpu:avx2").saturates
     assert not Target.parse("ort:cpu:vnni").saturates
     assert not Target.parse("ort:cpu:arm64").saturates
+    assert not Target.parse("tvm:x86-64-v3").saturates  # our own kernels widen before they add
     here = Target.parse("ort:cpu")
     assert here.effective_feature == cpu_feature()
     assert here.saturates == CPU_FEATURES[cpu_feature()]
@@ -118,20 +126,34 @@ def test_a_matmul() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "activation", "reason"),
+    ("target", "weight", "activation", "reason"),
     [
-        ("int8:channel", "uint8:tensor:affine", None),
-        ("int8:channel", None, None),
-        ("int4:g32", None, None),
-        ("int3:g32", None, "int3"),
-        ("int8:channel", "int8:token", "one scale per tensor"),
-        ("int4:g32", "uint8:tensor:affine", "no kernel for int4:g32"),
-        (None, "uint8:tensor:affine", "no kernel"),
+        ("ort:cpu", "int8:channel", "uint8:tensor:affine", None),
+        ("ort:cpu", "int8:channel", None, None),
+        ("ort:cpu", "int4:g32", None, None),
+        ("ort:cpu", "int3:g32", None, "int3"),
+        ("ort:cpu", "int8:channel", "int8:token", "one scale per tensor"),
+        ("ort:cpu", "int4:g32", "uint8:tensor:affine", "no kernel for int4:g32"),
+        ("ort:cpu", None, "uint8:tensor:affine", "no kernel"),
+        ("tvm:aarch64", None, None, None),
+        ("tvm:aarch64", "int8:channel", "uint8:tensor:affine", None),
+        ("tvm:aarch64", "int8:channel", "int8:tensor:dynamic", None),
+        ("tvm:aarch64", "int8:channel", "int8:token", None),
+        ("tvm:aarch64", "int4:g32", "int8:token", None),
+        ("tvm:aarch64", "int3:g32", "uint8:token:affine", None),
+        ("tvm:aarch64", "int2:g32", None, None),
+        ("tvm:aarch64", "int32:channel", None, "8, 4, 3 or 2 bits"),
+        ("tvm:aarch64", "int8:token", None, "one scale for the tensor"),
+        ("tvm:aarch64", "int8:channel", "int4:token", "8 bits"),
+        ("tvm:aarch64", "int8:channel", "int8:channel", "per tensor or token"),
+        ("tvm:aarch64", None, "uint8:tensor", "give weights a format"),
     ],
 )
-def test_refusals(weight: str | None, activation: str | None, reason: str | None) -> None:
+def test_refusals(
+    target: str, weight: str | None, activation: str | None, reason: str | None
+) -> None:
     kinds = [QType.parse(text) if text else None for text in (weight, activation)]
-    refusal = Target.parse("ort:cpu").refusal(*kinds)
+    refusal = Target.parse(target).refusal(*kinds)
     if reason is None:
         assert refusal is None
     else:
