@@ -129,6 +129,17 @@ def _sdpa(
     return op.Squeeze(out, one) if rank == 3 else out
 
 
+def _rotate(x: Any, left: Any, right: Any) -> Any:
+    """Two products with the Kronecker factors; ONNX has no Hadamard operator."""
+    rows, columns = (int(factor.shape[0]) for factor in (left, right))
+    shape = op.Shape(x)
+    blocked = op.Concat(op.Shape(x, end=-1), op.Constant(value_ints=[rows, columns]), axis=0)
+    turned = op.MatMul(op.Reshape(x, blocked), right)
+    if rows > 1:
+        turned = op.MatMul(op.Transpose(left, perm=[1, 0]), turned)
+    return op.Reshape(turned, shape)
+
+
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -189,6 +200,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dynamic_quantize: _dynamic_quantize,
         ops.unpack: _unpack,
         ops.attention: _attention,
+        ops.rotate: _rotate,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,
         aten.slice.Tensor: _slice,

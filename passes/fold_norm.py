@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.regions import ADDS, LINEAR, NORMS, SHAPE_KEEPING, Reader, Region, find_regions
+from qcompiler.regions import (
+    ADDS,
+    LINEAR,
+    MULS,
+    NORMS,
+    SHAPE_KEEPING,
+    Reader,
+    Region,
+    find_regions,
+    keeps_last_axis,
+)
 from qcompiler.rewrite import Draft, operand, place, rewrite
 
 aten = torch.ops.aten
@@ -153,7 +163,7 @@ def _centre_obstacle(region: Region, norms: list[Node]) -> str | None:
         return others[0].reason
     if region.readers:
         return f"{place(region.readers[0].node)} reads the stream"
-    if region.only_scale:
+    if bool(region.apart.any()):
         return "an op between the writers and the norm does not commute with it"
     for writer in region.writers:
         if writer.target not in (LINEAR, aten.embedding.default):
@@ -164,13 +174,20 @@ def _centre_obstacle(region: Region, norms: list[Node]) -> str | None:
 
 
 def _is_sum_of(value: Any, writers: list[Node]) -> bool:
-    """Whether the value is a sum of the writers' outputs, channel by channel."""
+    """Whether the value is a sum of the writers' outputs, channel by channel.
+
+    Each may be multiplied by one number for all channels.
+    """
     if not isinstance(value, Node):
         return False
     if value in writers:
         return True
+    if keeps_last_axis(value):
+        return _is_sum_of(value.args[0], writers)
     sources = value.args[:2] if value.target in ADDS else value.args[:1]
-    return value.target in (*ADDS, *SHAPE_KEEPING) and all(_is_sum_of(s, writers) for s in sources)
+    return value.target in (*ADDS, *MULS, *SHAPE_KEEPING) and all(
+        _is_sum_of(s, writers) for s in sources
+    )
 
 
 def _weight_is_shared(writer: Node, region: Region) -> bool:

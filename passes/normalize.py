@@ -154,6 +154,7 @@ def _is_no_op(node: Node, name: str) -> bool:
         return operand(node, 2) is False or bool(operand(node, 1) == 0)
     if name in (
         "to",
+        "type_as",
         "contiguous",
         "alias",
         "clone",

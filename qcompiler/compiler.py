@@ -22,6 +22,7 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.fuse_rotation import fuse_rotation
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
@@ -29,6 +30,7 @@ from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.round_weights import round_weights
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
+from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Rounded, Site
 from qcompiler.program import Batch, Program, capture
 from qcompiler.recipe import Recipe, load_recipe
@@ -129,11 +131,20 @@ def quantize(
             else after
         )
 
-    for rewrite in (normalize, fold_norm):
-        say(rewrite.__name__)
-        program = step(rewrite(program), program)
-
     weight, activation = recipe.weight_type, recipe.activation_type
+    rotates = recipe.rotation != "none"
+    say("normalize")
+    program = step(normalize(program), program)
+    if rotates:
+        say("untie_weights")
+        program = step(untie_weights(program), program)
+    say("fold_norm")
+    program = step(fold_norm(program, center=rotates), program)
+    if rotates:
+        say("fuse_rotation")
+        rotated = fuse_rotation(program, recipe.seed, inputs=activation is not None)
+        program = step(rotated, program)
+
     factors: Mapping[str, Factor] = {}
     before: dict[str, Statistics] = {}
     if recipe.smooth and weight is not None and activation is not None:

@@ -6,6 +6,7 @@
     qc::unpack            packed 2-, 3- and 4-bit weights → int8
     qc::attention         softmax(q kᵀ · scale + mask) v over the heads of
                           (batch, sequence, heads · size) tensors
+    qc::rotate            x · (left ⊗ right) along the last axis
 
 The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11.
 An axis and a group size are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qcompiler import qtype
+from qcompiler.hadamard import rotate as _rotate
 from qcompiler.qtype import ELEMENTS, QType
 
 _library = torch.library.Library("qc", "DEF")
@@ -33,6 +35,7 @@ _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale,"
     " bool causal) -> Tensor"
 )
+_library.define("rotate(Tensor x, Tensor left, Tensor right) -> Tensor")
 
 
 def _quantize(
@@ -94,6 +97,7 @@ _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dynamic_quantize", _dynamic_quantize, "CompositeExplicitAutograd")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("rotate", _rotate, "CompositeExplicitAutograd")
 _library.impl(
     "unpack",
     lambda packed, element, shape: qtype.unpack(packed, element, tuple(shape)),
@@ -138,14 +142,20 @@ def _fake_attention(
     return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads])
 
 
+def _fake_rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 torch.library.register_fake("qc::quantize", _fake_quantize)
 torch.library.register_fake("qc::dequantize", _fake_dequantize)
 torch.library.register_fake("qc::dynamic_quantize", _fake_dynamic_quantize)
 torch.library.register_fake("qc::unpack", _fake_unpack)
 torch.library.register_fake("qc::attention", _fake_attention)
+torch.library.register_fake("qc::rotate", _fake_rotate)
 
 quantize = torch.ops.qc.quantize.default
 dequantize = torch.ops.qc.dequantize.default
 dynamic_quantize = torch.ops.qc.dynamic_quantize.default
 unpack = torch.ops.qc.unpack.default
 attention = torch.ops.qc.attention.default
+rotate = torch.ops.qc.rotate.default

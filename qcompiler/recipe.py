@@ -51,6 +51,12 @@ class Recipe(BaseModel):
         True,
         description="smooth also where no layer can take the factor, by one multiplication more",
     )
+    rotation: Literal["none", "hadamard"] = Field(
+        "none",
+        description="rotate hidden tensors by Hadamard matrices, so that no channel stands out; "
+        "a tied output head gets a weight of its own",
+    )
+    seed: int = Field(0, ge=0, description="of the rotations' signs")
     rounding: Literal["rtn", "gptq"] = Field(
         "rtn", description="how linear weights are rounded: to nearest, or by GPTQ (needs data)"
     )

@@ -48,6 +48,10 @@ SHAPE_KEEPING = (
     aten.clone.default,
     aten.alias.default,
 )
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+    aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
 SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -64,10 +68,25 @@ class Reader:
 
 @dataclass(frozen=True)
 class Blocker:
-    """A node that reads or writes the region and cannot take part, and why."""
+    """A node that reads or writes the region and cannot take part, and why.
+
+    `channels` are those of the region that reach it, sorted.
+    """
 
     node: Node
     reason: str
+    channels: Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention that takes the region as values.
+
+    Row h of `heads` holds the channels of value head h: (heads, size) int64.
+    """
+
+    node: Node
+    heads: Tensor
 
 
 @dataclass
@@ -81,6 +100,10 @@ class Region:
         blockers: what forbids a merged scaling; empty when the region is free.
         only_scale: whether an op inside commutes with scaling but not with shifting (a
             multiplication or ReLU).
+        norms: norms over all channels in their order; they are among the blockers as well.
+        attentions: see `Attention`.
+        apart: channels that an op inside treats one by one (ReLU, a product with another tensor):
+            they may be scaled, not mixed; (size,) bool.
     """
 
     size: int
@@ -88,6 +111,9 @@ class Region:
     readers: list[Reader] = field(default_factory=list)
     blockers: list[Blocker] = field(default_factory=list)
     only_scale: bool = False
+    norms: list[Node] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    apart: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
 
 def find_regions(draft: Draft) -> list[Region]:
@@ -146,6 +172,14 @@ def _hint(size: Any) -> int:
     )
 
 
+def keeps_last_axis(node: Node) -> bool:
+    """Whether a node is a reshape that leaves the rows along the last axis whole."""
+    if node.target not in RESHAPES:
+        return False
+    before: list[int] = concrete_shape(operand(node, 0))
+    return before[-1:] == concrete_shape(node)[-1:]
+
+
 def concrete_shape(node: Node) -> list[int]:
     """The example's shape of a node's value."""
     return [_hint(s) for s in node.meta["val"].shape]
@@ -168,15 +202,24 @@ class _Walk:
             self.visited.add(node)
             self.work.append((node, labels))
 
-    def block(self, node: Node, reason: str) -> None:
-        if all(b.node is not node for b in self.region.blockers):
-            self.region.blockers.append(Blocker(node, reason))
+    def block(self, node: Node, reason: str, labels: Tensor) -> None:
+        channels = labels.unique().long()
+        for index, known in enumerate(self.region.blockers):
+            if known.node is node:
+                joined = torch.cat([known.channels, channels]).unique()
+                self.region.blockers[index] = Blocker(node, known.reason, joined)
+                return
+        self.region.blockers.append(Blocker(node, reason, channels))
+
+    def separate(self, labels: Tensor) -> None:
+        """Note that these channels are treated one by one."""
+        self.region.apart[labels.unique().long()] = True
 
 
 def _grow(draft: Draft, writer: Node) -> Region:
     axis = channel_axis(writer)
     shape = concrete_shape(writer)
-    region = Region(shape[axis], [writer])
+    region = Region(shape[axis], [writer], apart=torch.zeros(shape[axis], dtype=torch.bool))
     walk = _Walk(draft, region)
     numbers = torch.arange(shape[axis], dtype=torch.int32)
     numbers = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
@@ -191,7 +234,7 @@ def _grow(draft: Draft, writer: Node) -> Region:
 def _step(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     """Follow the value into one of its readers."""
     if user.op == "output":
-        return walk.block(user, "it is an output of the model")
+        return walk.block(user, "it is an output of the model", labels)
     target = user.target
     if target is aten.sym_size.int:
         return None
@@ -203,6 +246,7 @@ def _step(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
         return _add(walk, value, labels, user)
     if target in SCALE_INVARIANT:
         walk.region.only_scale = True
+        walk.separate(labels)
         return walk.add(user, labels)
     if target in MULS or target is aten.div.Tensor:
         return _multiply(walk, value, labels, user)
@@ -213,9 +257,24 @@ def _step(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
         if constant_rows:
             # Only rows that sum to 1 carry a shift over.
             walk.region.only_scale |= getattr(user.args[0], "target", None) is not aten.softmax.int
+            walk.region.attentions.append(Attention(user, _rows(labels)))
             return walk.add(user, labels[..., :1, :].expand(concrete_shape(user)))
+    if target in NORMS and _is_plain(walk, labels) and len(operand(user, 1)) == 1:
+        walk.region.norms.append(user)
     name = str(target).removeprefix("aten.")
-    return walk.block(user, f"{name} reads it, which does not commute with scaling")
+    return walk.block(user, f"{name} reads it, which does not commute with scaling", labels)
+
+
+def _is_plain(walk: _Walk, labels: Tensor) -> bool:
+    """Whether the last axis holds all channels in their order."""
+    size = walk.region.size
+    return labels.shape[-1] == size and bool((labels == torch.arange(size)).all())
+
+
+def _rows(labels: Tensor) -> Tensor:
+    """The distinct rows along the last axis of labels that are constant along the one before."""
+    rows: Tensor = labels.select(-2, 0).flatten(0, -2).unique(dim=0)
+    return rows.long()
 
 
 def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
@@ -224,10 +283,10 @@ def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
         moved = (
             labels
             if user.target in SHAPE_KEEPING
-            else evaluate(user, (labels, *rest), _concrete(user.kwargs))
+            else evaluate(user, (labels.contiguous(), *rest), _concrete(user.kwargs))
         )
     except RuntimeError as error:
-        return walk.block(user, f"{place(user)}: channels lost ({error})")
+        return walk.block(user, f"{place(user)}: channels lost ({error})", labels)
     if isinstance(moved, (list, tuple)):
         for part in user.users:
             if part.target is getitem:
@@ -238,11 +297,11 @@ def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
 
 def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     if user.args[0] is not value or any(a is value for a in user.args[1:]):
-        return walk.block(user, f"{place(user)} reads it as a weight")
+        return walk.block(user, f"{place(user)} reads it as a weight", labels)
     if not walk.draft.is_constant(user.args[1]):
-        return walk.block(user, f"{place(user)} has a weight that is computed")
+        return walk.block(user, f"{place(user)} has a weight that is computed", labels)
     if user.target in CONVS and (len(user.args) > 6 and user.args[6] != 1):
-        return walk.block(user, f"{place(user)} is a grouped convolution")
+        return walk.block(user, f"{place(user)} is a grouped convolution", labels)
     position = axis = labels.ndim - (_spatial(user) if user.target in CONVS else 0) - 1
     row = labels
     for other in range(labels.ndim - 1, -1, -1):
@@ -251,22 +310,22 @@ def _read(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
             axis -= other < axis
     view = row.reshape([-1 if i == position else 1 for i in range(labels.ndim)])
     if not bool((labels == view).all()):
-        return walk.block(user, f"{place(user)} mixes channels in one input feature")
+        return walk.block(user, f"{place(user)} mixes channels in one input feature", labels)
     walk.region.readers.append(Reader(user, row.long()))
     return None
 
 
 def _add(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     others = [a for a in user.args[:2] if a is not value]
-    plain = labels.shape[-1] == walk.region.size and bool(
-        (labels == torch.arange(walk.region.size)).all()
-    )
+    plain = _is_plain(walk, labels)
     labels = labels.expand(concrete_shape(user))  # a summand may broadcast
     for other in others:
         if not isinstance(other, Node) or not plain:
-            return walk.block(user, f"{place(user)} adds something that cannot be scaled")
+            reason = f"{place(user)} adds something that cannot be scaled"
+            return walk.block(user, reason, labels)
         if not _claim(walk, other, labels):
-            return walk.block(user, f"{place(user)} adds {place(other)}, which cannot be scaled")
+            reason = f"{place(user)} adds {place(other)}, which cannot be scaled"
+            return walk.block(user, reason, labels)
     return walk.add(user, labels)
 
 
@@ -275,7 +334,7 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
     if node in walk.visited:
         return True
     shape = concrete_shape(node)
-    if shape[-1:] != [labels.shape[-1]] or len(shape) > labels.ndim:
+    if shape[-1:] != [labels.shape[-1]]:
         return False
     # It may broadcast over the other axes.
     labels = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
@@ -285,36 +344,65 @@ def _claim(walk: _Walk, node: Node, labels: Tensor) -> bool:
         walk.region.writers.append(node)
         walk.add(node, labels)
         return True
-    if node.target in SHAPE_KEEPING:
+    if node.target in SHAPE_KEEPING or keeps_last_axis(node):
         walk.add(node, labels)
         return _claim(walk, operand(node, 0), labels)
     if node.target in ADDS and all(isinstance(a, Node) for a in node.args[:2]):
         walk.add(node, labels)
         left, right = (_claim(walk, operand(node, i), labels) for i in (0, 1))
         return left and right
+    if node.target in MULS and _is_number(walk, operand(node, 1)):
+        walk.region.only_scale = True
+        walk.add(node, labels)
+        return _claim(walk, operand(node, 0), labels)
     return False
+
+
+def _is_number(walk: _Walk, factor: Any) -> bool:
+    """Whether a factor is one constant number for all channels."""
+    if isinstance(factor, Node):
+        return walk.draft.is_constant(factor) and walk.draft.constant(factor).numel() == 1
+    return isinstance(factor, (int, float))
 
 
 def _multiply(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     walk.region.only_scale = True
     others = [a for a in user.args[:2] if a is not value]
     if (user.target is aten.div.Tensor and user.args[0] is not value) or not others:
-        return walk.block(user, f"{place(user)} is not linear in it")
+        return walk.block(user, f"{place(user)} is not linear in it", labels)
     if isinstance(others[0], Node) and others[0] in walk.visited:
-        return walk.block(user, f"{place(user)} multiplies it by itself")
+        return walk.block(user, f"{place(user)} multiplies it by itself", labels)
+    if not _is_even(labels, others[0]):
+        walk.separate(labels)
     return walk.add(user, labels.expand(concrete_shape(user)))
+
+
+def _is_even(labels: Tensor, factor: Any) -> bool:
+    """Whether a factor is the same for all channels, at each place of the other axes."""
+    if not isinstance(factor, Node):
+        return True
+    value = factor.meta["val"]
+    if not isinstance(value, Tensor):
+        return True
+    sizes = [1] * (labels.ndim - value.ndim) + concrete_shape(factor)
+    return len(sizes) == labels.ndim and all(
+        size == 1 or bool((labels == labels.narrow(axis, 0, 1)).all())
+        for axis, size in enumerate(sizes)
+    )
 
 
 def _attend(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
     query, key, values = (operand(user, i) for i in range(3))
     if values is not value or value in (query, key):
-        return walk.block(user, f"{place(user)} takes it as query or key")
+        return walk.block(user, f"{place(user)} takes it as query or key", labels)
     if labels.ndim != 4:
-        return walk.block(user, f"{place(user)} does not take it as (batch, heads, sequence, size)")
+        reason = f"{place(user)} does not take it as (batch, heads, sequence, size)"
+        return walk.block(user, reason, labels)
     heads, kv_heads = concrete_shape(query)[1], labels.shape[1]
     row = labels[:, :, :1, :].repeat_interleave(heads // kv_heads, 1)
     if not bool((labels == labels[:, :, :1, :]).all()):
-        return walk.block(user, f"{place(user)} mixes channels along the sequence")
+        return walk.block(user, f"{place(user)} mixes channels along the sequence", labels)
+    walk.region.attentions.append(Attention(user, _rows(labels)))
     return walk.add(user, row.expand(concrete_shape(user)))
 
 

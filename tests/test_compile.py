@@ -22,6 +22,7 @@ from qcompiler.compiler import compile, verify
 from qcompiler.errors import CaptureError, InputError, QCompilerError, UnsupportedError, VerifyError
 from qcompiler.models import ZOO
 from qcompiler.program import capture, load_pt2
+from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
 from qcompiler.verify import Sqnr
 
@@ -295,6 +296,23 @@ def test_a_layer_used_twice_and_a_metric_with_named_inputs(recipe: str, tmp_path
     ]
     assert stored.count([8, 4]) == 1
     assert verify(artifact.folder)["ok"]
+
+
+@pytest.mark.parametrize("name", ["w8a8-dynamic", "w4a16"])
+def test_a_rotated_decoder_compiles(name: str, tmp_path: Path) -> None:
+    spec = ZOO["tiny-gqa-decoder"].build()
+    recipe = load_recipe(name, {"rotation": "hadamard", "seed": 1})
+    artifact = compile(spec, recipe=recipe, out=tmp_path / "artifact")
+    steps = {entry["name"]: entry for entry in artifact.manifest["history"]}
+    assert any(note.startswith("R1: Hadamard 4 ⊗ 8") for note in steps["fuse_rotation"]["notes"])
+    # R4 is computed only where activations are quantized.
+    assert ("R4" in " ".join(steps["fuse_rotation"]["notes"])) == (name == "w8a8-dynamic")
+    assert spec.held_out is not None
+    (batch, *_) = spec.held_out()
+    assert isinstance(batch, dict)
+    with torch.no_grad():
+        expected = spec.module.double()(**batch)
+    assert sqnr(expected, artifact.load()(**batch)) > (25.0 if name == "w8a8-dynamic" else 8.0)
 
 
 def test_force_replaces_artifacts_alone(encoder: Artifact, tmp_path: Path) -> None:

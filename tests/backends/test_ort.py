@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompiler import ops
 from qcompiler.backends import ort, ort_audit
 from qcompiler.compiler import quantize
 from qcompiler.data import Data
 from qcompiler.deliver import Compiled
 from qcompiler.errors import UnsupportedError
+from qcompiler.hadamard import randomized
 from qcompiler.models import ZOO
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.normalize import normalize
@@ -467,3 +469,23 @@ def test_inputs_that_are_not_contiguous(lowered: Callable[..., Lowered], tiny: A
     turned = x.t().contiguous().t()
     assert not turned.is_contiguous()
     assert torch.equal(made.run(turned)[0], made.run(x)[0])
+
+
+def test_rotations_run_as_products_with_kronecker_factors(tmp_path: Path) -> None:
+    rotation = randomized(48, None)
+
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("left", rotation.left.float())
+            self.register_buffer("right", rotation.right.float())
+
+        def forward(self, x: Tensor) -> Any:
+            return ops.rotate(x, self.left, self.right)
+
+    x = torch.randn(2, 5, 48)
+    program = capture(Rotated(), (x,), {"x": {0: "batch", 1: "sequence"}})
+    ort.lower(program, tmp_path)
+    for value in (x, torch.randn(1, 1, 48)):
+        (got,) = ort.load(tmp_path)(value)
+        torch.testing.assert_close(got.double(), rotation.apply(value), rtol=1e-5, atol=1e-5)

@@ -17,12 +17,14 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.fuse_rotation import fuse_rotation
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
+from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
 from qcompiler.program import Entry, Program
 from qcompiler.recipe import load_recipe
@@ -80,7 +82,10 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     for early in (fold_norm, fuse_attention, merge_linears):
         check_contract(early, model.captured, checks[:1])
 
-    check_contract(fold_norm, program, checks, center=True)
+    untied = check_contract(untie_weights, program, checks)
+    centred = check_contract(fold_norm, untied, checks, center=True)
+    for ready in (program, centred):
+        check_contract(fuse_rotation, ready, checks, idempotent=False, inputs=True, keys=True)
     program = check_contract(fold_norm, program, checks)
     factors = random_factors(program)
     for insert in (True, False):
