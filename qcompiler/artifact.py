@@ -120,12 +120,14 @@ class Artifact:
 
     def runner(self, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
         """The compiled model as a function of flat inputs, returning flat outputs."""
+        from importlib import import_module
+
         runtime = str(self.manifest["target"]).partition(":")[0]
         match runtime:
             case "ort":
-                from importlib import import_module
-
                 backend = import_module("qcompiler.backends.ort")
+            case "tvm":
+                backend = import_module("qcompiler.backends.edge_load")
             case _:
                 raise UnsupportedError(f"no backend loads '{self.manifest['target']}'")
         runner: Callable[..., tuple[Tensor, ...]] = backend.load(self.folder, threads)

@@ -1,0 +1,215 @@
+"""Run an edge artifact from Python: its library, or its runner under qemu for other machines."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompiler.backends.edge_folder import RUNNER, SHARED, WEIGHTS
+from qcompiler.backends.edge_target import MACHINES, host_family, missing
+from qcompiler.errors import InputError, UnsupportedError
+
+VERSION = 1  # of model.h
+MAX_RANK = 8
+# In the order of model_dtype.
+DTYPES = ("float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16",
+          "uint32", "uint64", "bool")  # fmt: skip
+# ELF's numbers of machines.
+_FAMILIES = {62: "x86-64", 183: "aarch64", 40: "armv7", 243: "riscv64"}
+
+
+class _Port(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("shape", ctypes.c_int64 * MAX_RANK),
+        ("sizes", ctypes.c_char_p * MAX_RANK),
+    )
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("shape", ctypes.c_int64 * MAX_RANK),
+        ("data", ctypes.c_void_p),
+    )
+
+
+def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The artifact's model as a function of flat inputs, returning flat outputs.
+
+    Args:
+        folder: of the artifact.
+        threads: that compute; one per CPU when not given.
+
+    Raises:
+        InputError: if a file is missing or not the one that was compiled.
+        UnsupportedError: if neither this machine nor an emulator on it runs the code.
+    """
+    for name in (SHARED, RUNNER, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing; compile the model again")
+    emulator = emulator_for(folder)
+    if emulator:
+        return Emulated(folder, emulator, threads or 0)
+    return Native(folder, threads or 0)
+
+
+def emulator_for(folder: Path) -> tuple[str, ...]:
+    """The emulator's command by which this machine runs the artifact; empty where it needs none.
+
+    Raises:
+        UnsupportedError: if the emulator is not installed, or has not the CPU features either.
+    """
+    family = family_of(folder / SHARED)
+    if family == host_family():
+        library = ctypes.CDLL(str(folder / SHARED))
+        library.model_features.restype = ctypes.c_char_p
+        features = library.model_features().decode().split()
+        if not missing(tuple(features)):
+            return ()
+    command = next((m.qemu for m in MACHINES.values() if m.family == family and m.qemu), ())
+    if not command:
+        raise UnsupportedError(f"{folder}: no emulator is known for {family} code")
+    if shutil.which(command[0]) is None:
+        raise UnsupportedError(
+            f"{folder} holds code for another machine ({family}), and '{command[0]}' was not found "
+            "to run it here; on Debian and Ubuntu: apt-get install qemu-user"
+        )
+    return command
+
+
+def family_of(library: Path) -> str:
+    """The instruction set of a shared library, from its ELF header.
+
+    Raises:
+        InputError: if it is none, or of a machine that no code is generated for.
+    """
+    with library.open("rb") as file:
+        header = file.read(20)
+    number = int.from_bytes(header[18:20], "little")
+    if header[:4] != b"\x7fELF" or number not in _FAMILIES:
+        raise InputError(f"{library} is no library of a machine that code is generated for")
+    return _FAMILIES[number]
+
+
+@dataclass(frozen=True)
+class _Info:
+    name: str
+    dtype: str
+
+
+class Native:
+    """The library in this process."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._library = _open(folder / SHARED)
+        self._model = self._library.model_create(str(folder / WEIGHTS).encode(), threads)
+        if not self._model:
+            raise InputError(f"{folder}: {self._library.model_error(None).decode()}")
+        self._end = weakref.finalize(self, self._library.model_destroy, self._model)
+        count = self._library.model_input_count()
+        ports = [self._library.model_input(i).contents for i in range(count)]
+        self.inputs = tuple(_Info(p.name.decode(), DTYPES[p.dtype]) for p in ports)
+        self._outputs = self._library.model_output_count()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One run. Inputs of the ports' dtypes and shapes; outputs are copies."""
+        arrays = _arrays(inputs, self.inputs)
+        given, found = (_Tensor * len(arrays))(), (_Tensor * self._outputs)()
+        for slot, array in zip(given, arrays, strict=True):
+            if array.dtype.name not in DTYPES or array.ndim > MAX_RANK:
+                raise InputError(f"no model takes {array.dtype} of rank {array.ndim}")
+            slot.dtype, slot.rank = DTYPES.index(array.dtype.name), array.ndim
+            slot.shape[: array.ndim] = array.shape
+            slot.data = array.ctypes.data
+        if self._library.model_run(self._model, given, found):
+            raise InputError(self._library.model_error(self._model).decode())
+        return tuple(_copied(slot) for slot in found)
+
+    def reset(self) -> None:
+        """Forget what earlier runs left in the model's state."""
+        self._library.model_reset(self._model)
+
+
+def _open(path: Path) -> Any:
+    """The library with the types of its functions; see model.h."""
+    library = ctypes.CDLL(str(path))
+    version = library.model_version()
+    if version != VERSION:
+        raise InputError(
+            f"{path} has version {version} of model.h, this qcompiler reads {VERSION}; compile "
+            "the model again"
+        )
+    pointer = ctypes.c_void_p
+    library.model_create.restype = pointer
+    library.model_create.argtypes = (ctypes.c_char_p, ctypes.c_int)
+    library.model_destroy.argtypes = library.model_reset.argtypes = (pointer,)
+    library.model_error.restype = ctypes.c_char_p
+    library.model_error.argtypes = (pointer,)
+    library.model_input.restype = library.model_output.restype = ctypes.POINTER(_Port)
+    library.model_run.argtypes = (pointer, ctypes.POINTER(_Tensor), ctypes.POINTER(_Tensor))
+    return library
+
+
+def _arrays(inputs: Sequence[Tensor], ports: Sequence[_Info]) -> list[np.ndarray]:
+    if len(inputs) != len(ports):
+        names = [port.name for port in ports]
+        raise InputError(f"{len(inputs)} inputs given, the model takes {len(names)}: {names}")
+    return [np.ascontiguousarray(torch.as_tensor(x).detach().cpu().numpy()) for x in inputs]
+
+
+def _copied(slot: _Tensor) -> Tensor:
+    shape = tuple(slot.shape[: slot.rank])
+    dtype = np.dtype(DTYPES[slot.dtype])
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    data = bytearray(ctypes.string_at(slot.data, size))
+    return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape))
+
+
+class Emulated:
+    """The runner under an emulator, one process a run: the state starts at zero each time."""
+
+    def __init__(self, folder: Path, emulator: Sequence[str], threads: int) -> None:
+        self.emulator = tuple(emulator)
+        self._command = [*emulator, str(folder / RUNNER)]
+        self._threads = threads
+        info = json.loads(self._run("--info"))
+        self.inputs = tuple(_Info(p["name"], p["dtype"]) for p in info["inputs"])
+        self._outputs = [p["name"] for p in info["outputs"]]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One run. Inputs of the ports' dtypes and shapes."""
+        arrays = _arrays(inputs, self.inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            words = []
+            for index, (port, array) in enumerate(zip(self.inputs, arrays, strict=True)):
+                path = Path(folder) / f"input-{index}.npy"
+                np.save(path, array)
+                words += ["--input", f"{port.name}={path}"]
+            out = Path(folder) / "out"
+            out.mkdir()
+            self._run(*words, "--threads", str(self._threads), "--out", str(out))
+            names = [name.replace("/", "_") for name in self._outputs]
+            return tuple(torch.from_numpy(np.load(out / f"{name}.npy")) for name in names)
+
+    def _run(self, *words: str) -> str:
+        done = subprocess.run([*self._command, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise InputError(f"{' '.join(self._command)}: {said[-1].removeprefix('error: ')}")
+        return done.stdout
