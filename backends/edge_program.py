@@ -194,8 +194,8 @@ def _entry(
     steps: list[str] = []
     arguments: list[str] = []
     for step in entry.steps:
-        row = (f"__tvm_ffi_{step.symbol}", quoted(step.label), len(arguments), len(step.tensors))
-        steps.append("{" + ", ".join(map(str, row)) + "}")
+        place = f"{len(arguments)}, {len(step.tensors)}"
+        steps.append(f"{{__tvm_ffi_{step.symbol}, {quoted(step.label)}, {place}}}")
         arguments += map(str, step.tensors)
     lines = [
         _array("int64_t", f"sizes_{number}", (str(entry.sizes[name]) for name in names)),

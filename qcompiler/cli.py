@@ -274,6 +274,48 @@ def bench(
 
 @app.command(
     epilog=_examples(
+        "qcompiler run build/minilm",
+        "qcompiler run build/minilm --input input_ids=ids.npy --input attention_mask=mask.npy "
+        "--out outputs",
+    )
+)
+def run(
+    folder: Folder,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=FILE",
+            help="An input as .npy; repeatable. Data kept with the artifact where none is given.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the outputs there as .npy.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that compute; all cores by default.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run an artifact once and describe its outputs.
+
+    Code for another machine runs under qemu's user-mode emulator.
+    """
+    with guarded(debug):
+        from qcompiler.running import run_once
+
+        with steps(as_json) as progress:
+            progress("run")
+            result = run_once(folder, given or [], out, threads)
+        if as_json:
+            print_json(result)
+            return
+        _show(*_run_table(result))
+
+
+@app.command(
+    epilog=_examples(
         "qcompiler inspect build/minilm --what history",
         "qcompiler inspect build/minilm --what plan --json",
         "qcompiler inspect my_model.py:build",
@@ -433,6 +475,25 @@ def _bench_table(result: Mapping[str, Any]) -> Iterable[RenderableType]:
         f"{result['shape']}, {count(result['threads'], 'thread')}; interleaved, median of "
         f"{rounds or 'many'} rounds; {cpu}\n"
     )
+
+
+def _run_table(result: Mapping[str, Any]) -> Iterable[RenderableType]:
+    from qcompiler.findings import number
+    from qcompiler.findings import shape as sizes
+
+    where = result["emulator"]
+    yield (
+        f"{result['target']}, not this machine: run by {where}, so its speed means nothing"
+        if where
+        else f"{result['target']}, on this machine"
+    )
+    yield f"inputs: {result['source']}\n"
+    rows = table("output", "dtype", "shape", "min", "mean", "max", "", numbers="   nnn ")
+    for row in result["outputs"]:
+        note = f"{row['not_finite']} not finite " if row["not_finite"] else ""
+        values = [number(row[key]) for key in ("min", "mean", "max")]
+        add_row(rows, row["name"], row["dtype"], sizes(row["shape"]), *values, note + row["file"])
+    yield rows
 
 
 def _list(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:

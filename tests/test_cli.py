@@ -21,7 +21,7 @@ from qcompiler.cli import app
 from qcompiler.errors import QCompilerError
 
 MANIFEST = Path(__file__).parent / "manifest.json"
-COMMANDS = ("compile", "verify", "bench", "inspect", "targets", "recipes", "models")
+COMMANDS = ("compile", "verify", "bench", "run", "inspect", "targets", "recipes", "models")
 
 MODEL = """
 import torch

@@ -23,7 +23,7 @@ LEVELS = (
     {"calibration"},
     {"data", "bench"},
     {"findings", "page", "charts", "terminal"},
-    {"observe", "verify", "artifact", "report", "summary", "inspection", "testing"},
+    {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {"compiler", "deliver", "cli", "__init__", "__main__"}
