@@ -10,7 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # Where torch's CPU build is looked for when the configured package index has none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-EXTRAS ?= hf,zoo,test
+EXTRAS ?= hf,zoo,tvm,test
 
 VENV := .venv
 BIN := $(VENV)/bin
