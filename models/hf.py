@@ -8,9 +8,11 @@ folder is run.
     sequence, token classifier   the same                                     → logits
     masked language model        the same                                     → logits
     question answering           the same                           → start_logits, end_logits
-    decoder                      input_ids, attention_mask (no cache)         → logits
+    decoder                      input_ids, attention_mask, position_ids, past_key_values.N.key …
+                                                                      → logits, present.N.key …
     image model                  pixel_values                       → last_hidden_state or logits
 
+Decoders whose state is no cache of keys and values (state-space models) take the first two alone.
 Encoder-decoders, audio and models that need remote code are refused.
 """
 
@@ -27,6 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.errors import InputError
+from qcompiler.models.hf_decoder import (
+    Tokens,
+    decoder_spec,
+    is_decoder,
+    tokenizer_files,
+    tokens_of,
+)
 from qcompiler.models.hf_inputs import (
     companions,
     first_line,
@@ -267,8 +276,9 @@ def _text_spec(name: str, folder: Path, model: Any, task: Task) -> ModelSpec:
         inputs.append("token_type_ids")
     wrapper = SegmentedTextModel if len(inputs) == 3 else TextModel
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    longest = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
-    limit = min(MAX_TOKENS, longest)
+    if task.loader == "AutoModelForCausalLM" and is_decoder(model):
+        return _decoder_spec(name, folder, model, tokenizer)
+    limit = _limit(model)
     encode = text_encoder(folder, tokenizer, inputs, limit, model.config.vocab_size)
     # Without a tokenizer: two rows of sixteen arbitrary tokens.
     arbitrary = (torch.arange(32).view(2, 16) + 5) % model.config.vocab_size
@@ -296,6 +306,31 @@ def _text_spec(name: str, folder: Path, model: Any, task: Task) -> ModelSpec:
         encode=encode,
         files=companions(folder),
     )
+
+
+def _limit(model: Any) -> int:
+    """Tokens of a calibration text at most."""
+    return min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
+
+
+def _decoder_spec(name: str, folder: Path, model: Any, tokenizer: Any) -> ModelSpec:
+    vocabulary = model.config.get_text_config().vocab_size
+    names = ["input_ids", "attention_mask"]
+    encode = text_encoder(folder, tokenizer, names, _limit(model), vocabulary)
+
+    def batches(texts: tuple[str, ...]) -> Callable[[], Iterable[Tokens]] | None:
+        if tokenizer is None:
+            return None
+        groups = list(grouped_by_length((*texts, *paragraphs(texts)), BATCH))
+        return lambda: (tokens_of(encode(group)) for group in groups)
+
+    files: dict[str, Path | bytes] = dict(companions(folder))
+    if tokenizer is not None and "tokenizer.json" not in files and tokenizer.is_fast:
+        files |= tokenizer_files(tokenizer)
+    return decoder_spec(
+        name, model, tokenizer, encode, files, batches(calibration_texts()),
+        batches(held_out_texts()),
+    )  # fmt: skip
 
 
 def _image_spec(name: str, folder: Path, model: Any, task: Task) -> ModelSpec:

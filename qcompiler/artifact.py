@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,9 +25,13 @@ from qcompiler.program import Batch
 from qcompiler.qtype import QType
 from qcompiler.target import Target
 
+if TYPE_CHECKING:
+    from qcompiler.generation import Generated, Generator
+
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 FORMAT = 1  # of the manifest
+REFERENCE = "reference"  # folder of the float model
 DATA = "verify"  # folder with the verification batches and programs
 
 Loader = Callable[[Path, int | None], Callable[..., tuple[Tensor, ...]]]
@@ -132,6 +136,47 @@ class Artifact:
                 raise UnsupportedError(f"no backend loads '{self.manifest['target']}'")
         runner: Callable[..., tuple[Tensor, ...]] = backend.load(self.folder, threads)
         return runner
+
+    def generator(self, threads: int | None = None) -> Generator:
+        """The language model, loaded once, for any number of texts.
+
+        Args:
+            threads: of one operator; the runtime's choice when not given.
+        """
+        from qcompiler.generation import Generator
+
+        return Generator(self.folder, self.manifest, threads)
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        threads: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """Write a text with the language model; it is loaded for this one text.
+
+        Args:
+            prompt: at least one token.
+            max_new_tokens: tokens to write at most.
+            temperature: 0 takes the most likely token each time.
+            top_k, top_p: restrict sampling to the most likely tokens; 0 and 1: all.
+            seed: of the sampling.
+            threads: of one operator; the runtime's choice when not given.
+            on_text: called with each piece of text as it comes.
+
+        Raises:
+            InputError: the prompt is empty or too long, or this is no language model.
+        """
+        from qcompiler.generation import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self.generator(threads).generate(prompt, max_new_tokens, sampling, on_text)
 
     def check_files(self) -> None:
         """Raise a `VerifyError` naming the first file that is missing or was changed."""

@@ -277,6 +277,8 @@ def bench(
         "qcompiler run build/minilm",
         "qcompiler run build/minilm --input input_ids=ids.npy --input attention_mask=mask.npy "
         "--out outputs",
+        'qcompiler run build/smollm2-w4 --prompt "The capital of France is" --max-new-tokens 64',
+        'qcompiler run build/smollm2-w4 --prompt "Once upon" --temperature 0.8 --top-p 0.95',
     )
 )
 def run(
@@ -292,17 +294,39 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write the outputs there as .npy.")
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Let a language model write on from this text."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to write at most; the model's context may end earlier.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the most likely token each time.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens only; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; all cores by default.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run an artifact once and describe its outputs.
+    """Run an artifact once and describe its outputs, or let a language model write on.
 
-    Code for another machine runs under qemu's user-mode emulator.
+    Code for another machine runs under qemu's user-mode emulator. With --prompt the text is printed
+    as it comes; tokens per second of reading the prompt and of writing go to stderr.
     """
     with guarded(debug):
+        if prompt is not None:
+            from qcompiler.cli_language import write
+
+            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+            write(folder, prompt, max_new_tokens, sampling, threads, as_json)
+            return
         from qcompiler.running import run_once
 
         with steps(as_json) as progress:
@@ -312,6 +336,49 @@ def run(
             print_json(result)
             return
         _show(*_run_table(result))
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "qcompiler eval build/smollm2-w4 --perplexity text.txt --tokens 20000",
+        "qcompiler eval build/smollm2-w4 --lambada lambada.jsonl --texts 500",
+    ),
+)
+def evaluate(
+    folder: Folder,
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text; non-overlapping windows of 1,024 tokens."),
+    ] = None,
+    lambada: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='JSON lines with "text": predict the last word of each.'),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the text to read; all by default.")
+    ] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="Texts of the file to take; all by default.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how well a compiled language model predicts text, beside its float model.
+
+    Perplexity with a 95 % interval, KL divergence and top-1 agreement with the float model,
+    accuracy of the last word: all of the artifact as it runs.
+    """
+    with guarded(debug):
+        from qcompiler.cli_language import evaluate as measure
+        from qcompiler.errors import InputError
+
+        if perplexity is None and lambada is None:
+            raise InputError("nothing to measure: give --perplexity FILE or --lambada FILE")
+        measure(folder, perplexity, lambada, tokens, texts, threads, as_json)
 
 
 @app.command(

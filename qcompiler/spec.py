@@ -15,6 +15,30 @@ Batches = Callable[[], Iterable[Inputs]]
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What it takes to write text with a language model, beyond the graph.
+
+    Attributes:
+        context: tokens that the model can take in all, prompt and answer.
+        vocabulary: tokens that it knows.
+        stop: tokens that end a text.
+        start: token that begins one, and that the tokenizer adds by itself if at all; None: none.
+        pad: token that fills up.
+        family: transformers' `model_type`.
+        heads, width: query heads and channels of the residual stream, for runtimes that ask.
+    """
+
+    context: int
+    vocabulary: int
+    stop: tuple[int, ...] = ()
+    start: int | None = None
+    pad: int | None = None
+    family: str = ""
+    heads: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model with what is needed to capture, calibrate and judge it.
 
@@ -34,14 +58,18 @@ class ModelSpec:
         metric: the task's metric, computed from a callable that takes and returns what the module
             does; higher is better.
         metric_name: its name, such as "Spearman" or "top-1".
+        input_names: names of the flat inputs in the artifact; those of the module's parameters
+            where not given.
         output_names: names of the flat outputs in the artifact; `output_0`, … where not given.
         padding_mask: name of the input that is 0 where the others hold padding, such as
             "attention_mask". Positions that it masks count neither in calibration nor in error
             measures, for every tensor that begins with the mask's dimensions.
         encode: texts or image paths → one batch, for `--calibration` with a text file or a folder
             of images.
-        files: files to copy beside the compiled model (tokenizer, configuration), by their relative
-            path in the artifact.
+        files: what lies beside the compiled model (tokenizer, configuration), by its relative path
+            in the artifact: a file to copy, or the content.
+        generation: set for language models that keep their cache outside: inputs
+            `past_key_values.N.key`, outputs `present.N.key`.
     """
 
     name: str
@@ -53,7 +81,9 @@ class ModelSpec:
     calibration_note: str = ""
     metric: Callable[[Callable[..., Any]], float] | None = None
     metric_name: str = "metric"
+    input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     padding_mask: str = ""
     encode: Callable[[list[str]], Inputs] | None = None
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    generation: Generation | None = None

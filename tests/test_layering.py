@@ -22,11 +22,12 @@ LEVELS = (
     {"regions", "plan", "recipe", "spec"},
     {"calibration"},
     {"data", "bench"},
-    {"findings", "page", "charts", "terminal"},
+    {"findings", "page", "charts", "terminal", "generation"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
+    {"language"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
-DRIVERS = {"compiler", "deliver", "cli", "__init__", "__main__"}
+DRIVERS = {"compiler", "deliver", "cli", "cli_language", "__init__", "__main__"}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Folder → the folders beside it that it may import from, its own not among them.

@@ -53,7 +53,7 @@ def requirements(wheel: zipfile.ZipFile) -> list[Requirement]:
 def test_wheel_is_the_tree(wheel: zipfile.ZipFile) -> None:
     tree = {f"qcompiler/{path.name}" for path in (ROOT / "qcompiler").glob("*.py")}
     tree |= {f"qcompiler/{f}/{path.name}" for f in FOLDERS for path in (ROOT / f).glob("*.py")}
-    tree.add("qcompiler/py.typed")
+    tree |= {"qcompiler/py.typed", "qcompiler/models/smollm2_samples.json"}
     tree |= {f"qcompiler/backends/{path.name}" for path in (ROOT / "backends").glob("*.[ch]")}
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == tree

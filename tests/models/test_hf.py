@@ -35,14 +35,6 @@ FOLDERS = [
     ("BertForQuestionAnswering", TEXT, TYPED, ("start_logits", "end_logits")),
     ("DistilBertModel", DISTIL, PLAIN, ("last_hidden_state",)),
     ("RobertaModel", {**TEXT, "type_vocab_size": 1}, PLAIN, ("last_hidden_state",)),
-    (
-        "GPT2LMHeadModel",
-        {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4},
-        PLAIN,
-        ("logits",),
-    ),
-    ("LlamaForCausalLM", GROUPED, PLAIN, ("logits",)),
-    ("Qwen2ForCausalLM", GROUPED, PLAIN, ("logits",)),
     ("ViTForImageClassification", VIT, ["pixel_values"], ("logits",)),
     (
         "ResNetForImageClassification",
@@ -115,11 +107,16 @@ def test_a_folder_with_a_tokenizer_brings_calibration(tmp_path: Path) -> None:
     batch = spec.encode(["abc", "a" * 200])
     assert isinstance(batch, dict)
     assert batch["input_ids"].shape == (2, 64)
+    assert batch["past_1_value"].shape == (2, 2, 0, 8)
     # There is no padding token: the end token fills up, behind the text.
     assert batch["input_ids"][0, :4].tolist() == [2, 3, 4, 1]
     assert batch["attention_mask"].sum(1).tolist() == [3, 64]
     assert spec.calibration is not None
-    assert len(list(spec.calibration())) == 19
+    assert len(list(spec.calibration())) == 21  # two short ones come first
+    assert spec.held_out is not None
+    assert any(batch["past_0_key"].shape[2] for batch in map(dict, spec.held_out()))
+    assert spec.generation is not None
+    assert (spec.generation.context, spec.generation.stop) == (64, (2, 1))
     assert "tokenizer.json" in spec.files
     assert "model.safetensors" not in spec.files
 

@@ -1,0 +1,112 @@
+"""A language model of `ort.lower` as it runs: new tokens in, logits out, the cache kept in place.
+
+Inputs and outputs are bound once. Where the model's attention can write into the cache that it
+reads (GroupQueryAttention), past and present are one buffer and a token costs no copy of it; where
+it cannot, the present of a step becomes the past of the next without a copy by us.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler.backends.ort import MODEL, session
+from qcompiler.errors import InputError
+
+SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be their past
+ROUND = 64  # capacities are multiples of this
+FIRST = "logits_from"  # optional input: position from which logits are computed
+
+
+class Decoder:
+    """One text being read and written.
+
+    Attributes:
+        length: tokens in the cache.
+        vocabulary: size of the logits.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        path = folder / MODEL
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; compile the model again")
+        self._session = session(path, threads)
+        inputs = {i.name: i for i in self._session.get_inputs()}
+        self._past = [n for n in inputs if n.startswith("past_key_values.")]
+        if not self._past:
+            raise InputError(f"{path} takes no past_key_values, so it cannot write text")
+        self._present = [n.replace("past_key_values", "present") for n in self._past]
+        self._shapes = {n: inputs[n].shape for n in self._past}
+        self._positions = "position_ids" in inputs
+        optional = {i.name for i in self._session.get_overridable_initializers()}
+        self._prunes = FIRST in optional
+        self._shared = SHARED in self._session.get_modelmeta().custom_metadata_map
+        logits = next(o for o in self._session.get_outputs() if o.name == "logits")
+        self.vocabulary = int(logits.shape[-1])
+        self.reset(0)
+
+    def reset(self, capacity: int) -> None:
+        """Forget the text.
+
+        Args:
+            capacity: tokens that the next text will have at most.
+        """
+        self.length = 0
+        self._capacity = -(-max(capacity, 1) // ROUND) * ROUND
+        held = self._capacity if self._shared else 0
+        self._cache = [
+            _zeros((1, int(self._shapes[n][1]), held, int(self._shapes[n][3]))) for n in self._past
+        ]
+
+    def feed(self, tokens: NDArray[np.int64], last: bool = False) -> NDArray[np.float32]:
+        """Read tokens after those in the cache.
+
+        Args:
+            tokens: int64 (new,), at least one.
+            last: only the logits after the last token are wanted.
+
+        Returns:
+            Logits, float32 (new, vocabulary), or (1, vocabulary) for `last`.
+        """
+        total = self.length + len(tokens)
+        if self._shared and total > self._capacity:
+            raise ValueError(f"{total} tokens in a cache for {self._capacity}")
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        if self._positions:
+            places = np.arange(self.length, total, dtype=np.int64)[None]
+            binding.bind_cpu_input("position_ids", places)
+        rows = len(tokens)
+        if last and self._prunes:
+            binding.bind_cpu_input(FIRST, np.array([rows - 1], np.int64))
+            rows = 1
+        logits = _empty((1, rows, self.vocabulary))
+        binding.bind_ortvalue_output("logits", logits)
+        for name, present, value in zip(self._past, self._present, self._cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            if self._shared:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present)
+        self._session.run_with_iobinding(binding)
+        if not self._shared:
+            self._cache = list(binding.get_outputs()[1:])
+        self.length = total
+        result: NDArray[np.float32] = logits.numpy()[0]
+        return result[-1:] if last else result
+
+
+def _empty(shape: tuple[int, ...]) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+
+
+def _zeros(shape: tuple[int, ...]) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))

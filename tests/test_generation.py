@@ -1,0 +1,267 @@
+"""Text from a compiled language model: what transformers writes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qcompiler
+from qcompiler.artifact import Artifact
+from qcompiler.errors import InputError
+from qcompiler.generation import Generated, Sampling, Stream, Tokenizer
+from qcompiler.language import last_words, perplexity, student
+
+CONTEXT = 48
+LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
+
+
+@pytest.fixture(scope="session")
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama whose tokens are bytes, so that a character may take two."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [hf]")
+    folder = tmp_path_factory.mktemp("llama")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, [])
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(
+        folder
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(alphabet) + 1,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_artifact(language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from qcompiler.models import find
+
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    out = tmp_path_factory.mktemp("artifacts") / "llama"
+    return qcompiler.compile(spec, recipe="w8", out=out)
+
+
+def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of transformers, the whole text read anew for each."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_the_float_model_writes_what_transformers_writes(
+    language_artifact: Artifact, language_folder: Path
+) -> None:
+    from qcompiler.backends.ort_decode import Decoder
+
+    prompt = [5, 9, 40, 77, 12]
+    expected = reference(language_folder, prompt, 20)
+    decoder = Decoder(language_artifact.folder / "reference", 1)
+    for _ in range(2):  # the second text finds no trace of the first
+        decoder.reset(25)
+        logits = decoder.feed(np.array(prompt), last=True)
+        got = []
+        for _ in range(20):
+            got.append(int(logits[-1].argmax()))
+            logits = decoder.feed(np.array(got[-1:]), last=True)
+        assert got == expected
+
+
+def test_reading_in_pieces_gives_the_same_logits(language_artifact: Artifact) -> None:
+    generator = language_artifact.generator(1)
+    tokens = np.arange(3, 33)
+    generator.runtime.reset(30)
+    whole = generator.runtime.feed(tokens)
+    generator.runtime.reset(30)
+    pieces = [generator.runtime.feed(part) for part in np.split(tokens, [1, 12, 13])]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_streamed_text_is_the_text(language_artifact: Artifact) -> None:
+    pieces: list[str] = []
+    result = language_artifact.generate(
+        "the cat", 30, temperature=1.0, seed=3, threads=1, on_text=pieces.append
+    )
+    assert "".join(pieces) == result.text
+    tokenizer = Tokenizer(language_artifact.folder)
+    assert result.text == tokenizer.decode(result.tokens)
+    assert result.prompt_tokens == len(tokenizer.encode("the cat"))
+    again = language_artifact.generate("the cat", 30, temperature=1.0, seed=3, threads=1)
+    assert again.tokens == result.tokens
+    other = language_artifact.generate("the cat", 30, temperature=1.0, seed=4, threads=1)
+    assert other.tokens != result.tokens
+
+
+def test_a_character_is_given_when_it_is_whole(language_artifact: Artifact) -> None:
+    tokenizer = Tokenizer(language_artifact.folder)
+    stream = Stream(tokenizer)
+    tokens = tokenizer.encode("aé b")
+    assert len(tokens) == 5
+    assert [stream.add(t) for t in tokens] == ["a", "", "é", " ", "b"]
+    broken = Stream(tokenizer)
+    assert [broken.add(t) for t in tokens[:2]] == ["a", ""]
+    assert broken.finish() == "\ufffd"
+
+
+def test_the_context_ends_a_text(language_artifact: Artifact) -> None:
+    generator = language_artifact.generator(1)
+    items = list(generator.stream("a" * (CONTEXT - 3), 50))
+    result = items[-1]
+    assert isinstance(result, Generated)
+    assert (result.stopped, len(result.tokens)) in {("context", 3), ("stop token", 0)}
+    for prompt, message in (("", "the prompt is empty"), ("a" * CONTEXT, r"context holds 48")):
+        with pytest.raises(InputError, match=message):
+            list(generator.stream(prompt))
+
+
+def test_sampling_keeps_to_its_set() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.25, 0.15], np.float32))
+    draws = {
+        sampling: np.bincount(
+            [sampling.choose(logits, generator) for _ in range(4000)], minlength=4
+        )
+        / 4000
+        for sampling, generator in (
+            (s, np.random.default_rng(0))
+            for s in (
+                Sampling(),
+                Sampling(1.0),
+                Sampling(1.0, top_k=2),
+                Sampling(1.0, top_p=0.7),
+                Sampling(0.5),
+            )
+        )
+    }
+    expected = {
+        Sampling(): [0, 1, 0, 0],
+        Sampling(1.0): [0.1, 0.5, 0.25, 0.15],
+        Sampling(1.0, top_k=2): [0, 2 / 3, 1 / 3, 0],
+        Sampling(1.0, top_p=0.7): [0, 2 / 3, 1 / 3, 0],
+        Sampling(0.5): np.array([0.01, 0.25, 0.0625, 0.0225]) / 0.345,
+    }
+    for sampling, shares in expected.items():
+        np.testing.assert_allclose(draws[sampling], shares, atol=0.03)
+    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": math.nan}):
+        with pytest.raises(InputError):
+            Sampling(**bad)
+
+
+def test_perplexity_is_that_of_torch(
+    language_artifact: Artifact, language_folder: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = "a cat sat on a mat. é and then it ran away from the dog that came along, twice." * 2
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    result = perplexity(language_artifact.folder, tmp_path / "text.txt", threads=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_folder).eval()
+    ids = Tokenizer(language_artifact.folder).encode(text)
+    loss, count = 0.0, 0
+    for start in range(0, len(ids), CONTEXT):
+        part = torch.tensor([ids[start : start + CONTEXT]])
+        with torch.no_grad():
+            logs = model(part).logits[0, :-1].double().log_softmax(-1)
+        loss -= float(logs.gather(1, part[0, 1:, None]).sum())
+        count += part.shape[1] - 1
+    assert result["tokens"] == count
+    assert result["window"] == CONTEXT
+    assert result["windows"] == -(-len(ids) // CONTEXT)
+    assert result["float"]["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert result["artifact"]["perplexity"] == pytest.approx(math.exp(loss / count), rel=0.1)
+    assert result["artifact"]["low"] < result["artifact"]["perplexity"]
+    assert 0 < result["kl"] < 0.1
+    assert result["top1"] > 0.7
+
+
+def test_last_words(language_artifact: Artifact, tmp_path: Path) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"text": "a cat sat"}\n\n{"text": "the dog ran"}\n')
+    result = last_words(language_artifact.folder, path, threads=1)
+    assert result["texts"] == 2
+    assert (
+        0 <= result["float"]["low"] <= result["float"]["accuracy"] <= result["float"]["high"] <= 1
+    )
+
+
+def test_student_is_that_of_scipy() -> None:
+    stats: Any = pytest.importorskip("scipy.stats")
+    for degrees in (1, 2, 3, 5, 10, 40, 300):
+        assert student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=5e-3)
+
+
+def test_bad_input_is_one_line(language_artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "rows.jsonl").write_text('{"words": 1}\n')
+    folder = language_artifact.folder
+    for path, message in (
+        ("none.txt", "no such file"),
+        ("empty.txt", "0 tokens"),
+        ("latin.txt", "not UTF-8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            perplexity(folder, tmp_path / path)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: not a JSON object"):
+        last_words(folder, tmp_path / "rows.jsonl")
+
+
+def test_an_artifact_without_tokenizer_or_cache(
+    language_artifact: Artifact, tmp_path: Path
+) -> None:
+    lacking = Artifact(tmp_path, language_artifact.manifest)
+    with pytest.raises(InputError, match=r"tokenizer.json is missing"):
+        lacking.generate("a")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer.json is corrupt"):
+        lacking.generate("a")
+    other = Artifact(tmp_path, {**language_artifact.manifest, "generation": None})
+    with pytest.raises(InputError, match="no language model with a cache"):
+        other.generate("a")
+
+
+def test_the_command_line_writes_and_measures(
+    language_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qcompiler.cli import app
+
+    folder = str(language_artifact.folder)
+    app(["run", folder, "--prompt", "a cat", "--max-new-tokens", "8"], standalone_mode=False)
+    written = capsys.readouterr()
+    assert written.out.startswith("a cat")
+    assert "prefill 5 tokens" in written.err
+    (tmp_path / "text.txt").write_text("a cat sat on a mat " * 8)
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"text": "a cat sat"}\n')
+    options = ["--perplexity", str(tmp_path / "text.txt"), "--lambada", str(words), "--json"]
+    app(["eval", folder, *options], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"]["windows"] == 4
+    assert found["last_word"]["texts"] == 1
+    app(["eval", folder, *options[:-1]], standalone_mode=False)
+    assert "non-overlapping windows of 48" in capsys.readouterr().out
