@@ -37,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden texts under tests/golden instead of comparing with them",
     )
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=400,
+        help="files to try on the .npy reader; some 100 000 a second",
+    )
 
 
 @pytest.fixture
