@@ -37,17 +37,24 @@ struct worker {
   char error[400];
 };
 
+/* A loop being computed, in one cache line. The ticket holds the number of the loop in its upper
+ * half, then 16 bits each for its tasks and for the next task that nobody has taken. A thread that
+ * advances the ticket owns that task; until it is done, the caller publishes no other loop, so what
+ * the thread read beside the ticket belongs to it. */
+struct loop {
+  _Atomic uint64_t ticket;
+  _Atomic(task) run;
+  _Atomic(void *) data;
+};
+
 struct pool {
-  int threads, spins;
+  int threads, spins, active;
   struct worker *workers;
   pthread_mutex_t lock;
   pthread_cond_t wake;
-  task run; /* the loop being computed; written before `epoch` is raised */
-  void *data;
-  int count, active;
   atomic_int stop, failed, sleepers;
-  _Alignas(64) atomic_uint epoch;
-  _Alignas(64) atomic_int pending;
+  _Alignas(64) struct loop loop;
+  _Alignas(64) atomic_int done;
   _Alignas(64) atomic_int arrived;
   atomic_uint generation;
 };
@@ -67,41 +74,63 @@ static void pause_briefly(void) {
 #endif
 }
 
-static void run_tasks(struct worker *me) {
-  struct pool *pool = me->pool;
-  group env = {pool, pool->count};
-  for (int i = me->index; i < pool->count; i += pool->threads)
-    if (pool->run(i, &env, pool->data)) atomic_store(&pool->failed, 1);
+static uint32_t number_of(uint64_t ticket) { return (uint32_t)(ticket >> 32); }
+
+/* Takes and runs tasks of the loop with that number until none is left. Whoever is free takes the
+ * next one: a thread that the system has put aside holds nobody up. */
+static void run_tasks(struct pool *pool, uint32_t number) {
+  uint64_t ticket = atomic_load(&pool->loop.ticket);
+  for (;;) {
+    int next = (int)(ticket & 0xffff), count = (int)(ticket >> 16 & 0xffff);
+    task run = atomic_load_explicit(&pool->loop.run, memory_order_relaxed);
+    void *data = atomic_load_explicit(&pool->loop.data, memory_order_relaxed);
+    if (number_of(ticket) != number || next == count) return;
+    if (!atomic_compare_exchange_weak(&pool->loop.ticket, &ticket, ticket + 1)) continue;
+    group env = {pool, count};
+    if (run(next, &env, data)) atomic_store(&pool->failed, 1);
+    atomic_fetch_add(&pool->done, 1);
+    ticket = atomic_load(&pool->loop.ticket);
+  }
 }
 
 static void *work(void *given) {
   struct worker *me = given;
   struct pool *pool = me->pool;
-  unsigned seen = 0;
+  uint32_t seen = 0, number = 0;
   here = me;
   for (;;) {
-    for (int i = 0; i < pool->spins && atomic_load(&pool->epoch) == seen; i++) pause_briefly();
-    if (atomic_load(&pool->epoch) == seen) {
+    for (int i = 0; i < pool->spins; i++) {
+      number = number_of(atomic_load_explicit(&pool->loop.ticket, memory_order_relaxed));
+      if (number != seen) break;
+      pause_briefly();
+    }
+    if (number == seen) {
       pthread_mutex_lock(&pool->lock);
       atomic_fetch_add(&pool->sleepers, 1);
-      while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+      while ((number = number_of(atomic_load(&pool->loop.ticket))) == seen)
+        pthread_cond_wait(&pool->wake, &pool->lock);
       atomic_fetch_sub(&pool->sleepers, 1);
       pthread_mutex_unlock(&pool->lock);
     }
-    seen++; /* the caller waits for all before it raises the epoch again */
+    seen = number;
     if (atomic_load(&pool->stop)) return NULL;
-    run_tasks(me);
-    atomic_fetch_sub(&pool->pending, 1);
+    run_tasks(pool, number);
   }
 }
 
-static void announce(struct pool *pool) {
-  atomic_fetch_add(&pool->epoch, 1);
+/* Makes a loop known to all threads and gives its number. */
+static uint32_t publish(struct pool *pool, task run, void *data, int count) {
+  uint32_t number = number_of(atomic_load(&pool->loop.ticket)) + 1;
+  atomic_store(&pool->done, 0);
+  atomic_store_explicit(&pool->loop.run, run, memory_order_relaxed);
+  atomic_store_explicit(&pool->loop.data, data, memory_order_relaxed);
+  atomic_store(&pool->loop.ticket, (uint64_t)number << 32 | (uint64_t)count << 16);
   if (atomic_load(&pool->sleepers)) {
     pthread_mutex_lock(&pool->lock);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
   }
+  return number;
 }
 
 struct pool *pool_create(int threads) {
@@ -136,7 +165,7 @@ struct pool *pool_create(int threads) {
 void pool_destroy(struct pool *pool) {
   if (!pool) return;
   atomic_store(&pool->stop, 1);
-  announce(pool);
+  publish(pool, NULL, NULL, 0);
   for (int i = 1; i < pool->threads; i++) pthread_join(pool->workers[i].thread, NULL);
   for (int i = 0; i < pool->threads; i++)
     for (int j = 0; j < BLOCKS; j++) free(pool->workers[i].blocks[j].data);
@@ -173,15 +202,15 @@ static int launch(task run, void *data, int count) {
       if (run(i, &env, data)) return -1;
     return 0;
   }
+  if (!count) count = pool->threads;
+  if (count < 1 || count > 0xffff) {
+    say("a parallel loop of more than 65535 tasks");
+    return -1;
+  }
   pool->active = 1;
-  pool->run = run;
-  pool->data = data;
-  pool->count = count > 0 ? count : pool->threads;
   atomic_store(&pool->failed, 0);
-  atomic_store(&pool->pending, pool->threads - 1);
-  announce(pool);
-  run_tasks(me);
-  for (int i = 0; atomic_load(&pool->pending); i++) {
+  run_tasks(pool, publish(pool, run, data, count));
+  for (int i = 0; atomic_load(&pool->done) != count; i++) {
     if (i < pool->spins)
       pause_briefly();
     else

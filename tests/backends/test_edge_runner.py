@@ -264,6 +264,63 @@ def test_fuzzed_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert good > len(HEADERS)
 
 
+BARRIER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "edge_program.h"
+
+typedef struct { void *handle; int32_t tasks; } group;
+typedef int (*task)(int, group *, void *);
+extern int (*__TVMBackendParallelLaunch)(task, void *, int);
+extern int (*__TVMBackendParallelBarrier)(int, group *);
+
+/* Each task writes its number, and after a barrier sums those of all. */
+static int numbers[64], sums[64];
+static int body(int i, group *all, void *data) {
+  numbers[i] = i + 1 + 0 * (data != NULL);
+  if (__TVMBackendParallelBarrier(i, all)) return -1;
+  sums[i] = 0;
+  for (int k = 0; k < all->tasks; k++) sums[i] += numbers[k];
+  return __TVMBackendParallelBarrier(i, all);
+}
+
+int main(int count, char **words) {
+  int threads = count > 1 ? atoi(words[1]) : 1;
+  struct pool *pool = pool_create(threads);
+  pool_enter(pool);
+  for (int round = 0; round < 500; round++) {
+    memset(numbers, 0, sizeof numbers);
+    if (__TVMBackendParallelLaunch(body, NULL, 0)) return 1;
+    for (int i = 0; i < threads; i++)
+      if (sums[i] != threads * (threads + 1) / 2) return 2;
+  }
+  if (!__TVMBackendParallelLaunch(body, NULL, threads + 1)) return 3;
+  puts(pool_error());
+  pool_leave();
+  pool_destroy(pool);
+  return 0;
+}
+"""
+
+
+def test_barriers(tmp_path: Path) -> None:
+    """Tasks that wait for each other; more of them than threads are refused, not deadlocked."""
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    source = edge_folder.SOURCES
+    shutil.copy(source / edge_folder.API, tmp_path / edge_folder.HEADER)
+    (tmp_path / "barrier.c").write_text(BARRIER)
+    files = ["barrier.c", str(source / "edge_pool.c"), str(source / "edge_cpu.c")]
+    command = ["cc", "-g", "-O1", "-I.", f"-I{source}", *files, "-lpthread", "-o", "barrier"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    for threads in ("1", "2", "5"):
+        command = [str(tmp_path / "barrier"), threads]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        assert done.stdout == "a barrier among more tasks than threads\n"
+
+
 def test_no_races(edge: Callable[[str], Any], tmp_path: Path) -> None:
     """The thread pool under ThreadSanitizer: many short loops, more threads than CPUs too."""
     options = ("-g", "-fsanitize=thread")
