@@ -124,9 +124,13 @@ def unpack_weights(graph: gs.Graph) -> None:
         node.outputs.clear()
 
 
+# ONNX Runtime's kernels read 4-bit tensors, not smaller ones; the integers stay the same.
+STORED = {"int2": "int4", "uint2": "uint4", "int3": "int4", "uint3": "uint4"}
+
+
 def _marked(name: str, values: np.ndarray, element: str) -> gs.Constant:
     constant = gs.Constant(name, values)
-    constant.element = element
+    constant.element = STORED.get(element, element)
     return constant
 
 

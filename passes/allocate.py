@@ -59,6 +59,9 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     draft = Draft(program)
     entries: dict[Site, Assignment] = {}
     refusals: list[Refusal] = []
+    if weight is not None and target.stored_bits(weight) != weight.bits:
+        stored = f"{weight}: '{target}' stores each weight in {target.stored_bits(weight)} bits"
+        refusals.append(Refusal("all weights", stored))
     chain = _conv_chain(draft) if activation is not None and not activation.dynamic else {}
     for node in draft.calls(LINEAR, EMBEDDING, *CONVS):
         reason = _obstacle(draft, node, recipe, chain, activation)

@@ -130,6 +130,14 @@ def compile_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact that is there.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep rounded weights in DIR.journal until the end, and go on from there after "
+            "an interruption, with the same bits.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -137,9 +145,10 @@ def compile_command(
 
     Ends with a summary: what each pass did, error, size and latency, and what was refused.
 
-    Nothing is left behind when it fails or is interrupted.
+    Nothing is left behind when it fails or is interrupted, but the journal of `--resume`.
     """
-    with guarded(debug, "interrupted; nothing was written"):
+    kept = "; the journal is kept" if resume else ""
+    with guarded(debug, f"interrupted; nothing was written{kept}"):
         from qcompiler.artifact import REPORT
         from qcompiler.calibration import load_calibration
         from qcompiler.recipe import load_recipe, parse_settings
@@ -163,6 +172,7 @@ def compile_command(
                 calibration=batches,
                 out=out,
                 force=force,
+                resume=resume,
                 progress=progress,
                 command=shlex.join(["qcompiler", *sys.argv[1:]]),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.data import Data
 from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
+from qcompiler.journal import Journal, fingerprint
 from qcompiler.observe import Statistics, choose_range, observe
 from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
@@ -27,12 +29,13 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
-from qcompiler.passes.round_weights import round_weights
+from qcompiler.passes.round_weights import round_weights, rounding_notes
+from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.untie_weights import untie_weights
-from qcompiler.plan import Assignment, Factor, Rounded, Site
-from qcompiler.program import Batch, Program, capture
+from qcompiler.plan import Assignment, Factor, Plan, Rounded, Site
+from qcompiler.program import Batch, Entry, Program, Refusal, capture
 from qcompiler.recipe import Recipe, load_recipe
 from qcompiler.rewrite import operand
 from qcompiler.spec import Batches, Inputs, ModelSpec
@@ -55,6 +58,7 @@ def compile(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     out: str | Path,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> Artifact:
@@ -70,6 +74,8 @@ def compile(
         dynamic_shapes: input → {dimension: name}.
         out: the folder to write.
         force: replace an artifact that is there.
+        resume: keep a journal of rounded weights beside `out` (`<out>.journal`) until the artifact
+            is written, and take from it what an interrupted run left there.
         progress: called with the name of each step.
         command: what reproduces this, for the report.
 
@@ -86,6 +92,11 @@ def compile(
     reason = target.refusal(recipe.weight_type, recipe.activation_type)
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    if target.runtime == "torch":
+        raise UnsupportedError(
+            f"target '{target}' simulates formats for measuring and writes no artifact; name what "
+            "shall run the model, such as ort:cpu"
+        )
     out = Path(out)
     with artifacts.writing(out, force) as folder:
         spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
@@ -94,9 +105,12 @@ def compile(
             spec.module, spec.example_inputs, spec.dynamic_shapes
         )  # fmt: skip
         data = Data(program, spec, recipe)
-        compiled = quantize(program, data, recipe, target, say)
+        journal = out.with_name(f"{out.name}.journal") if resume else None
+        compiled = quantize(program, data, recipe, target, say, journal)
         compiled.seconds = say.seconds
         deliver(folder, spec, compiled, data, recipe, target, say, command)
+    if journal is not None:
+        shutil.rmtree(journal, ignore_errors=True)
     return Artifact.open(out)
 
 
@@ -117,9 +131,17 @@ class _Clock:
 
 
 def quantize(
-    program: Program, data: Data, recipe: Recipe, target: Target, say: Progress
+    program: Program,
+    data: Data,
+    recipe: Recipe,
+    target: Target,
+    say: Progress,
+    journal: Path | None = None,
 ) -> Compiled:
-    """The order of the passes, from the captured program to the quantized one."""
+    """The order of the passes, from the captured program to the quantized one.
+
+    Rounded weights are kept in the folder `journal` and taken from it, where it is given.
+    """
     say("reference")
     reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
     source = program
@@ -138,8 +160,11 @@ def quantize(
     if rotates:
         say("untie_weights")
         program = step(untie_weights(program), program)
-    say("fold_norm")
-    program = step(fold_norm(program, center=rotates), program)
+    if rotates or activation is not None:
+        # Not for weights alone: a norm's scale in a weight makes its columns uneven, and the shared
+        # scale of a row or group serves them worse.
+        say("fold_norm")
+        program = step(fold_norm(program, center=rotates), program)
     if rotates:
         say("fuse_rotation")
         rotated = fuse_rotation(program, recipe.seed, inputs=activation is not None)
@@ -155,6 +180,13 @@ def quantize(
         factors = search_smoothing(program, before, weight, activation, recipe.insert_scale)
         say("smooth")
         program = step(smooth(program, factors, recipe.insert_scale), program)
+
+    if recipe.rounding == "awq" and data.real:
+        say("search_awq")
+        names = awq_sites(program)
+        seen = observe(program, names, data.calibration(), mask=data.mask) if names else {}
+        scales = search_awq(program, seen, allocate(program, recipe, target))
+        program = step(smooth(program, scales, insert=False), program)
 
     say("fuse_attention")
     program = step(fuse_attention(program), program)
@@ -181,9 +213,10 @@ def quantize(
     plan = plan.with_entries(ranges)
 
     rounded: Mapping[Site, Rounded] = {}
-    if recipe.rounding == "gptq":
+    if recipe.rounds_by_data or recipe.keep_moment:
         say("round_weights")
-        rounded = round_weights(program, plan, data.calibration(), data.mask)
+        rounded, entry = _round(program, plan, data, recipe, journal)
+        program = program.with_entry(entry)
 
     say("insert_qdq")
     program = insert_qdq(program, plan, rounded)
@@ -200,6 +233,33 @@ def quantize(
     )
     plain = fuse_attention(normalize(source))
     return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites)
+
+
+def _round(
+    program: Program, plan: Plan, data: Data, recipe: Recipe, folder: Path | None
+) -> tuple[Mapping[Site, Rounded], Entry]:
+    """The rounded weights, and what the report says of them."""
+    began = time.perf_counter()
+    method = "gptq" if recipe.rounding == "gptq" and data.real else "rtn"
+    clip = (recipe.clip or recipe.rounding == "awq") and data.real
+    batches = list(data.calibration())
+    journal = None
+    if folder is not None:
+        settings = {"method": method, "clip": clip, "moment": recipe.keep_moment, "mask": data.mask}
+        journal = Journal(folder, fingerprint(program, plan, settings, batches))
+    rounded = round_weights(
+        program, plan, batches, data.mask,
+        method=method, clip=clip, moment=recipe.keep_moment, journal=journal,
+    )  # fmt: skip
+    notes = tuple(rounding_notes(rounded))
+    if journal is not None and journal.taken:
+        notes = (*notes, f"{journal.taken} weights taken from the journal of an earlier run")
+    refusals: tuple[Refusal, ...] = ()
+    if recipe.rounds_by_data and not data.real:
+        reason = f"{recipe.rounding} needs calibration data; weights are rounded to nearest"
+        refusals = (Refusal("all weights", reason),)
+    seconds = time.perf_counter() - began
+    return rounded, Entry("round_weights", False, False, None, None, notes, refusals, seconds)
 
 
 def _spread(batches: list[Batch], most: int) -> list[Batch]:

@@ -28,6 +28,7 @@ class Data:
             )
         source, held = spec.calibration, spec.held_out
         self.note = spec.calibration_note
+        self.real = source is not None  # not the example inputs alone
         if source is None:
             if recipe.needs_data:
                 raise InputError(

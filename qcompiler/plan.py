@@ -125,8 +125,12 @@ class Rounded:
     Attributes:
         weight: on its grid, in float32, of the weight's shape.
         scale, zero_point: of the grid, in the shape of `QType.ranges`.
+        damping: share of the Hessian's mean diagonal that GPTQ added to it; 0 for other methods.
+        silent: inputs that never fired in calibration.
     """
 
     weight: Tensor
     scale: Tensor
     zero_point: Tensor
+    damping: float = 0.0
+    silent: int = 0

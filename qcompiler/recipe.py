@@ -57,8 +57,18 @@ class Recipe(BaseModel):
         "a tied output head gets a weight of its own",
     )
     seed: int = Field(0, ge=0, description="of the rotations' signs")
-    rounding: Literal["rtn", "gptq"] = Field(
-        "rtn", description="how linear weights are rounded: to nearest, or by GPTQ (needs data)"
+    rounding: Literal["rtn", "gptq", "awq"] = Field(
+        "rtn",
+        description="how linear weights are rounded: to nearest, by GPTQ, or to nearest after "
+        "AWQ's scaling and clipping; weight-only recipes without data round to nearest and say so",
+    )
+    clip: bool = Field(
+        False,
+        description="search how far each weight scale's range may be cut (needs data; AWQ always)",
+    )
+    keep_moment: bool = Field(
+        False,
+        description="correct weight scales so that the weights keep their second moment",
     )
     correct_bias: bool = Field(
         True, description="take the mean quantization error out of the biases"
@@ -110,7 +120,12 @@ class Recipe(BaseModel):
         """Whether compiling reads calibration batches for more than checks."""
         kind = self.activation_type
         smoothed = kind is not None and (not kind.dynamic or self.smooth)
-        return smoothed or self.rounding == "gptq"
+        return smoothed or (kind is not None and self.rounding != "rtn")
+
+    @property
+    def rounds_by_data(self) -> bool:
+        """Whether weights are rounded with the help of calibration data, where there are any."""
+        return self.rounding != "rtn" or self.clip
 
     def updated(self, settings: Mapping[str, Any]) -> Recipe:
         """This recipe with some fields set; unknown keys and bad values give an `InputError`."""
@@ -146,9 +161,21 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
         "int8 weights, float arithmetic: a quarter of the size, nearly no error",
         Recipe(name="w8", min_sqnr=20.0),
     ),
+    "w8a16": (
+        "int8 weights rounded by GPTQ, float arithmetic: as w8, a little closer to float",
+        Recipe(name="w8a16", rounding="gptq", min_sqnr=20.0),
+    ),
     "w4a16": (
-        "4-bit weights in groups of 32, float activations: an eighth of the size",
-        Recipe(name="w4a16", weights="int4:g32", min_sqnr=5.0),
+        "4-bit weights in groups of 32 rounded by GPTQ, float activations: an eighth of the size",
+        Recipe(name="w4a16", weights="int4:g32", rounding="gptq", min_sqnr=5.0),
+    ),
+    "w3a16": (
+        "3-bit affine weights in groups of 32 by GPTQ; ONNX Runtime stores them in 4 bits",
+        Recipe(name="w3a16", weights="int3:g32:affine", rounding="gptq", clip=True),
+    ),
+    "w2a16": (
+        "2-bit affine weights in groups of 32 by GPTQ: a trial; ONNX Runtime stores them in 4 bits",
+        Recipe(name="w2a16", weights="int2:g32:affine", rounding="gptq", clip=True),
     ),
 }
 

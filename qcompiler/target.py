@@ -15,6 +15,7 @@ tvm:aarch64:bf16         … with BFMMLA too
 tvm:armv7                machine code for 32-bit ARM with NEON and VFPv4, hard float
 tvm:riscv64              machine code for RV64GC
 tvm:native               machine code for the machine that compiles
+torch:cpu                no machine: the formats simulated in torch, for measuring what they cost
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
             "arm64": "64-bit ARM",
         }
     },
+    "torch": {"cpu": {"": "simulation in torch: for measuring, writes no artifact"}},
     "tvm": {
         "x86-64": {
             "": "x86-64 with SSE4.2",
@@ -115,13 +117,20 @@ class Target:
         """Why this target has no kernel for the pair, or None."""
         if weight is not None and weight.dynamic:
             return f"weights have one scale for the tensor, a channel or a group, not {weight}"
+        if self.runtime == "torch":  # every format has its arithmetic in `qcompiler.ops`
+            return None
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
+
+    def stored_bits(self, weight: QType) -> int:
+        """Bits that one weight takes there: ONNX Runtime's kernels read 4 and 8."""
+        return max(weight.bits, 4) if self.runtime == "ort" else weight.bits
 
 
 def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
-    if weight is not None and weight.bits not in (4, 8):
+    if weight is not None and weight.bits not in (2, 3, 4, 8):
         return (
-            f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8 or 4 bits"
+            f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8 bits or "
+            "fewer"
         )
     if activation is None:
         return None

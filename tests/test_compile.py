@@ -315,6 +315,41 @@ def test_a_rotated_decoder_compiles(name: str, tmp_path: Path) -> None:
     assert sqnr(expected, artifact.load()(**batch)) > (25.0 if name == "w8a8-dynamic" else 8.0)
 
 
+def test_weight_only_recipes_need_no_data_and_say_so(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8))
+    artifact = compile(module, (torch.randn(4, 32),), recipe="w4a16", out=tmp_path / "artifact")
+    (entry,) = (e for e in artifact.manifest["history"] if e["name"] == "round_weights")
+    assert "gptq needs calibration data; weights are rounded to nearest" in str(entry["refusals"])
+
+
+def test_three_bits_are_said_to_be_stored_in_four(tmp_path: Path) -> None:
+    spec = ZOO["tiny-mlp"].build()
+    artifact = compile(spec, recipe="w3a16", out=tmp_path / "artifact")
+    assert "stores each weight in 4 bits" in json.dumps(artifact.manifest)
+
+
+def test_an_interrupted_compilation_resumes_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ZOO["tiny-gqa-decoder"].build()
+    recipe = load_recipe("w4a16", {"weights": "int4:g16"})
+    compile(spec, recipe=recipe, out=tmp_path / "whole")
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qcompiler.compiler.deliver", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compile(spec, recipe=recipe, out=tmp_path / "later", resume=True)
+    assert left_behind(tmp_path) == ["later.journal", "whole"]
+    artifact = compile(spec, recipe=recipe, out=tmp_path / "later", resume=True)
+    assert left_behind(tmp_path) == ["later", "whole"]
+    assert "8 weights taken from the journal" in json.dumps(artifact.manifest["history"])
+    models = [(tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "later")]
+    assert models[0] == models[1]
+
+
 def test_force_replaces_artifacts_alone(encoder: Artifact, tmp_path: Path) -> None:
     spec = ZOO["tiny-mlp"].build()
     out = tampered(encoder, tmp_path)

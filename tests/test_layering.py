@@ -20,7 +20,7 @@ LEVELS = (
     {"program"},
     {"rewrite"},
     {"regions", "plan", "recipe", "spec"},
-    {"calibration"},
+    {"calibration", "rounding", "stages", "journal"},
     {"data", "bench"},
     {"findings", "page", "charts", "terminal", "generation"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},

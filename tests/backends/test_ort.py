@@ -40,10 +40,10 @@ COMBINATIONS = [
 ]
 # Lowest SQNR in dB of any output against the module in float64, on held-out data. Six decibels are
 # one bit; the tiny models are random and amplify their outliers.
-QUALITY = {"w8a8": 20.0, "w8a8-dynamic": 25.0, "w8": 25.0, "w4a16": 5.0}
+QUALITY = {"w8a8": 20.0, "w8a8-dynamic": 25.0, "w8": 25.0, "w4a16": 5.0, "w2a16": 0.0}
 # The same against the quantized program. Where ONNX Runtime rounds no activations of its own accord
 # only float rounding is left; a value at the middle of a step may still fall on the other side.
-LOWERING = {"w8a8": 60.0, "w8a8-dynamic": 60.0, "w8": 25.0, "w4a16": 25.0}
+LOWERING = {"w8a8": 60.0, "w8a8-dynamic": 60.0, "w8": 25.0, "w4a16": 25.0, "w2a16": 25.0}
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,10 @@ def test_large_weights_go_to_a_file_beside_the_model(
 def test_four_bits_are_stored_as_four_bits_along_the_first_axis(
     lowered: Callable[..., Lowered], tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    made, module = lowered("tiny-gqa-decoder", "w4a16"), tiny("tiny-gqa-decoder").spec.module
+    made, module = (
+        lowered("tiny-gqa-decoder", "w4a16", rounding="rtn"),
+        tiny("tiny-gqa-decoder").spec.module,
+    )
     constants = {i.name: i for i in made.graph.initializer}
     blocked = [
         n
@@ -285,6 +288,11 @@ def test_four_bits_are_stored_as_four_bits_along_the_first_axis(
     [
         ("w4a16", {"weights": "uint4:g16:affine"}),
         ("w4a16", {"weights": "int8:g32"}),
+        ("w4a16", {"rounding": "awq"}),
+        ("w4a16", {"clip": True, "keep_moment": True, "rotation": "hadamard"}),
+        ("w4a16", {"weights": "int3:g16:affine"}),
+        ("w4a16", {"weights": "uint3:g16"}),
+        ("w2a16", {}),
         ("w8", {"weights": "int8:tensor", "embeddings": "uint8:channel"}),
         ("w8", {"weights": "uint8:channel:affine", "embeddings": None}),
         ("w8a8", {"weights": "int8:tensor"}),

@@ -34,7 +34,12 @@ from qcompiler.testing import check_contract, compact
 
 aten = torch.ops.aten
 TINY = [name for name in ZOO if name.startswith("tiny-")]
-ANALYSES = {"allocate", "round_weights", "search_smoothing"}  # Program → data: no rewrites
+ANALYSES = {
+    "allocate",
+    "round_weights",
+    "search_awq",
+    "search_smoothing",
+}  # Program → data: no rewrites
 
 
 def plan_for(program: Program, recipe: str, batches: Any) -> tuple[Plan, Mapping[str, Any]]:

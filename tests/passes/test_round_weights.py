@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from qcompiler.errors import InputError
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.pack_weights import pack_weights
-from qcompiler.passes.round_weights import DAMPING, gptq, round_weights
+from qcompiler.passes.round_weights import round_weights
 from qcompiler.plan import Assignment, Plan, Site
 from qcompiler.program import capture
 from qcompiler.qtype import QType
+from qcompiler.rounding import DAMPING, gptq
 
 KINDS = ["int4:channel", "int4:g16", "int3:g16", "int2:g16:affine", "int8:channel", "int4:tensor"]
 

@@ -1,0 +1,190 @@
+"""Rounding one weight: to nearest on a searched grid, or by GPTQ.
+
+For a linear with inputs X the error of the output is tr((W − Ŵ) H (W − Ŵ)ᵀ) with H = 2 X Xᵀ.
+
+GPTQ rounds the columns one after the other, and what a column lost is made up for by the columns
+that follow (Frantar 2022, "GPTQ", algorithm 1):
+
+    e = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e U_jk  for k > j,   UᵀU = H⁻¹, U upper triangular
+
+in blocks of 128 columns, the columns with the largest H_jj first ("act-order"), scales fixed
+beforehand, so that groups stay what they were.
+
+`search_grid` cuts each scale's range where that lowers the error of the output, as AWQ clips (Lin
+2023, section 3; here by the exact quadratic form of each group in place of sampled rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import InputError
+from qcompiler.plan import Rounded
+from qcompiler.qtype import QType, broadcast, dequantize
+
+BLOCK = 128
+DAMPING = 0.01
+SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))  # shares of a range that may be kept
+
+Grid = tuple[Tensor, Tensor]  # scale and zero point, in the shape of `QType.ranges`
+
+
+def weight_axis(kind: QType) -> int:
+    """The axis of a linear's weight that scales run along: inputs for groups, else outputs."""
+    return 1 if kind.group else 0
+
+
+def nearest_grid(weight: Tensor, kind: QType) -> Grid:
+    """The grid that covers the extremes of the weight."""
+    return kind.scale_for(*kind.ranges(weight, weight_axis(kind)))
+
+
+def search_grid(weight: Tensor, hessian: Tensor | None, kind: QType) -> Grid:
+    """The grid whose nearest rounding loses least of the output, range by range.
+
+    Args:
+        weight: (outputs, inputs) float32.
+        hessian: (inputs, inputs); None: the weight's own squared error counts.
+        kind: its format.
+
+    Returns:
+        Scale and zero point; each covers one of `SHRINKS` of its range. What groups do to each
+        other's error is left out.
+    """
+    low, high = kind.ranges(weight, weight_axis(kind))
+    best = torch.full(low.shape, torch.inf)
+    scale, zero = kind.scale_for(low, high)
+    for shrink in SHRINKS:
+        s, z = kind.scale_for(low * shrink, high * shrink)
+        error = _error(weight, nearest(weight, (s, z), kind).weight, hessian, kind)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def _error(weight: Tensor, rounded: Tensor, hessian: Tensor | None, kind: QType) -> Tensor:
+    """δ H δᵀ of the elements that share a scale, in the shape of the scale."""
+    delta = weight - rounded
+    if hessian is None:
+        hessian = torch.eye(weight.shape[1])
+    hessian = hessian.float()
+    if kind.group:
+        delta = delta.unflatten(1, (-1, kind.group)).transpose(0, 1)  # (groups, outputs, group)
+        blocks = hessian.unflatten(0, (-1, kind.group)).unflatten(2, (-1, kind.group))
+        diagonal = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        squares: Tensor = ((delta @ diagonal) * delta).sum(-1)
+        return squares.T
+    rows = ((delta @ hessian) * delta).sum(1)
+    return rows if kind.granularity == "channel" else rows.sum()
+
+
+def nearest(weight: Tensor, grid: Grid, kind: QType) -> Rounded:
+    """Round each element to the nearest point of the grid."""
+    scale, zero = grid
+    axis = weight_axis(kind)
+    q = kind.quantize(weight, scale, zero, axis)
+    return Rounded(dequantize(q, scale, zero, axis, kind.group or 0), scale, zero)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    kind: QType,
+    damping: float = DAMPING,
+    block: int = BLOCK,
+    grid: Grid | None = None,
+) -> Rounded:
+    """Round one weight by GPTQ.
+
+    Args:
+        weight: (outputs, inputs) float32.
+        hessian: (inputs, inputs) float64, symmetric and positive semidefinite.
+        kind: the weight's format: per tensor, per channel (output) or group (of inputs).
+        damping: share of the mean diagonal that is added to it.
+        block: columns whose errors are collected before the rest of the weight is updated.
+        grid: scale and zero point; those of nearest rounding when not given.
+
+    Returns:
+        The weight on its grid, with the damping that was needed.
+
+    Raises:
+        InputError: NaN or infinity in the Hessian.
+    """
+    axis, group = weight_axis(kind), kind.group or 0
+    scale, zero = grid or nearest_grid(weight, kind)
+    # One scale and zero point for each element, so that columns may come in any order.
+    scales = broadcast(scale, weight, axis, group).expand_as(weight).double()
+    zeros = broadcast(zero, weight, axis, group).expand_as(weight).double()
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    w, s, z = weight.double()[:, order].clone(), scales[:, order], zeros[:, order]
+    u, damping = upper_factor(hessian[order][:, order], damping)
+    q = torch.empty_like(w)
+    columns = w.shape[1]
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.zeros(w.shape[0], stop - start, dtype=torch.float64)
+        for j in range(start, stop):
+            q[:, j] = ((w[:, j] / s[:, j]).round() + z[:, j]).clamp(kind.qmin, kind.qmax)
+            error = (w[:, j] - (q[:, j] - z[:, j]) * s[:, j]) / u[j, j]
+            w[:, j:stop] -= error[:, None] * u[j, j:stop]
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ u[start:stop, stop:]
+    integers = torch.empty_like(q)
+    integers[:, order] = q
+    on_grid = dequantize(integers.to(kind.dtype), scale, zero, axis, group)
+    return Rounded(on_grid, scale, zero, damping, int((hessian.diagonal() == 0).sum()))
+
+
+def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with UᵀU = (H + λI)⁻¹; λ grows tenfold until the factorization succeeds.
+
+    Inputs that never fire get the mean diagonal, so that they keep their nearest rounding.
+
+    Returns:
+        U, and the share of the mean diagonal that λ became.
+
+    Raises:
+        InputError: NaN or infinity in H.
+    """
+    size = len(hessian)
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    if not bool(torch.isfinite(hessian).all()):
+        raise InputError("calibration: NaN or Inf in the Hessian; check the data and the model")
+    silent = hessian.diagonal() == 0
+    while True:
+        damped = hessian + damping * mean * torch.eye(size, dtype=torch.float64)
+        damped[silent, silent] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper, damping
+        damping *= 10
+
+
+def keep_moment(weight: Tensor, rounded: Rounded, kind: QType) -> Rounded:
+    """The same integers with scales times γ, so that the second moment under each scale is kept.
+
+        γ = √(E[w²] / E[Q(w)²])
+
+    arXiv 2411.06084, equation 18, there for activations; 1 where everything rounded to zero.
+    """
+    axis, group = weight_axis(kind), kind.group or 0
+    shape = rounded.scale.shape
+
+    def moment(value: Tensor) -> Tensor:
+        squares = value.double().square()
+        if group:
+            blocks: Tensor = squares.unflatten(1, (-1, group))
+            return blocks.sum(-1)
+        return squares.sum(1) if kind.granularity == "channel" else squares.sum()
+
+    before, after = moment(weight).reshape(shape), moment(rounded.weight).reshape(shape)
+    gamma = torch.where(after > 0, (before / after.clamp(min=1e-300)).sqrt(), 1.0).float()
+    scale = rounded.scale * gamma
+    changed = rounded.weight * broadcast(gamma, weight, axis, group)
+    return replace(rounded, weight=changed, scale=scale)

@@ -1,0 +1,132 @@
+"""Run a program over many batches in stages, so that its layers can be changed on the way.
+
+Between two stages only the values that later nodes read are held, for all batches; inside a stage
+one batch runs at a time. Beyond a budget the held values go to files. So the memory is
+
+    budget  +  what one batch needs between two stages
+
+above the weights, whatever the number of batches; nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler.program import Batch, Program
+
+BUDGET = 1 << 30  # bytes of held values in memory
+
+
+class Stages:
+    """A program that stands still at one node, for all batches.
+
+    Attributes:
+        replaced: linear or convolution → the weight that it uses instead of its own.
+    """
+
+    def __init__(self, program: Program, batches: Iterable[Batch], budget: int = BUDGET) -> None:
+        """Read the batches once; nothing runs before `advance`."""
+        self.replaced: dict[Node, Tensor] = {}
+        self._nodes = list(program.exported.graph.nodes)
+        self._index = {node: i for i, node in enumerate(self._nodes)}
+        self._last = {s: self._index[n] for n in self._nodes for s in n.all_input_nodes}
+        known = program.constants()
+        self._shared: dict[Node, Any] = {}
+        inputs = []
+        for node in self._nodes:
+            if node.op == "get_attr":
+                self._shared[node] = getattr(program.exported.graph_module, str(node.target))
+            elif node.op == "placeholder" and node.name in known:
+                self._shared[node] = known[node.name]
+            elif node.op == "placeholder":
+                inputs.append(node)
+        self._budget = budget
+        self._position = 0
+        self._spilled: tempfile.TemporaryDirectory[str] | None = None
+        self._held: list[dict[Node, Any] | Path] = [
+            dict(zip(inputs, batch, strict=True)) for batch in batches
+        ]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.clear()
+        if self._spilled is not None:
+            self._spilled.cleanup()
+
+    @torch.no_grad()
+    def advance(self, stop: Node) -> None:
+        """Run every batch up to `stop`, which itself does not run yet.
+
+        Raises:
+            ValueError: `stop` was passed already.
+        """
+        end = self._index[stop]
+        if end < self._position:
+            raise ValueError(f"'{stop.name}' was passed already")
+        held = 0
+        for number in range(len(self._held)):
+            values = self._load(number)
+            for index in range(self._position, end):
+                self._step(index, values)
+            kept = {n: _compact(v) for n, v in values.items() if self._last.get(n, -1) >= end}
+            held += sum(v.nbytes for v in kept.values() if isinstance(v, Tensor))
+            self._held[number] = kept if held <= self._budget else self._spill(number, kept)
+        self._position = end
+
+    def values(self, node: Node) -> Iterator[Any]:
+        """A node's value for each batch; it must be read by a node that has not run yet."""
+        if node in self._shared:
+            return iter([self._shared[node]] * len(self))
+        return (self._load(number)[node] for number in range(len(self)))
+
+    def _step(self, index: int, values: dict[Node, Any]) -> None:
+        node = self._nodes[index]
+        if node.op != "call_function":
+            return
+
+        def value(source: Node) -> Any:
+            return values[source] if source in values else self._shared[source]
+
+        args = list(torch.fx.node.map_arg(node.args, value))
+        if node in self.replaced:
+            args[1] = self.replaced[node]
+        function: Any = node.target
+        values[node] = function(*args, **torch.fx.node.map_arg(node.kwargs, value))
+        for source in node.all_input_nodes:
+            if self._last[source] == index:
+                values.pop(source, None)
+        if node not in self._last:  # nothing reads it
+            del values[node]
+
+    def _load(self, number: int) -> dict[Node, Any]:
+        held = self._held[number]
+        if isinstance(held, Path):
+            named = torch.load(held, weights_only=False)
+            return {self._nodes[index]: value for index, value in named.items()}
+        return dict(held)
+
+    def _spill(self, number: int, values: dict[Node, Any]) -> Path:
+        if self._spilled is None:
+            self._spilled = tempfile.TemporaryDirectory(prefix="qcompiler-")
+        path = Path(self._spilled.name) / f"{number}.pt"
+        torch.save({self._index[node]: value for node, value in values.items()}, path)
+        return path
+
+
+def _compact(value: Any) -> Any:
+    """A tensor without the rest of the storage that it is a view of."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > 2 * value.nbytes:
+        return value.clone()
+    return value

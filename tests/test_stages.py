@@ -1,0 +1,71 @@
+"""Running in stages gives what running at once gives, within its memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qcompiler.stages import Stages
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 0])
+@pytest.mark.parametrize("name", ["tiny-gqa-decoder", "tiny-attention-block"])
+def test_values_are_those_of_a_whole_run(
+    name: str, budget: int, tiny: Callable[[str], Any]
+) -> None:
+    model = tiny(name)
+    program, batches = model.normalized, model.batches[:3]
+    linears = [n for n in program.exported.graph.nodes if n.target is aten.linear.default]
+    expected: list[dict[str, Any]] = [{} for _ in batches]
+    for batch, seen in zip(batches, expected, strict=True):
+        program.run(batch, lambda node, value, seen=seen: seen.__setitem__(node.name, value))
+    with Stages(program, batches, budget) as stages:
+        assert len(stages) == 3
+        for linear in linears:
+            stages.advance(linear)
+            source = linear.args[0]
+            for value, seen in zip(stages.values(source), expected, strict=True):
+                torch.testing.assert_close(value, seen[source.name], rtol=0, atol=0)
+
+
+def test_a_replaced_weight_is_used_downstream(tiny: Callable[[str], Any]) -> None:
+    program = tiny("tiny-mlp").normalized
+    batches = tiny("tiny-mlp").batches[:2]
+    first, second, third = (
+        n for n in program.exported.graph.nodes if n.target is aten.linear.default
+    )
+    weight = program.constants()[first.args[1].name]
+    bias = program.constants()[first.args[2].name]
+    with Stages(program, batches) as stages:
+        stages.advance(first)
+        stages.replaced[first] = 2 * weight
+        stages.advance(second)
+        for value, (x,) in zip(stages.values(second.args[0]), batches, strict=True):
+            wanted = torch.relu(torch.nn.functional.linear(x, 2 * weight, bias))
+            torch.testing.assert_close(value, wanted.detach())
+        stages.advance(third)
+        with pytest.raises(ValueError, match="was passed already"):
+            stages.advance(second)
+
+
+def test_only_what_is_read_later_is_held(tiny: Callable[[str], Any]) -> None:
+    program = tiny("tiny-mlp").normalized
+    *_, last = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
+    with Stages(program, tiny("tiny-mlp").batches) as stages:
+        stages.advance(last)
+        assert [list(held) for held in stages._held] == [[last.args[0]]] * len(stages)
+
+
+def test_files_go_with_the_stages(tiny: Callable[[str], Any]) -> None:
+    program = tiny("tiny-mlp").normalized
+    *_, last = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
+    with Stages(program, tiny("tiny-mlp").batches, budget=0) as stages:
+        stages.advance(last)
+        paths = list(stages._held)
+        assert all(path.is_file() for path in paths)
+    assert not any(path.exists() for path in paths)
