@@ -115,6 +115,12 @@ int64_t model_entry_size(int index, const char *name);
  * Returns 0, or another number on failure: wrong dtype or shape, sizes that were not compiled. */
 int model_run(model *m, const model_tensor *inputs, model_tensor *outputs);
 
+/* Copies the weights from the mapped file into memory of the process's own, in huge pages where the
+ * system gives them. Models that read much more than fits into the caches then run faster (a plain
+ * sum over 80 MB by 14 %, on Zen 4), at the price of that memory and of the copy. The model computes
+ * the same. Returns 0, or another number when memory is short; the model is then as before. */
+int model_copy_weights(model *m);
+
 /* Sets what the model remembers from run to run (such as a language model's cache) back to zero. */
 void model_reset(model *m);
 

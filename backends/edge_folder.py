@@ -21,7 +21,9 @@ STATIC = "libmodel.a"
 HEADER = "model.h"
 
 SOURCES = Path(__file__).parent
-RUNTIME = ("edge_cpu.c", "edge_pool.c", "edge_runtime.c", "edge_run.c", "edge_decode.c")
+RUNTIME = (
+    "edge_cpu.c", "edge_pool.c", "edge_memory.c", "edge_runtime.c", "edge_run.c", "edge_decode.c",
+)  # fmt: skip
 RUNNER_SOURCES = ("edge_runner.c", "edge_npy.c")
 HEADERS = ("edge_program.h", "edge_runtime.h", "edge_npy.h")
 API = "edge_api.h"  # model.h, under the name that packages keep it by

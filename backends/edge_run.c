@@ -133,7 +133,7 @@ static void place_inputs(model *m, int e, const model_tensor *inputs) {
     void *data = inputs[i].data;
     if (!whole || (uintptr_t)data % ALIGNMENT) {
       data = m->ports[i];
-      if (!whole) memset(data, 0, port_bytes(port, entry->sizes));
+      if (!whole) memset(data, 0, (size_t)port_bytes(port, entry->sizes));
       copy_corner(data, full, inputs[i].data, inputs[i].shape, inputs[i].shape, port->rank,
                   element_types[port->dtype].bits / 8);
     }

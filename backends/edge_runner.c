@@ -22,6 +22,8 @@ static const char USAGE[] =
     "  --out DIR               where the outputs go, as NAME.npy; they are only described without\n"
     "  --threads N             threads that compute; 0 for one per CPU (default 1)\n"
     "  --weights FILE          default: weights.bin beside this program\n"
+    "  --copy-weights          copy the weights into memory, in huge pages if there are any: faster\n"
+    "                          for large models\n"
     "  --benchmark N           run N times and print the times; without inputs, on zeros\n"
     "  --profile               with --benchmark: where the time goes\n"
     "  --generate FILE.npy     language models: continue these tokens (int64), the likeliest first\n"
@@ -36,7 +38,7 @@ struct options {
   const char *files[PORTS]; /* by input */
   const char *out, *weights, *prompt;
   long threads, benchmark, tokens, stop[16];
-  int stops, profile, info;
+  int stops, profile, info, copy;
 };
 
 static void end(int code, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
@@ -89,6 +91,10 @@ static void parse(struct options *o, int count, char **words) {
     }
     if (!strcmp(word, "--info")) {
       o->info = 1;
+      continue;
+    }
+    if (!strcmp(word, "--copy-weights")) {
+      o->copy = 1;
       continue;
     }
     if (!strcmp(word, "--profile")) {
@@ -351,6 +357,7 @@ int main(int count, char **words) {
   }
   model *m = model_create(o.weights ? o.weights : weights_beside(), (int)o.threads);
   if (!m) end(BAD_INPUT, "%s", model_error(NULL));
+  if (o.copy) check(m, model_copy_weights(m));
   if (o.prompt) {
     generate(m, &o);
   } else if (o.benchmark && !given) {

@@ -1,19 +1,15 @@
-/* Makes a model ready to run: maps its weights, takes its memory, gives its tensors addresses. */
+/* Makes a model ready to run: gives its tensors addresses, checks the CPU, starts its threads. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "edge_runtime.h"
 
 static const struct program *const P = &compiled;
-static _Thread_local char create_error[600];
+_Thread_local char create_error[600];
 
 const struct element_type element_types[] = {
     [MODEL_FLOAT32] = {"float32", 2, 32}, [MODEL_FLOAT64] = {"float64", 2, 64},
@@ -32,10 +28,6 @@ int fail(char *error, size_t size, const char *format, ...) {
   return -1;
 }
 
-#define REFUSE(...) fail(create_error, sizeof create_error, __VA_ARGS__)
-
-static size_t padded(size_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 int size_index(const char *name) {
   for (int i = 0; i < P->size_count; i++)
     if (!strcmp(P->size_names[i], name)) return i;
@@ -46,9 +38,9 @@ int64_t extent(const model_port *port, int i, const int64_t *sizes) {
   return port->sizes[i] ? sizes[size_index(port->sizes[i])] : port->shape[i];
 }
 
-size_t port_bytes(const model_port *port, const int64_t *sizes) {
-  size_t size = element_types[port->dtype].bits / 8;
-  for (int i = 0; i < port->rank; i++) size *= (size_t)extent(port, i, sizes);
+uint64_t port_bytes(const model_port *port, const int64_t *sizes) {
+  uint64_t size = element_types[port->dtype].bits / 8;
+  for (int i = 0; i < port->rank; i++) size *= (uint64_t)extent(port, i, sizes);
   return size;
 }
 
@@ -56,92 +48,6 @@ int steps_before(int entry) {
   int count = 0;
   for (int i = 0; i < entry; i++) count += (int)P->entries[i].step_count;
   return count;
-}
-
-/* Two sums over 64-bit words, as Fletcher's: the second one sees the order. The end counts as
- * filled up with zeros. */
-static void checksum(const uint8_t *data, size_t size, uint64_t sums[2]) {
-  uint64_t a = 0, b = 0, word;
-  size_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    memcpy(&word, data + i, 8);
-    a += word;
-    b += a;
-  }
-  if (i < size) {
-    word = 0;
-    memcpy(&word, data + i, size - i);
-    a += word;
-    b += a;
-  }
-  sums[0] = a;
-  sums[1] = b;
-}
-
-static int map_weights(model *m, const char *path) {
-  struct stat status;
-  uint64_t sums[2];
-  int file = open(path, O_RDONLY | O_CLOEXEC);
-  if (file < 0) return REFUSE("%s cannot be read: %s", path, strerror(errno));
-  if (fstat(file, &status) || !S_ISREG(status.st_mode)) {
-    close(file);
-    return REFUSE("%s is no file", path);
-  }
-  if ((uint64_t)status.st_size != P->weights) {
-    close(file);
-    return REFUSE(
-        "%s has %lld bytes, and this model's weights have %llu: it is truncated or another model's",
-        path, (long long)status.st_size, (unsigned long long)P->weights);
-  }
-  if (P->weights > 0) {
-    void *data = mmap(NULL, (size_t)P->weights, PROT_READ, MAP_SHARED, file, 0);
-    if (data == MAP_FAILED) {
-      close(file);
-      return REFUSE("%s cannot be mapped into memory: %s", path, strerror(errno));
-    }
-    m->weights = data;
-  }
-  close(file);
-  checksum(m->weights, (size_t)P->weights, sums);
-  if (sums[0] != P->checksum[0] || sums[1] != P->checksum[1])
-    return REFUSE("%s is corrupt or another model's: its checksum differs", path);
-  return 0;
-}
-
-/* Arena, state and ports in one block, each as large as the largest entry needs. */
-static int take_memory(model *m) {
-  int ports = P->input_count + P->output_count, steps = steps_before(P->entry_count);
-  size_t arena = 0, total, *sizes = calloc((size_t)ports + 1, sizeof *sizes);
-  m->ports = calloc((size_t)ports + 1, sizeof *m->ports);
-  m->seconds = calloc((size_t)steps + 1, sizeof *m->seconds);
-  m->runs = calloc((size_t)steps + 1, sizeof *m->runs);
-  if (!sizes || !m->ports || !m->seconds || !m->runs) goto short_of_memory;
-  for (int e = 0; e < P->entry_count; e++) {
-    if (P->entries[e].arena > arena) arena = (size_t)P->entries[e].arena;
-    for (int i = 0; i < ports; i++) {
-      const model_port *port =
-          i < P->input_count ? &P->inputs[i] : &P->outputs[i - P->input_count];
-      size_t size = port_bytes(port, P->entries[e].sizes);
-      if (size > sizes[i]) sizes[i] = size;
-    }
-  }
-  total = padded(arena) + padded((size_t)P->state);
-  for (int i = 0; i < ports; i++) total += padded(sizes[i]);
-  if (posix_memalign((void **)&m->memory, 4096, total ? total : 1)) goto short_of_memory;
-  memset(m->memory, 0, total); /* here, not in the first run */
-  m->arena = m->memory;
-  m->state = m->arena + padded(arena);
-  total = padded(arena) + padded((size_t)P->state);
-  for (int i = 0; i < ports; i++) {
-    m->ports[i] = m->memory + total;
-    total += padded(sizes[i]);
-  }
-  free(sizes);
-  return 0;
-
-short_of_memory:
-  free(sizes);
-  return REFUSE("not enough memory for the model's intermediate results");
 }
 
 static int make_plans(model *m) {
@@ -219,11 +125,10 @@ void model_destroy(model *m) {
     free(m->plans[e].arguments);
   }
   free(m->plans);
-  free(m->memory);
   free(m->ports);
   free(m->seconds);
   free(m->runs);
-  if (m->weights) munmap((void *)(uintptr_t)m->weights, (size_t)P->weights);
+  give_memory(m);
   free(m);
 }
 

@@ -328,3 +328,28 @@ def test_info(edge: Make) -> None:
     assert info["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["rows", 8]}]
     assert info["outputs"][1] == {"name": "runs", "dtype": "int64", "shape": [1]}
     assert info["features"].split() == [*edge(NATIVE).model.features]
+
+
+@pytest.mark.parametrize(
+    ("target", "emulator", "lacking"),
+    [
+        ("tvm:aarch64:i8mm", "qemu-aarch64 -cpu cortex-a76", "i8mm"),
+        ("tvm:aarch64:dotprod", "qemu-aarch64 -cpu cortex-a57", "dotprod"),
+        ("tvm:aarch64:dotprod", "qemu-aarch64 -cpu neoverse-n1", ""),
+        ("tvm:armv7", "qemu-arm -cpu cortex-a9", "vfp4"),
+        ("tvm:armv7", "qemu-arm -cpu cortex-a7", ""),
+        ("tvm:x86-64-v3", "qemu-x86_64 -cpu Nehalem", "avx"),
+        ("tvm:x86-64-v3", "qemu-x86_64 -cpu max", ""),
+        ("tvm:x86-64", "qemu-x86_64 -cpu Nehalem", ""),
+    ],
+)
+def test_features_of_real_cpus(edge: Make, target: str, emulator: str, lacking: str) -> None:
+    """The check at start on emulated CPUs: it names what is missing, and lets the others run."""
+    if shutil.which(emulator.split(maxsplit=1)[0]) is None:
+        pytest.skip(f"{emulator.split(maxsplit=1)[0]} is not installed")
+    done = run(*emulator.split(), edge(target).folder / "model", "--benchmark", 1)
+    if lacking:
+        assert done.returncode == 2
+        assert f"this CPU lacks '{lacking}'" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

@@ -52,11 +52,15 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_run(watched: tuple[Any, Path], run: Run, tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("more", [[], ["--copy-weights"]])
+def test_a_run(
+    watched: tuple[Any, Path], run: Run, tmp_path: Path, threads: int, more: list[str]
+) -> None:
     x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     for words in (["x.npy"], ["--input", "x=x.npy"]):
-        done = run(*words, "--out", ".", "--threads", threads, "--benchmark", 3, "--profile")
+        words += ["--out", ".", "--threads", str(threads), "--benchmark", "3", "--profile", *more]
+        done = run(*words)
         assert done.returncode == 0, done.stderr
         assert "y float32 (5, 16) -> ./y.npy" in done.stdout
         assert "runs int64 (1,) -> ./runs.npy" in done.stdout
