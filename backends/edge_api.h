@@ -127,16 +127,17 @@ void model_reset(model *m);
 /* Language models only: how many tokens the model remembers at most; 0 for other models. */
 int64_t model_capacity(void);
 
+/* Language models only: how many different tokens it knows, 0, 1, and so on; 0 for other models. */
+int64_t model_vocabulary(void);
+
 /* Language models only: how many tokens the model has read since model_create() or model_reset(). */
 int64_t model_position(const model *m);
 
 /* Language models only: reads `count` further tokens, and gives the scores of what comes next.
  *
- * logits: set to the float32 scores of every token in the vocabulary, valid until the next call.
- * vocabulary: set to their number.
+ * logits: set to the float32 scores of all model_vocabulary() tokens, valid until the next call.
  * Returns 0, or another number on failure: no language model, or more tokens than the capacity. */
-int model_read(
-    model *m, const int64_t *tokens, int64_t count, const float **logits, int64_t *vocabulary);
+int model_read(model *m, const int64_t *tokens, int64_t count, const float **logits);
 
 /* Where the time goes. model_profile() starts (on != 0) or stops measuring and sets all times to
  * zero; model_step() describes one kernel call: a line for people in `label`, the seconds spent in

@@ -53,6 +53,10 @@ int model_step(const model *m, int index, const char **label, double *seconds, i
 
 int64_t model_capacity(void) { return P->decodes ? P->capacity : 0; }
 
+int64_t model_vocabulary(void) {
+  return P->decodes ? P->outputs[P->logits].shape[2] : 0;
+}
+
 int64_t model_position(const model *m) { return m->position; }
 
 /* How many of `left` tokens to read next, in which chunk: an entry's length in `length`, and in
@@ -89,12 +93,10 @@ static int64_t choose(const model *m, int64_t done, int64_t left, int64_t *lengt
   return full;
 }
 
-int model_read(
-    model *m, const int64_t *tokens, int64_t count, const float **logits, int64_t *vocabulary) {
+int model_read(model *m, const int64_t *tokens, int64_t count, const float **logits) {
   model_tensor inputs[2], outputs[2];
   if (!P->decodes) return FAIL(m, "this is no language model; use model_run()");
-  const model_port *port = &P->outputs[P->logits];
-  int64_t words = port->shape[port->rank - 1];
+  int64_t words = model_vocabulary();
   if (!tokens || count < 1) return FAIL(m, "no tokens to read");
   if (count > P->capacity - m->position)
     return FAIL(m,
@@ -119,6 +121,5 @@ int model_read(
   }
   const model_tensor *scores = &outputs[P->logits];
   *logits = (const float *)scores->data + (scores->shape[1] - 1) * words;
-  *vocabulary = words;
   return 0;
 }

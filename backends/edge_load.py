@@ -155,6 +155,11 @@ class Native:
         """Tokens that a language model has read since it was loaded or reset."""
         return int(self._library.model_position(self._model))
 
+    @property
+    def vocabulary(self) -> int:
+        """How many different tokens a language model knows; 0 for other models."""
+        return int(self._library.model_vocabulary())
+
     def read(self, tokens: Tensor) -> Tensor:
         """Language models: read further tokens (int64, any shape), in order.
 
@@ -165,13 +170,11 @@ class Native:
             InputError: if there are more tokens than the capacity, or one is not in the vocabulary.
         """
         array = np.ascontiguousarray(tokens.numpy().reshape(-1), np.int64)
-        scores, words = ctypes.POINTER(ctypes.c_float)(), ctypes.c_int64()
+        scores = ctypes.POINTER(ctypes.c_float)()
         given = array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
-        if self._library.model_read(
-            self._model, given, len(array), ctypes.byref(scores), ctypes.byref(words)
-        ):
+        if self._library.model_read(self._model, given, len(array), ctypes.byref(scores)):
             raise InputError(self._library.model_error(self._model).decode())
-        return torch.from_numpy(np.ctypeslib.as_array(scores, (words.value,)).copy())
+        return torch.from_numpy(np.ctypeslib.as_array(scores, (self.vocabulary,)).copy())
 
 
 def _open(path: Path) -> Any:
@@ -190,11 +193,12 @@ def _open(path: Path) -> Any:
     library.model_error.restype = ctypes.c_char_p
     library.model_error.argtypes = (pointer,)
     library.model_input.restype = library.model_output.restype = ctypes.POINTER(_Port)
-    library.model_capacity.restype = library.model_position.restype = ctypes.c_int64
+    library.model_capacity.restype = library.model_vocabulary.restype = ctypes.c_int64
+    library.model_position.restype = ctypes.c_int64
     library.model_position.argtypes = (pointer,)
     library.model_read.argtypes = (
         pointer, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64,
-        ctypes.POINTER(ctypes.POINTER(ctypes.c_float)), ctypes.POINTER(ctypes.c_int64),
+        ctypes.POINTER(ctypes.POINTER(ctypes.c_float)),
     )  # fmt: skip
     library.model_run.argtypes = (pointer, ctypes.POINTER(_Tensor), ctypes.POINTER(_Tensor))
     return library

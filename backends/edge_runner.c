@@ -300,7 +300,7 @@ static void generate(model *m, const struct options *o) {
   char error[4300];
   model_tensor prompt;
   const float *logits;
-  int64_t words, count = 1, made = 0;
+  int64_t count = 1, made = 0;
   if (npy_read(o->prompt, &prompt, error, sizeof error)) end(BAD_INPUT, "%s", error);
   if (prompt.dtype != MODEL_INT64)
     end(BAD_INPUT, "%s: it holds %s, and tokens are int64", o->prompt, npy_name(prompt.dtype));
@@ -310,19 +310,19 @@ static void generate(model *m, const struct options *o) {
     count *= prompt.shape[d];
   }
   double start = now();
-  check(m, model_read(m, prompt.data, count, &logits, &words));
+  check(m, model_read(m, prompt.data, count, &logits));
   double read = now() - start;
   free(prompt.data);
   start = now();
   while (made < o->tokens) {
-    int64_t token = likeliest(logits, words);
+    int64_t token = likeliest(logits, model_vocabulary());
     int stop = 0;
     printf(made ? " %lld" : "%lld", (long long)token);
     fflush(stdout);
     made++;
     for (int i = 0; i < o->stops; i++) stop |= o->stop[i] == token;
     if (stop || made == o->tokens || model_position(m) == model_capacity()) break;
-    check(m, model_read(m, &token, 1, &logits, &words));
+    check(m, model_read(m, &token, 1, &logits));
   }
   double wrote = now() - start;
   putchar('\n');

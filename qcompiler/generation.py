@@ -270,11 +270,13 @@ class Generator:
 
 def runtime(folder: Path, target: str, threads: int | None = None) -> Runtime:
     """The target's decoder of the model in `folder`: an artifact's own, or its float model."""
-    if target.partition(":")[0] != "ort":
-        raise UnsupportedError(f"target '{target}' writes no text; compile for ort:cpu")
     from importlib import import_module
 
-    made: Any = import_module("qcompiler.backends.ort_decode").Decoder(folder, threads)
+    backends = {"ort": "ort_decode", "tvm": "edge_decode"}
+    name = backends.get(target.partition(":")[0])
+    if name is None:
+        raise UnsupportedError(f"target '{target}' writes no text; compile for ort:cpu")
+    made: Any = import_module(f"qcompiler.backends.{name}").Decoder(folder, threads)
     decoder: Runtime = made
     return decoder
 

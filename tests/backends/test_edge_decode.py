@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from qcompiler import generation
 from qcompiler.backends import edge_folder, edge_load
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step, Tensor
 from qcompiler.backends.edge_target import machine
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.target import Target
 
 tvm = pytest.importorskip("tvm", reason="the extra tvm is not installed")
@@ -198,6 +199,29 @@ def test_other_models_read_no_tokens(edge: Any) -> None:
     assert model.capacity == 0
     with pytest.raises(InputError, match="no language model"):
         model.read(torch.tensor([1]))
+
+
+def test_as_the_runtime_of_a_generator(folders: Any, edge: Any) -> None:
+    """What `qcompiler run --prompt` reads and writes with."""
+    model = generation.runtime(folders((1, 4, 16), True), "tvm:native", 1)
+    assert model.vocabulary == WORDS
+    tokens = np.arange(9) % WORDS
+    model.reset(CAPACITY)
+    (row,) = model.feed(tokens, last=True)
+    assert row.argmax() == following(tokens.tolist())
+    assert model.length == 9
+    model.reset(CAPACITY)
+    rows = model.feed(tokens)
+    assert rows.shape == (9, WORDS)
+    expected = [following(tokens[: i + 1].tolist()) for i in range(9)]
+    assert rows.argmax(1).tolist() == expected
+    with pytest.raises(InputError, match="41 tokens asked for, and the model was compiled for 40"):
+        model.reset(CAPACITY + 1)
+    with pytest.raises(InputError, match="no language model"):
+        generation.runtime(edge("tvm:native").folder, "tvm:native")
+    if shutil.which("riscv64-linux-gnu-gcc") and shutil.which("qemu-riscv64"):
+        with pytest.raises(UnsupportedError, match=r"code for another machine.*--generate"):
+            generation.runtime(edge("tvm:riscv64").folder, "tvm:riscv64")
 
 
 @pytest.mark.parametrize("target", ["tvm:native", "tvm:aarch64"])
