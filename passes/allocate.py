@@ -40,7 +40,7 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         UnsupportedError: if the target has no kernel for the recipe's formats.
     """
     weight, activation = recipe.weight_type, recipe.activation_type
-    reason = target.refusal(weight, activation)
+    reason = target.refusal(weight, activation, recipe.cache_types)
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type
@@ -59,6 +59,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     draft = Draft(program)
     entries: dict[Site, Assignment] = {}
     refusals: list[Refusal] = []
+    if target.quantizes_itself(weight, activation):
+        reason = f"'{target}' quantizes what {weight} weights read to int8 itself, block by block"
+        refusals.append(Refusal("all activations", reason))
+        activation = None
     if weight is not None and target.stored_bits(weight) != weight.bits:
         stored = f"{weight}: '{target}' stores each weight in {target.stored_bits(weight)} bits"
         refusals.append(Refusal("all weights", stored))

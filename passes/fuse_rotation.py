@@ -21,7 +21,6 @@ that something reads which cannot undo a rotation; values whose channels an op t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +30,11 @@ from qcompiler import ops
 from qcompiler.hadamard import Rotation, randomized
 from qcompiler.regions import (
     LINEAR,
-    MOVES,
     NORMS,
     SDPA,
     Reader,
     Region,
+    before_repeat,
     concrete_shape,
     find_regions,
 )
@@ -318,7 +317,7 @@ def _rotate_keys(draft: Draft) -> None:
     shared: dict[Node, Node] = {}
     for attention in draft.calls(SDPA):
         for index in (0, 1):
-            reader, position = _unrepeated(attention, index)
+            reader, position = before_repeat(attention, index)
             source = operand(reader, position)
             if source.target is ops.rotate:
                 continue
@@ -334,20 +333,3 @@ def _rotate_keys(draft: Draft) -> None:
             draft.set_input(reader, position, shared[source])
     for size, (rotation, _, _) in factors.known.items():
         _say(draft, "R3", rotation, f"query and key heads of {size} channels, when it runs")
-
-
-def _unrepeated(attention: Node, index: int) -> tuple[Node, int]:
-    """The reader, and its operand, of a query or key before its heads are repeated."""
-    reader, position = attention, index
-    while True:
-        source: Any = operand(reader, position)
-        before = operand(source, 0) if source.op == "call_function" else None
-        if (
-            source.target not in MOVES
-            or not isinstance(before, Node)
-            or concrete_shape(before)[-1:] != concrete_shape(source)[-1:]
-            or len(concrete_shape(before)) < 4
-            or len(source.users) > 1
-        ):
-            return reader, position
-        reader, position = source, 0

@@ -29,6 +29,7 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.quantize_cache import quantize_cache
 from qcompiler.passes.round_weights import round_weights, rounding_notes
 from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
@@ -89,7 +90,7 @@ def compile(
     say = _Clock(progress)
     target = Target.parse(target) if isinstance(target, str) else target
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    reason = target.refusal(recipe.weight_type, recipe.activation_type)
+    reason = target.refusal(recipe.weight_type, recipe.activation_type, recipe.cache_types)
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     if target.runtime == "torch":
@@ -167,7 +168,9 @@ def quantize(
         program = step(fold_norm(program, center=rotates), program)
     if rotates:
         say("fuse_rotation")
-        rotated = fuse_rotation(program, recipe.seed, inputs=activation is not None)
+        rotated = fuse_rotation(
+            program, recipe.seed, inputs=activation is not None, keys=recipe.keys is not None
+        )
         program = step(rotated, program)
 
     factors: Mapping[str, Factor] = {}
@@ -188,8 +191,9 @@ def quantize(
         scales = search_awq(program, seen, allocate(program, recipe, target))
         program = step(smooth(program, scales, insert=False), program)
 
-    say("fuse_attention")
-    program = step(fuse_attention(program), program)
+    if not any(recipe.cache_types):  # the cache is quantized where the heads are apart
+        say("fuse_attention")
+        program = step(fuse_attention(program), program)
     if recipe.merge_linears:
         say("merge_linears")
         program = step(merge_linears(program), program)
@@ -220,6 +224,9 @@ def quantize(
 
     say("insert_qdq")
     program = insert_qdq(program, plan, rounded)
+    if any(recipe.cache_types):
+        say("quantize_cache")
+        program = quantize_cache(program, *recipe.cache_types, window=recipe.window)
     if recipe.correct_bias and activation is not None:
         say("correct_bias")
         sample = _spread(list(data.calibration()), CORRECTED)

@@ -7,6 +7,8 @@
     qc::attention         softmax(q kᵀ · scale + mask) v over the heads of
                           (batch, sequence, heads · size) tensors
     qc::rotate            x · (left ⊗ right) along the last axis
+    qc::cache_round_trip  keys or values as a quantized cache would give them back
+    qc::cache_attention   attention that reads the newest tokens in float, older ones quantized
 
 The quantize/dequantize arithmetic is that of ONNX QuantizeLinear-21 and DynamicQuantizeLinear-11.
 An axis and a group size are arguments, as in ONNX (`axis`, `block_size`); `group` 0 means none.
@@ -34,6 +36,11 @@ _library.define("unpack(Tensor packed, str element, int[] shape) -> Tensor")
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale,"
     " bool causal) -> Tensor"
+)
+_library.define("cache_round_trip(Tensor x, str qtype) -> Tensor")
+_library.define(
+    "cache_attention(Tensor q, Tensor k, Tensor v, Tensor old_k, Tensor old_v, Tensor? mask,"
+    " float? scale, bool causal, int window) -> Tensor"
 )
 _library.define("rotate(Tensor x, Tensor left, Tensor right) -> Tensor")
 
@@ -93,6 +100,54 @@ def _attention(
     return out.transpose(1, 2).flatten(2)
 
 
+def _cache_round_trip(x: Tensor, text: str) -> Tensor:
+    """(batch, heads, tokens, size); a scale for each token, or for each channel of n tokens."""
+    kind = QType.parse(text)
+    if not kind.group:
+        return _round_trip_rows(x, kind)
+    full = x.shape[2] // kind.group * kind.group  # a group that is not full stays in float
+    groups = x[:, :, :full].transpose(-1, -2).unflatten(-1, (-1, kind.group))
+    rounded = _round_trip_rows(groups, kind).flatten(-2).transpose(-1, -2)
+    return torch.cat([rounded, x[:, :, full:]], 2)
+
+
+def _round_trip_rows(x: Tensor, kind: QType) -> Tensor:
+    rows = QType(kind.element, "token", symmetric=kind.symmetric)
+    q, scale, zero = _dynamic_quantize(x, str(rows))
+    return _dequantize(q, scale, zero, 0, 0)
+
+
+def _cache_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    repeat = q.shape[1] // k.shape[1]
+    k, v, old_k, old_v = (t.repeat_interleave(repeat, 1) for t in (k, v, old_k, old_v))
+    queries, keys = q.shape[-2], k.shape[-2]
+    # The last query stands at the last key.
+    age = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    new = age < window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.where(new, q @ k.transpose(-1, -2), q @ old_k.transpose(-1, -2)) * scale
+    if causal:
+        scores = scores.masked_fill(age < 0, float("-inf"))
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        )
+    shares = scores.softmax(-1)
+    return (shares * new) @ v + (shares * ~new) @ old_v
+
+
+_library.impl("cache_round_trip", _cache_round_trip, "CompositeExplicitAutograd")
+_library.impl("cache_attention", _cache_attention, "CompositeExplicitAutograd")
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dynamic_quantize", _dynamic_quantize, "CompositeExplicitAutograd")
@@ -142,6 +197,28 @@ def _fake_attention(
     return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads])
 
 
+def _fake_cache_round_trip(x: Tensor, text: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_cache_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    return q.new_empty([*q.shape[:-1], v.shape[-1]])
+
+
+torch.library.register_fake("qc::cache_round_trip", _fake_cache_round_trip)
+torch.library.register_fake("qc::cache_attention", _fake_cache_attention)
+
+
 def _fake_rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -159,3 +236,5 @@ dynamic_quantize = torch.ops.qc.dynamic_quantize.default
 unpack = torch.ops.qc.unpack.default
 attention = torch.ops.qc.attention.default
 rotate = torch.ops.qc.rotate.default
+cache_round_trip = torch.ops.qc.cache_round_trip.default
+cache_attention = torch.ops.qc.cache_attention.default

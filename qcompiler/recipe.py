@@ -66,6 +66,15 @@ class Recipe(BaseModel):
         False,
         description="search how far each weight scale's range may be cut (needs data; AWQ always)",
     )
+    keys: str | None = Field(
+        None,
+        description="format of cached keys: per token and head (uint4:token:affine), or per "
+        "channel over n tokens (uint4:g32:affine)",
+    )
+    values: str | None = Field(None, description="format of cached values, per token and head")
+    window: int = Field(
+        0, ge=0, description="newest tokens whose keys and values each query reads in float"
+    )
     keep_moment: bool = Field(
         False,
         description="correct weight scales so that the weights keep their second moment",
@@ -90,7 +99,7 @@ class Recipe(BaseModel):
         0.0, description="fail when an output's SQNR against the float model is lower, in dB"
     )
 
-    @field_validator("weights", "activations", "embeddings")
+    @field_validator("weights", "activations", "embeddings", "keys", "values")
     @classmethod
     def _is_format(cls, value: str | None) -> str | None:
         return None if value in (None, "none", "float", "None") else str(QType.parse(value))
@@ -114,6 +123,12 @@ class Recipe(BaseModel):
     def embedding_type(self) -> QType | None:
         """The parsed embedding format."""
         return QType.parse(self.embeddings) if self.embeddings else None
+
+    @property
+    def cache_types(self) -> tuple[QType | None, QType | None]:
+        """The parsed formats of cached keys and values."""
+        keys, values = (QType.parse(text) if text else None for text in (self.keys, self.values))
+        return keys, values
 
     @property
     def needs_data(self) -> bool:
@@ -177,7 +192,26 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
         "2-bit affine weights in groups of 32 by GPTQ: a trial; ONNX Runtime stores them in 4 bits",
         Recipe(name="w2a16", weights="int2:g32:affine", rounding="gptq", clip=True),
     ),
-}
+    "w4a8": (
+        "int4 weights by GPTQ, int8 activations with a scale for each token",
+        Recipe(name="w4a8", weights="int4:g32", activations="int8:token", rounding="gptq"),
+    ),
+    "w4a8kv8": (
+        "w4a8 with 8-bit keys and values in the cache",
+        Recipe(
+            name="w4a8kv8", weights="int4:g32", activations="int8:token", rounding="gptq",
+            keys="uint8:token:affine", values="uint8:token:affine",
+        ),
+    ),
+    "w4a4kv4": (
+        "4-bit weights, activations, keys and values, all rotated by Hadamard matrices (QuaRot)",
+        Recipe(
+            name="w4a4kv4", weights="int4:channel", activations="int4:token", rounding="gptq",
+            keys="uint4:token:affine", values="uint4:token:affine", rotation="hadamard",
+            smooth=False,
+        ),
+    ),
+}  # fmt: skip
 
 
 def load_recipe(text: str, settings: Mapping[str, Any] | None = None) -> Recipe:

@@ -447,3 +447,28 @@ def scale_writer(draft: Draft, writer: Node, scale: Tensor, shift: Tensor) -> No
     args = list(writer.args)
     args[position : position + 1] = [fresh]
     writer.args = tuple(args)
+
+
+def before_repeat(attention: Node, index: int) -> tuple[Node, int]:
+    """Where a query, key or value enters the chain that repeats its heads for the attention.
+
+    Args:
+        attention: reads four-dimensional heads.
+        index: 0, 1 or 2 for query, key and value.
+
+    Returns:
+        A reader and the position of its operand; the attention itself where nothing is repeated.
+    """
+    reader, position = attention, index
+    while True:
+        source: Any = operand(reader, position)
+        before = operand(source, 0) if source.op == "call_function" else None
+        if (
+            source.target not in MOVES
+            or not isinstance(before, Node)
+            or concrete_shape(before)[-1:] != concrete_shape(source)[-1:]
+            or len(concrete_shape(before)) < 4
+            or len(source.users) > 1
+        ):
+            return reader, position
+        reader, position = source, 0

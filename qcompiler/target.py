@@ -113,13 +113,45 @@ class Target:
         """
         return self.runtime == "ort" and CPU_FEATURES[self.effective_feature]
 
-    def refusal(self, weight: QType | None, activation: QType | None) -> str | None:
-        """Why this target has no kernel for the pair, or None."""
+    def refusal(
+        self,
+        weight: QType | None,
+        activation: QType | None,
+        cache: tuple[QType | None, QType | None] = (None, None),
+    ) -> str | None:
+        """Why this target has no kernel for the formats, or None.
+
+        Args:
+            weight: of linears.
+            activation: of what they read.
+            cache: of cached keys and values.
+        """
+        if any(cache) and self.runtime != "torch":
+            return (
+                "nothing here reads a quantized key-value cache yet; leave it in float "
+                "(--set keys=none --set values=none), or measure the formats on torch:cpu"
+            )
         if weight is not None and weight.dynamic:
             return f"weights have one scale for the tensor, a channel or a group, not {weight}"
         if self.runtime == "torch":  # every format has its arithmetic in `qcompiler.ops`
             return None
+        if self.quantizes_itself(weight, activation):
+            activation = None
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
+
+    def quantizes_itself(self, weight: QType | None, activation: QType | None) -> bool:
+        """Whether its kernel for such weights quantizes float activations on its own.
+
+        ONNX Runtime's MatMulNBits does, at accuracy level 4: to int8, a scale for each block.
+        """
+        return (
+            self.runtime == "ort"
+            and weight is not None
+            and weight.bits <= 4
+            and weight.group is not None
+            and activation is not None
+            and (activation.element, activation.granularity) == ("int8", "token")
+        )
 
     def stored_bits(self, weight: QType) -> int:
         """Bits that one weight takes there: ONNX Runtime's kernels read 4 and 8."""

@@ -18,12 +18,14 @@ import qcompiler
 from qcompiler import artifact as artifacts
 from qcompiler import deliver
 from qcompiler.artifact import Artifact
-from qcompiler.compiler import compile, verify
+from qcompiler.compiler import compile, quantize, verify
+from qcompiler.data import Data
 from qcompiler.errors import CaptureError, InputError, QCompilerError, UnsupportedError, VerifyError
 from qcompiler.models import ZOO
 from qcompiler.program import capture, load_pt2
 from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
+from qcompiler.target import Target
 from qcompiler.verify import Sqnr
 
 pytestmark = pytest.mark.usefixtures("torchlib_once")
@@ -320,6 +322,45 @@ def test_weight_only_recipes_need_no_data_and_say_so(tmp_path: Path) -> None:
     artifact = compile(module, (torch.randn(4, 32),), recipe="w4a16", out=tmp_path / "artifact")
     (entry,) = (e for e in artifact.manifest["history"] if e["name"] == "round_weights")
     assert "gptq needs calibration data; weights are rounded to nearest" in str(entry["refusals"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 4, "keys": "uint4:g4:affine"}], ids=str)
+def test_formats_are_simulated_in_torch(settings: dict[str, Any]) -> None:
+    spec = ZOO["tiny-gqa-decoder"].build()
+    program = capture(spec.module, spec.example_inputs, spec.dynamic_shapes)
+    recipe = load_recipe("w4a4kv4", settings)
+    compiled = quantize(
+        program, Data(program, spec, recipe), recipe, Target.parse("torch:cpu"), lambda step: None
+    )
+    names = [str(node.target) for node in compiled.quantized.exported.graph.nodes]
+    assert sum("dynamic_quantize" in name for name in names) == 5  # one for each tensor
+    assert sum("cache_round_trip" in name for name in names) == 2
+    assert "quantize_cache" in [entry.name for entry in compiled.quantized.history]
+    (batch, *_) = Data(program, spec, recipe).held_out()
+    db = sqnr(program.run(batch)[0], compiled.quantized.run(batch)[0])
+    assert 4.0 < db < 25.0
+
+
+def test_four_bit_weights_with_eight_bit_activations_on_onnx_runtime(tmp_path: Path) -> None:
+    spec = ZOO["tiny-gqa-decoder"].build()
+    recipe = load_recipe("w4a8", {"weights": "int4:g16"})
+    artifact = compile(spec, recipe=recipe, out=tmp_path / "artifact")
+    assert "quantizes what int4:g16 weights read to int8 itself" in str(
+        artifact.manifest["refusals"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "message"),
+    [
+        ("w4a8kv8", "ort:cpu", "nothing here reads a quantized key-value cache yet"),
+        ("w4a4kv4", "tvm:x86-64", "nothing here reads a quantized key-value cache yet"),
+        ("w8", "torch:cpu", "simulates formats for measuring and writes no artifact"),
+    ],
+)
+def test_what_is_only_simulated(recipe: str, target: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        compile(LINEAR, (X,), recipe=recipe, target=target, out=tmp_path / "artifact")
 
 
 def test_three_bits_are_said_to_be_stored_in_four(tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.quantize_cache import quantize_cache
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
 from qcompiler.program import Entry, Program
+from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.rewrite import Draft, rewrite
 from qcompiler.target import Target
@@ -107,6 +109,13 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     for batch in checks:
         for old, new in zip(corrected.run(batch), packed.run(batch), strict=True):
             assert torch.equal(old, new)
+
+    kind = QType.parse("int8:token")
+    for window in (0, 4):
+        check_contract(
+            quantize_cache, model.normalized, checks, idempotent=False,
+            keys=kind, values=kind, window=window,
+        )  # fmt: skip
 
     plan, _ = plan_for(program, "w4a16", model.batches)
     quantized = check_contract(insert_qdq, program, checks, idempotent=False, plan=plan)
