@@ -13,6 +13,8 @@
  * the same, bit for bit, whatever the number of threads.
  *
  * Memory: all of it is taken in model_create() and in the first run of each size; later runs take none.
+ *
+ * Processes: a child of fork() may destroy its copy of a model, and create its own; not run it.
  */
 #ifndef MODEL_H
 #define MODEL_H

@@ -88,7 +88,7 @@ def write(edge: EdgeModel, folder: Path, extra: Sequence[str] = ()) -> None:
         tools.run(work, tools.ar, "rcs", STATIC, "model.o")
         libraries = ["-lpthread", "-lm"]
         tools.cc(
-            work, *options, "-shared", "-Wl,--version-script=exports", "-Wl,-z,noexecstack",
+            work, *options, "-shared", "-Wl,--version-script=exports", f"-Wl,-soname,{SHARED}",
             "model.o", *libraries, "-o", SHARED,
         )  # fmt: skip
         tools.cc(

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class Native:
         self._model = self._library.model_create(str(folder / WEIGHTS).encode(), threads)
         if not self._model:
             raise InputError(f"{folder}: {self._library.model_error(None).decode()}")
+        self._lock = threading.Lock()  # outputs lie in the model's memory until the next run
         self._end = weakref.finalize(self, self._library.model_destroy, self._model)
         count = self._library.model_input_count()
         ports = [self._library.model_input(i).contents for i in range(count)]
@@ -137,13 +139,15 @@ class Native:
             slot.dtype, slot.rank = DTYPES.index(array.dtype.name), array.ndim
             slot.shape[: array.ndim] = array.shape
             slot.data = array.ctypes.data
-        if self._library.model_run(self._model, given, found):
-            raise InputError(self._library.model_error(self._model).decode())
-        return tuple(_copied(slot) for slot in found)
+        with self._lock:
+            if self._library.model_run(self._model, given, found):
+                raise InputError(self._library.model_error(self._model).decode())
+            return tuple(_copied(slot) for slot in found)
 
     def reset(self) -> None:
         """Forget what earlier runs left in the model's state."""
-        self._library.model_reset(self._model)
+        with self._lock:
+            self._library.model_reset(self._model)
 
     @property
     def capacity(self) -> int:
@@ -172,9 +176,10 @@ class Native:
         array = np.ascontiguousarray(tokens.numpy().reshape(-1), np.int64)
         scores = ctypes.POINTER(ctypes.c_float)()
         given = array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
-        if self._library.model_read(self._model, given, len(array), ctypes.byref(scores)):
-            raise InputError(self._library.model_error(self._model).decode())
-        return torch.from_numpy(np.ctypeslib.as_array(scores, (self.vocabulary,)).copy())
+        with self._lock:
+            if self._library.model_read(self._model, given, len(array), ctypes.byref(scores)):
+                raise InputError(self._library.model_error(self._model).decode())
+            return torch.from_numpy(np.ctypeslib.as_array(scores, (self.vocabulary,)).copy())
 
 
 def _open(path: Path) -> Any:

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "edge_program.h"
 
@@ -49,6 +50,7 @@ struct loop {
 
 struct pool {
   int threads, spins, active;
+  pid_t process; /* that created it: a forked child has none of its threads */
   struct worker *workers;
   pthread_mutex_t lock;
   pthread_cond_t wake;
@@ -145,6 +147,7 @@ struct pool *pool_create(int threads) {
   pthread_mutex_init(&pool->lock, NULL);
   pthread_cond_init(&pool->wake, NULL);
   pool->threads = 1;
+  pool->process = getpid();
   pool->spins = threads <= cpu_count() ? SPINS : 0;
   pool->workers[0].pool = pool;
   for (int i = 1; i < threads; i++) {
@@ -164,13 +167,16 @@ struct pool *pool_create(int threads) {
 
 void pool_destroy(struct pool *pool) {
   if (!pool) return;
-  atomic_store(&pool->stop, 1);
-  publish(pool, NULL, NULL, 0);
-  for (int i = 1; i < pool->threads; i++) pthread_join(pool->workers[i].thread, NULL);
+  /* In a forked child there are no threads to end, and what they wait on stays as it was. */
+  if (pool->process == getpid()) {
+    atomic_store(&pool->stop, 1);
+    publish(pool, NULL, NULL, 0);
+    for (int i = 1; i < pool->threads; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->lock);
+  }
   for (int i = 0; i < pool->threads; i++)
     for (int j = 0; j < BLOCKS; j++) free(pool->workers[i].blocks[j].data);
-  pthread_cond_destroy(&pool->wake);
-  pthread_mutex_destroy(&pool->lock);
   free(pool->workers);
   free(pool);
 }

@@ -6,7 +6,9 @@ import ctypes
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,40 @@ def test_thread_counts_give_equal_bits(edge: Make) -> None:
     x = inputs(61)
     first, *others = (edge_load.load(folder, threads)(x)[0] for threads in (1, 2, 3, 7))
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_python_threads_take_turns(edge: Make) -> None:
+    made = edge(NATIVE)
+    model = edge_load.load(made.folder, 2)
+
+    def work(seed: int) -> bool:
+        x = inputs(seed % 60 + 1, seed)
+        agrees(made, x, model(x)[0])
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(200)))
+    assert model(inputs(1))[1].item() == 201
+
+
+def test_a_forked_process_ends(edge: Make) -> None:
+    """A child of fork has the model, but none of its threads: it can let it go, and load anew."""
+    code = """
+import os, sys, torch
+from pathlib import Path
+from qcompiler.backends.edge_load import load
+model = load(Path(sys.argv[1]), 3)
+x = torch.ones(64, 8)
+y = model(x)[0]
+child = os.fork()
+if child == 0:
+    del model
+    good = torch.equal(load(Path(sys.argv[1]), 3)(x)[0], y)
+    os._exit(0 if good else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(edge(NATIVE).folder)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 
 def test_models_in_one_process_are_apart(edge: Make, tmp_path: Path) -> None:
@@ -270,6 +306,9 @@ def test_example(edge: Make, target: str, tmp_path: Path) -> None:
     if not aim.here and shutil.which(aim.qemu[0]) is None:
         pytest.skip(f"{aim.qemu[0]} is not installed")
     compiler = "cc" if aim.here else aim.compiler
+    if aim.here and shutil.which("c++"):
+        cpp = ("-std=c++11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only")
+        assert run("c++", *cpp, "-x", "c++", made.folder / "model.h").returncode == 0
     source, library = made.folder / "example.c", made.folder / "libmodel.a"
     built = run(
         compiler, "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-static", source,

@@ -268,6 +268,60 @@ def test_fuzzed_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert good > len(HEADERS)
 
 
+GARBAGE = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include "model.h"
+
+/* Runs the model on tensors whose dtype, rank and shape are anything. */
+static unsigned next(void) {
+  static unsigned state = 1;
+  return state = state * 1664525u + 1013904223u, state >> 8;
+}
+
+int main(void) {
+  static float numbers[65 * 8];
+  static const long long sizes[] = {0, 1, 3, 8, 64, 65, -1, 1ll << 31, 1ll << 62, -(1ll << 62)};
+  model *m = model_create("weights.bin", 2);
+  int good = 0, bad = 0;
+  for (int i = 0; m && i < 20000; i++) {
+    model_tensor input = {MODEL_FLOAT32, 2, {1, 8}, numbers}, outputs[2];
+    if (next() % 2) input.shape[0] = sizes[next() % 10];
+    if (next() % 4 == 0) input.shape[1] = sizes[next() % 10];
+    if (next() % 4 == 0) input.rank = (int)(next() % 12) - 2;
+    if (next() % 9 == 0) input.rank = (int)next();
+    if (next() % 4 == 0) input.dtype = (model_dtype)((int)(next() % 16) - 2);
+    if (next() % 9 == 0) input.data = (char *)numbers + 4;
+    if (next() % 9 == 0) input.data = NULL;
+    if (model_run(m, &input, outputs))
+      bad += *model_error(m) != 0;
+    else
+      good += outputs[0].shape[0] == input.shape[0];
+  }
+  printf("%d %d\n", good, bad);
+  model_destroy(m);
+  return 0;
+}
+"""
+
+
+def test_garbage_in_c(watched: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = watched[1]
+    (tmp_path / "garbage.c").write_text(GARBAGE)
+    command = [
+        "cc", "-g", "-fsanitize=address,undefined", f"-I{folder}", str(tmp_path / "garbage.c"),
+        str(folder / "libmodel.a"), "-lm", "-lpthread", "-o", str(tmp_path / "garbage"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    done = subprocess.run(
+        [tmp_path / "garbage"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    good, bad = map(int, done.stdout.split())
+    assert good + bad == 20000
+    assert min(good, bad) > 3000
+
+
 BARRIER = r"""
 #include <stdio.h>
 #include <stdlib.h>
