@@ -27,6 +27,8 @@ MAX_RANK = 8
 # In the order of model_dtype.
 DTYPES = ("float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16",
           "uint32", "uint64", "bool")  # fmt: skip
+_TORCH = tuple(getattr(torch, name) for name in DTYPES)
+_NUMBERS = {dtype: number for number, dtype in enumerate(_TORCH)}
 # ELF's numbers of machines.
 _FAMILIES = {62: "x86-64", 183: "aarch64", 40: "armv7", 243: "riscv64"}
 
@@ -127,22 +129,26 @@ class Native:
         count = self._library.model_input_count()
         ports = [self._library.model_input(i).contents for i in range(count)]
         self.inputs = tuple(_Info(p.name.decode(), DTYPES[p.dtype]) for p in ports)
-        self._outputs = self._library.model_output_count()
+        self._given = (_Tensor * count)()
+        self._found = (_Tensor * self._library.model_output_count())()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One run. Inputs of the ports' dtypes and shapes; outputs are copies."""
-        arrays = _arrays(inputs, self.inputs)
-        given, found = (_Tensor * len(arrays))(), (_Tensor * self._outputs)()
-        for slot, array in zip(given, arrays, strict=True):
-            if array.dtype.name not in DTYPES or array.ndim > MAX_RANK:
-                raise InputError(f"no model takes {array.dtype} of rank {array.ndim}")
-            slot.dtype, slot.rank = DTYPES.index(array.dtype.name), array.ndim
-            slot.shape[: array.ndim] = array.shape
-            slot.data = array.ctypes.data
+        _check_count(inputs, self.inputs)
         with self._lock:
-            if self._library.model_run(self._model, given, found):
+            kept = []  # until the run is over: a copy may be all that holds an input's memory
+            for slot, value in zip(self._given, inputs, strict=True):
+                value = value.detach().cpu().contiguous()
+                if value.dtype not in _NUMBERS or value.ndim > MAX_RANK:
+                    raise InputError(f"no model takes {value.dtype} of rank {value.ndim}")
+                slot.dtype, slot.rank = _NUMBERS[value.dtype], value.ndim
+                slot.shape[: value.ndim] = value.shape
+                # A tensor without numbers has no address; its shape is what is refused.
+                slot.data = value.data_ptr() or ctypes.addressof(slot)
+                kept.append(value)
+            if self._library.model_run(self._model, self._given, self._found):
                 raise InputError(self._library.model_error(self._model).decode())
-            return tuple(_copied(slot) for slot in found)
+            return tuple(_copied(slot) for slot in self._found)
 
     def reset(self) -> None:
         """Forget what earlier runs left in the model's state."""
@@ -209,19 +215,16 @@ def _open(path: Path) -> Any:
     return library
 
 
-def _arrays(inputs: Sequence[Tensor], ports: Sequence[_Info]) -> list[np.ndarray]:
+def _check_count(inputs: Sequence[Tensor], ports: Sequence[_Info]) -> None:
     if len(inputs) != len(ports):
         names = [port.name for port in ports]
         raise InputError(f"{len(inputs)} inputs given, the model takes {len(names)}: {names}")
-    return [np.ascontiguousarray(torch.as_tensor(x).detach().cpu().numpy()) for x in inputs]
 
 
 def _copied(slot: _Tensor) -> Tensor:
-    shape = tuple(slot.shape[: slot.rank])
-    dtype = np.dtype(DTYPES[slot.dtype])
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    data = bytearray(ctypes.string_at(slot.data, size))
-    return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape))
+    result = torch.empty(slot.shape[: slot.rank], dtype=_TORCH[slot.dtype])
+    ctypes.memmove(result.data_ptr(), slot.data, result.nbytes)
+    return result
 
 
 class Emulated:
@@ -237,12 +240,12 @@ class Emulated:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One run. Inputs of the ports' dtypes and shapes."""
-        arrays = _arrays(inputs, self.inputs)
+        _check_count(inputs, self.inputs)
         with tempfile.TemporaryDirectory() as folder:
             words = []
-            for index, (port, array) in enumerate(zip(self.inputs, arrays, strict=True)):
+            for index, (port, value) in enumerate(zip(self.inputs, inputs, strict=True)):
                 path = Path(folder) / f"input-{index}.npy"
-                np.save(path, array)
+                np.save(path, value.detach().cpu().contiguous().numpy())
                 words += ["--input", f"{port.name}={path}"]
             out = Path(folder) / "out"
             out.mkdir()
