@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from qcompiler.backends.ort_cache import use_grouped_attention
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
 from qcompiler.backends.ort_translate import OPSET, translations
 from qcompiler.errors import UnsupportedError
@@ -24,6 +25,7 @@ from qcompiler.program import Program
 from qcompiler.regions import CONVS, LINEAR
 
 MODEL = "model.onnx"
+SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be written over their past
 DATA = "model.onnx.data"
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights; protobuf ends at 2 GiB
 IR_VERSION = 11
@@ -58,6 +60,7 @@ def lower(
     """
     model = _export(program)
     graph = gs.import_onnx(model)
+    shared = use_grouped_attention(graph)
     operate(graph, fused, _layer_names(model, program))
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
@@ -66,6 +69,8 @@ def lower(
     result = gs.export_onnx(graph, do_type_check=False)
     pack_constants(graph, result)
     _tidy(result, program)
+    if shared:
+        onnx.helper.set_model_props(result, {SHARED: "1"})
     path = folder / MODEL
     size = sum(_bytes(t) for t in result.graph.initializer)
     if size > external_above:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.backends.ort import MODEL, session
+from qcompiler.backends.ort import MODEL, SHARED, session
 from qcompiler.errors import InputError
 
-SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be their past
 ROUND = 64  # capacities are multiples of this
 FIRST = "logits_from"  # optional input: position from which logits are computed
 

@@ -14,7 +14,7 @@ from onnx.defs import OpSchema
 from onnxscript import ir, opset23
 from onnxscript.values import Op, Opset
 
-from qcompiler import ops
+from qcompiler import cached, ops
 from qcompiler.qtype import QType
 
 aten = torch.ops.aten
@@ -50,6 +50,20 @@ def _declare(name: str, inputs: int, outputs: int, attributes: dict[str, OpSchem
 
 _Unpack = _declare(
     "Unpack", 1, 1, {"element": OpSchema.AttrType.STRING, "shape": OpSchema.AttrType.INTS}
+)
+
+
+_CachedAttention = _declare(
+    "CachedAttention",
+    9,
+    3,
+    {
+        "heads": OpSchema.AttrType.INT,
+        "kv_heads": OpSchema.AttrType.INT,
+        "scale": OpSchema.AttrType.FLOAT,
+        "window": OpSchema.AttrType.INT,
+        "interleaved": OpSchema.AttrType.INT,
+    },
 )
 
 
@@ -89,6 +103,16 @@ def _attention(
         q, k, v, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale, is_causal=int(causal)
     )
     return out
+
+
+def _cached_attention(
+    q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any,
+    positions: Any, heads: int, kv_heads: int, scale: float, window: int, interleaved: bool,
+) -> Any:  # fmt: skip
+    return _CachedAttention(
+        q, k, v, past_key, past_value, mask, cos, sin, positions, heads=heads, kv_heads=kv_heads,
+        scale=scale, window=window, interleaved=int(interleaved),
+    )  # fmt: skip
 
 
 def _full_mask(mask: Any, q: Any, k: Any, axis: int) -> Any:
@@ -200,6 +224,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dynamic_quantize: _dynamic_quantize,
         ops.unpack: _unpack,
         ops.attention: _attention,
+        cached.cached_attention: _cached_attention,
         ops.rotate: _rotate,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,

@@ -24,6 +24,7 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.fuse_cache import fuse_cache
 from qcompiler.passes.fuse_rotation import fuse_rotation
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
@@ -191,7 +192,12 @@ def quantize(
         scales = search_awq(program, seen, allocate(program, recipe, target))
         program = step(smooth(program, scales, insert=False), program)
 
+    context = data.spec.generation.context if data.spec.generation else 0
+    fuses = bool(context) and recipe.fused and target.runtime == "ort"
     if not any(recipe.cache_types):  # the cache is quantized where the heads are apart
+        if fuses:
+            say("fuse_cache")
+            program = step(fuse_cache(program, context), program)
         say("fuse_attention")
         program = step(fuse_attention(program), program)
     if recipe.merge_linears:
@@ -238,7 +244,8 @@ def quantize(
     sites = compare_sites(
         floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask
     )
-    plain = fuse_attention(normalize(source))
+    plain = normalize(source)
+    plain = fuse_attention(fuse_cache(plain, context) if fuses else plain)
     return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"errors"},
     {"qtype", "source", "hadamard"},
-    {"target", "ops"},
+    {"target", "ops", "cached"},
     {"program"},
     {"rewrite"},
     {"regions", "plan", "recipe", "spec"},
