@@ -1,0 +1,134 @@
+"""What a machine's vector instructions can do, as far as the kernels choose by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.kernels import code
+
+
+@dataclass(frozen=True)
+class Isa:
+    """How the integer dot product is done and how many accumulators fit into the registers.
+
+    Attributes:
+        name: for reports.
+        dot: "vnni" (vpdpbusd on 512 bits), "vnni256", "madd" (vpmaddwd on 16-bit values: exact, where
+            vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
+            multiplication).
+        vectors: accumulators of 16 lanes that a tile may hold.
+        prepared: whether float kernels may use AVX512-BF16.
+    """
+
+    name: str
+    dot: str
+    vectors: int
+    bfloat16: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Products summed in one step of the integer dot product; weights are packed so."""
+        return {"vnni": 4, "vnni256": 4, "sdot": 4, "madd": 2, "multiply": 1}[self.dot]
+
+    @property
+    def signed(self) -> bool:
+        """Whether activations must be int8 for the dot product (uint8 otherwise)."""
+        return self.dot == "sdot"
+
+    @property
+    def panel(self) -> int:
+        """Output columns that are packed together: a multiple of 16."""
+        return 32 if self.vectors >= 16 else 16
+
+    def tile(self, rows: int) -> tuple[int, int]:
+        """Rows and panels of the accumulator tile for a product of that many rows."""
+        across = self.panel // code.LANES
+        most = max(1, self.vectors // across)
+        if rows >= most:
+            return most, 1
+        return rows, max(1, min(4, most // rows))
+
+
+VNNI = Isa("AVX512-VNNI", "vnni", 16)
+VNNI_BF16 = Isa("AVX512-VNNI, BF16", "vnni", 16, bfloat16=True)
+AVX2 = Isa("AVX2", "madd", 6)
+SSE = Isa("SSE", "multiply", 2)
+NEON = Isa("NEON", "multiply", 5)
+DOTPROD = Isa("NEON dotprod", "sdot", 6)
+ARMV7 = Isa("ARMv7 NEON", "multiply", 2)
+SCALAR = Isa("scalar", "multiply", 1)
+
+
+def dot(isa: Isa, accumulator: Any, index: int, weights: Any, start: Any, word: Any) -> None:
+    """accumulator[index … index + 16] += Σ over `isa.depth` of activation × weight.
+
+    Args:
+        isa: the machine.
+        accumulator: local int32 buffer.
+        index: its first lane.
+        weights: buffer of packed int8.
+        start: of 16 · depth of them, lane by lane.
+        word: what `activation_word` gave.
+    """
+    match isa.dot:
+        case "vnni":
+            lanes, name = 16, "llvm.x86.avx512.vpdpbusd.512"
+        case "vnni256":
+            lanes, name = 8, "llvm.x86.avx512.vpdpbusd.256"
+        case "sdot":
+            lanes, name = 4, "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        case "madd":
+            for part in range(0, code.LANES, 8):
+                wide = code.cast(code.load(weights, start + part * 2, 16), "int16", 16)
+                sums = code.intrinsic(
+                    "llvm.x86.avx2.pmadd.wd", "int32x8", code.bits(T.broadcast(word, 8), "int16", 16),
+                    wide,
+                )  # fmt: skip
+                had = code.load(accumulator, index + part, 8)
+                code.store(accumulator, index + part, had + sums, 8)
+            return
+        case _:
+            product = code.cast(code.load(weights, start), "int32") * code.spread(word)
+            code.store(accumulator, index, code.load(accumulator, index) + product)
+            return
+    for part in range(0, code.LANES, lanes):
+        had = code.load(accumulator, index + part, lanes)
+        packed = code.load(weights, start + part * 4, lanes * 4)
+        kind = "int8"
+        given = code.bits(T.broadcast(word, lanes), kind, lanes * 4)
+        operands = (packed, given) if isa.dot == "sdot" else (given, packed)
+        total = code.intrinsic(name, f"int32x{lanes}", had, *operands)
+        code.store(accumulator, index + part, total, lanes)
+
+
+def activation_word(isa: Isa, buffer: Any, start: Any, signed: bool) -> Any:
+    """`isa.depth` activations from `start`, in the form that `dot` broadcasts; see `zero_shift`.
+
+    Args:
+        isa: the machine.
+        buffer: int8 or uint8 activations.
+        start: of the first one.
+        signed: whether they are int8.
+    """
+    kind = "int8" if signed else "uint8"
+    if isa.depth == 4:
+        word = code.bits(code.load(buffer, start, 4), "int32", 1)
+        if signed != isa.signed:  # the other sign: flip the top bits, which adds or takes 128
+            word = T.bitwise_xor(word, T.int32(-0x7F7F7F80))
+        return code.bind(word)
+    if isa.depth == 2:
+        low, high = (T.Cast("int32", buffer[start + i]) for i in range(2))
+        return code.bind(
+            T.bitwise_or(T.bitwise_and(low, T.int32(0xFFFF)), T.shift_left(high, T.int32(16)))
+        )
+    return code.bind(T.Cast("int32", code.load(buffer, start, 1)))
+
+
+def zero_shift(isa: Isa, signed: bool) -> int:
+    """What `activation_word` adds to each activation; the zero point must be moved as far."""
+    if isa.depth != 4 or signed == isa.signed:
+        return 0
+    return 128 if signed else -128

@@ -1,0 +1,135 @@
+"""The loops around a tile of accumulators, shared by all matrix products.
+
+A product C[m, n] = Σ_k A[m, k] · B[n, k] goes tile by tile: a few rows by a few panels of columns, the
+accumulators in registers. Panels are the threads' work; the rows of A stay in the cache while they
+pass. Nothing is summed across threads, so results do not depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qcompiler.kernels import code
+from qcompiler.kernels.code import LANES, Argument
+from qcompiler.kernels.expression import Emitter, Expression
+from qcompiler.kernels.isa import Isa
+
+ROWS = 256  # rows of A that stay in the second-level cache while panels pass
+
+
+@dataclass(frozen=True)
+class Product:
+    """Sizes of a matrix product, or of a batch of them.
+
+    Attributes:
+        rows, columns, depth: M, N and K.
+        row_stride: elements of A from row to row; a row is contiguous.
+        offset: of A's first element.
+        batch: leading sizes; the output has batch · rows rows.
+        left, right: elements of A, and of packed B, from one member of the batch to the next, for each of
+            the batch's dimensions (0: shared).
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    row_stride: int
+    offset: int = 0
+    batch: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    right: tuple[int, ...] = ()
+
+
+# fill(buffers, accumulators, start of A's rows, start of B, panel, rows, panels across): computes
+# accumulators[r · vectors + c] for each row r and vector c of the tile.
+Fill = Callable[[list[Any], list[Any], Any, Any, Any, int, int], None]
+
+
+def tiled(
+    name: str,
+    arguments: Sequence[Argument],
+    product: Product,
+    expression: Expression,
+    isa: Isa,
+    dtype: str,
+    fill: Fill,
+) -> Any:
+    """The kernel: `fill` makes the accumulators of a tile, the expression goes on from them."""
+    vectors = isa.panel // LANES
+    columns, rows = product.columns, product.rows
+    panels = -(-columns // isa.panel)
+    whole = panels if columns % isa.panel == 0 else panels - 1
+    block = min(rows, ROWS)
+    high, wide = isa.tile(block)
+    with code.kernel(name, arguments) as (made, buffers):
+        emitter = Emitter(expression, buffers)
+
+        def line(tile: list[Any], row: Any, r: Any, panel: Any, tail: bool) -> None:
+            """The expression over one row of the tile; columns past the last are left out."""
+            place = emitter.coordinates(row + r)
+            for c, part in enumerate(tile):
+                first = panel * isa.panel + c * LANES
+                left = columns - whole * isa.panel - c * LANES if tail else LANES
+                if left >= LANES:
+                    emitter.vector(place, first, LANES, code.bind(code.load(part, r * LANES)))
+                elif left > 0:
+                    with code.loop(left) as lane:
+                        value = code.bind(code.load(part, r * LANES + lane, 1))
+                        emitter.vector(place, first + lane, 1, value)
+
+        def work(start: tuple[Any, Any, Any], row: Any, panel: Any, height: int, across: int,
+                 tail: bool) -> None:  # fmt: skip
+            left, right, base = start
+            count = across * vectors
+            accumulators = [code.scratch(LANES, dtype) for _ in range(height * count)]
+            left = left + row * product.row_stride
+            fill(buffers, accumulators, left, right, panel, height, across)
+            if height == 1:
+                line(accumulators, base + row, 0, panel, tail)
+                return
+            # Copied, because a buffer that is indexed by a variable cannot live in registers.
+            tile = [code.scratch(height * LANES, dtype) for _ in range(count)]
+            for r in range(height):
+                for c in range(count):
+                    code.store(tile[c], r * LANES, code.load(accumulators[r * count + c], 0))
+            with code.loop(height) as r:
+                line(tile, base + row, r, panel, tail)
+
+        def band(start: Any, first: int, total: int, panel: Any, across: int, tail: bool) -> None:
+            if total // high == 1:
+                work(start, first, panel, high, across, tail)
+            elif total // high:
+                with code.loop(total // high) as i:
+                    work(start, first + i * high, panel, high, across, tail)
+            if total % high:
+                work(start, first + total // high * high, panel, total % high, across, tail)
+
+        def matrix(start: Any, threads: bool) -> None:
+            for first in range(0, rows, block):
+                total = min(block, rows - first)
+                if whole // wide:
+                    many = (code.parallel if threads else code.loop)(whole // wide)
+                    with many as tile:
+                        band(start, first, total, tile * wide, wide, False)
+                for panel in range(whole // wide * wide, whole):
+                    band(start, first, total, panel, 1, False)
+                if whole < panels:
+                    band(start, first, total, whole, 1, True)
+
+        members = prod(product.batch)
+        if members == 1:
+            matrix((product.offset, 0, 0), True)
+        else:
+            with code.parallel(members) as member:
+                left, right, rest = product.offset, 0, member
+                for size, a, b in zip(
+                    reversed(product.batch), reversed(product.left), reversed(product.right),
+                    strict=True,
+                ):  # fmt: skip
+                    index = rest % size
+                    left, right, rest = left + index * a, right + index * b, rest // size
+                matrix((left, right, member * rows), False)
+    return made
