@@ -244,7 +244,9 @@ class Emitter:
         values: list[Any] = []
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
-            values.append(code.bind(self._value(step, given, row, column, lanes, anchor)))
+            value = self._value(step, given, row, column, lanes, anchor)
+            # TVM's analyzer fails on bound comparisons of vectors.
+            values.append(value if step.dtype == "bool" else code.bind(value))
         for index, access in self.expression.stores:
             value, dtype = values[index], access.dtype
             have = self.expression.steps[index].dtype
@@ -302,7 +304,7 @@ class Emitter:
             one, zero = (code.spread(T.Cast(want, T.int32(n)), lanes) for n in (1, 0))
             return _select(value, one, zero)
         if want == "bool":
-            return T.NE(value, code.spread(T.Cast(have, T.int32(0)), lanes))
+            return T.Cast(code.named("bool", lanes), value)
         if have in ("int8", "uint8"):
             have = "int32"
         return value if have == want else code.cast(value, want, lanes)
@@ -324,7 +326,8 @@ class Emitter:
         values: list[Any] = []
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
-            values.append(code.bind(self._value(step, given, row, column, lanes, None)))
+            value = self._value(step, given, row, column, lanes, None)
+            values.append(value if step.dtype == "bool" else code.bind(value))
         return values[-1]
 
     def turned(self, dim: int) -> Emitter:

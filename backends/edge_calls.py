@@ -1,0 +1,600 @@
+"""Each group as kernel calls: which kernel, with which arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from qcompiler import ops
+from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_group import (
+    CONV,
+    LINEAR,
+    REDUCE,
+    ROWS,
+    Constants,
+    Group,
+    Grouping,
+    Writer,
+    group,
+    quantized_operand,
+)
+from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels import attention, matmul_float, matmul_int8
+from qcompiler.kernels.elementwise import elementwise
+from qcompiler.kernels.expression import Access
+from qcompiler.kernels.isa import Isa, zero_shift
+from qcompiler.kernels.rows import reduction, rows
+from qcompiler.kernels.tiles import Product
+
+aten = torch.ops.aten
+ATTENTION = frozenset({ops.attention, aten.scaled_dot_product_attention.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
+
+
+@dataclass(eq=False)
+class Call:
+    """One kernel call.
+
+    Attributes:
+        kind: which kernel, for people and the audit.
+        label: the op that it is for.
+        key: equal for calls that need the same code.
+        build: name → the kernel.
+        arguments: storages in the kernel's order.
+        writes: those that it writes.
+    """
+
+    kind: str
+    label: str
+    key: Any
+    build: Callable[[str], Any]
+    arguments: list[Storage]
+    writes: list[Storage]
+
+
+def integer_layers(trace: Trace) -> list[Op]:
+    """Linears and convolutions whose input and weight are both quantized to 8 bits."""
+    return [
+        op for op in trace.ops
+        if op.target in (LINEAR, CONV) and _integer_weight(op) and _integer_input(op) is not None
+    ]  # fmt: skip
+
+
+def _integer_weight(op: Op) -> bool:
+    weight = op.args[1].storage.weight
+    return (
+        weight is not None
+        and weight.q.dtype == torch.int8
+        and weight.group == 0
+        and (weight.axis == 0 or weight.scale.numel() == 1)
+        and not bool(weight.zero_point.any())
+    )
+
+
+def _integer_input(op: Op) -> tuple[Op, tuple[int, int, int, int]] | None:
+    """The dequantize before a layer, past zero padding; and (top, left, bottom, right)."""
+    ref, pads = op.args[0], (0, 0, 0, 0)
+    while True:
+        found = quantized_operand(ref)
+        if found is not None:
+            return found, pads
+        maker = ref.storage.maker
+        if op.target is not CONV or maker is None or len(maker.out.storage.readers) > 1:
+            return None
+        if maker.target is aten.clone.default and maker.out.shape == maker.args[0].shape:
+            ref = maker.args[0]
+            continue
+        if maker.target is aten.constant_pad_nd.default:
+            left, right, top, bottom, *rest = [*maker.args[1], 0, 0][:6]
+            value = maker.args[2] if len(maker.args) > 2 else 0
+            if value != 0 or any(rest) or len(maker.args[1]) > 4 or min(maker.args[1]) < 0:
+                return None
+            pads = (pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right)
+            ref = maker.args[0]
+            continue
+        return None
+
+
+class Calls:
+    """The calls of a trace."""
+
+    def __init__(self, trace: Trace, isa: Isa, constants: Constants) -> None:
+        self.trace, self.isa, self.constants = trace, isa, constants
+        self.calls: list[Call] = []
+        self.integer = {op: _integer_input(op) for op in integer_layers(trace)}
+        skipped = self._bypassed()
+        kept = Trace(trace.inputs, trace.outputs, tuple(o for o in trace.ops if o not in skipped))
+        self.grouping: Grouping = group(kept, self.integer)
+        home = {
+            id(op.out.storage): number
+            for number, g in enumerate(self.grouping.groups)
+            for op in ([g.anchor] if g.anchor else []) + g.members
+        }
+        self.stored = {id(ref.storage) for ref in trace.outputs}
+        for number, g in enumerate(self.grouping.groups):
+            for op in ([g.anchor] if g.anchor else []) + g.members:
+                for storage in self._reads(op):
+                    if home.get(id(storage)) != number:
+                        self.stored.add(id(storage))
+        for g in self.grouping.groups:
+            self._group(g)
+
+    def _bypassed(self) -> set[Op]:
+        """Padding and copies that integer convolutions do themselves."""
+        gone: set[Op] = set()
+        for op, found in self.integer.items():
+            ref = op.args[0]
+            while found is not None and ref.storage.maker not in (None, found[0]):
+                gone.add(ref.storage.maker)
+                ref = ref.storage.maker.args[0]
+            if found is not None and op not in found[0].out.storage.readers:
+                found[0].out.storage.readers.append(op)
+                op_ref = found[0].out
+                op.args = (op_ref, *op.args[1:])
+        for op in gone:
+            for ref in op.refs():
+                if op in ref.storage.readers:
+                    ref.storage.readers.remove(op)
+        return gone
+
+    def _reads(self, op: Op) -> list[Storage]:
+        """What the op's kernel reads, through the ops that it computes on the fly."""
+        found = []
+        for ref in op.refs():
+            maker = ref.storage.maker
+            if op in self.integer and ref is op.args[0]:
+                q = self._quantized(op)
+                found += [r.storage for r in q.refs()]
+            elif maker is not None and maker in self.grouping.inlined:
+                found += self._reads(maker)
+            else:
+                found.append(ref.storage)
+        return found
+
+    def _quantized(self, op: Op) -> Op:
+        found = self.integer[op]
+        assert found is not None
+        return found[0]
+
+    def _group(self, g: Group) -> None:
+        op = g.anchor
+        if op is None:
+            self._elementwise(g)
+        elif op.target is LINEAR:
+            self._linear(g, op)
+        elif op.target in PRODUCTS:
+            self._product(g, op, op.args[0], op.args[1])
+        elif op.target in ATTENTION:
+            self._attention(g, op)
+        elif op.target in ROWS:
+            self._rows(g, op)
+        elif op.target in REDUCE:
+            self._reduce(g, op)
+        elif op.target is aten.cat.default:
+            self._cat(op)
+        elif op.target is aten.constant_pad_nd.default:
+            self._pad(op)
+        elif op.target is ops.dynamic_quantize:
+            from qcompiler.backends.edge_dynamic import dynamic_quantize
+
+            dynamic_quantize(self, op)
+        elif op.target is CONV:
+            from qcompiler.backends.edge_convolution import convolution
+
+            convolution(self, g, op)
+        else:
+            raise UnsupportedError(f"no kernel for '{op.target}' ({op.label})")
+
+    def add(
+        self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
+    ) -> None:  # fmt: skip
+        """Note a call whose arguments the writer has collected."""
+        declared = tuple((a.dtype, a.size) for a in writer.kernel_arguments())
+        written = {a.argument for _, a in writer.stores}
+        self.calls.append(
+            Call(
+                kind, label, (kind, key, declared), build, list(writer.arguments),
+                [writer.arguments[i] for i in sorted(written)],
+            )
+        )  # fmt: skip
+
+    def writer(
+        self, shape: tuple[int, ...], arguments: list[Storage], order: tuple[int, ...] | None = None
+    ) -> Writer:
+        """A writer of expressions over that shape."""
+        return Writer(shape, self.grouping.inlined, arguments, self.constants, order)
+
+    def _elementwise(self, g: Group) -> None:
+        writer = self.writer(g.out.shape, [], dense_order(g.out))
+        writer.members(g, self.stored)
+        self.pointwise(writer, g.label)
+
+    def pointwise(self, writer: Writer, label: str) -> None:
+        """An elementwise kernel of what was written."""
+        expression = writer.expression()
+        self.add(
+            "elementwise", label, expression,
+            lambda name: elementwise(name, writer.kernel_arguments(), expression), writer,
+        )  # fmt: skip
+
+    def copy(self, source: Ref, to: Ref, label: str) -> None:
+        """A copy between tensors of the same shape, each with its own strides."""
+        writer = self.writer(to.shape, [])
+        writer.store(to, writer.value(source, edge_steps.NAMES[to.dtype]))
+        self.pointwise(writer, label)
+
+    def fill(self, to: Ref, value: Any, label: str) -> None:
+        """Set every element: to a number, or to a one-element tensor's."""
+        writer = self.writer(to.shape, [])
+        writer.store(to, writer.value(value, edge_steps.NAMES[to.dtype]))
+        self.pointwise(writer, label)
+
+    def constant(self, key: Any, make: Callable[[], torch.Tensor]) -> Ref:
+        """A constant tensor, contiguous."""
+        storage = self.constants.of(key, make)
+        assert storage.constant is not None
+        return flat_ref(storage, tuple(storage.constant.shape))
+
+    def temporary(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Ref:
+        """New memory, contiguous."""
+        return flat_ref(Storage(dtype, prod(shape)), shape)
+
+    def _linear(self, g: Group, op: Op) -> None:
+        x, weight, bias = op.args[0], op.args[1], op.args[2] if len(op.args) > 2 else None
+        if op in self.integer:
+            source = self._quantized(op)
+            q = self.contiguous(source.args[0], op.label)
+            out = op.out.shape
+            self.integer_product(g, op, q, prod(out[:-1]), weight.storage.weight, bias, source)
+            return
+        if weight.storage.constant is None and weight.storage.weight is None:
+            turned = Ref(weight.storage, weight.dtype, weight.offset, weight.shape[::-1],
+                         weight.strides[::-1])  # fmt: skip
+            self._product(g, op, x, turned, bias)
+            return
+        x = self.contiguous(x, op.label)
+        packed = self.packed(weight)
+        n, k = weight.shape
+        product = Product(prod(x.shape[:-1]), n, k, k, x.offset)
+        self.float_product(g, op, x.storage, packed.storage, product, bias)
+
+    def packed(self, weight: Ref) -> Ref:
+        """A constant weight as the float product reads it."""
+        known = self.constants.known(weight)
+        tensor = known.storage.constant
+        assert tensor is not None
+        matrix = tensor.reshape(-1).as_strided(weight.shape, weight.strides, weight.offset)
+        key = (id(known.storage), weight.offset, weight.strides, "panels", self.isa.panel)
+        return self.constant(key, lambda: matmul_float.pack(matrix.float(), self.isa))
+
+    def float_product(
+        self, g: Group, op: Op, left: Storage, right: Storage, product: Product, bias: Ref | None
+    ) -> None:
+        """A float matrix product and what follows it."""
+        writer = self.writer(op.out.shape, [left, right])
+        value = writer.step("anchor", "float32")
+        if bias is not None:
+            value = writer.step("add", "float32", value, writer.value(bias, "float32"))
+        writer.keep(op.out, value)
+        writer.members(g, self.stored)
+        expression, isa = writer.expression(), self.isa
+        self.add(
+            "matmul_float", op.label, (product, expression, isa),
+            lambda name: matmul_float.matmul_float(
+                name, writer.kernel_arguments(), product, expression, isa
+            ), writer,
+        )  # fmt: skip
+
+    def integer_product(
+        self, g: Group, op: Op, q: Ref, count: int, weight: Weight, bias: Ref | None, source: Op
+    ) -> None:
+        """Activations (count, K) int8 or uint8, contiguous, times a quantized weight (N, K, …)."""
+        isa = self.isa
+        matrix = weight.q.flatten(1) if weight.q.ndim == 2 else weight.q.permute(0, 2, 3, 1)
+        matrix = matrix.reshape(weight.q.shape[0], -1)
+        n, k = matrix.shape
+        deep = -(-k // isa.depth) * isa.depth
+        if deep != k and q.shape[-1] != deep:
+            q = self._padded(q, count, k, deep, op.label)
+        packed = self.constant(
+            (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(matrix, isa)
+        )
+        self.constants.held.append(weight)
+        writer = self.writer(op.out.shape, [q.storage, packed.storage], dense_order(op.out))
+        scaled = self.scaled(writer, matrix, weight, bias, source, q.dtype == torch.int8)
+        writer.keep(op.out, scaled)
+        writer.members(g, self.stored)
+        product = Product(count, n, deep, deep, q.offset)
+        expression, signed = writer.expression(), q.dtype == torch.int8
+        self.add(
+            "matmul_int8", op.label, (product, expression, isa, signed),
+            lambda name: matmul_int8.matmul_int8(
+                name, writer.kernel_arguments(), product, signed, expression, isa
+            ), writer,
+        )  # fmt: skip
+
+    def scaled(
+        self,
+        writer: Writer,
+        matrix: torch.Tensor,
+        weight: Weight,
+        bias: Ref | None,
+        source: Op,
+        signed: bool,
+        shifted: bool = True,
+    ) -> int:
+        """Steps from int32 accumulators to the layer's float output.
+
+        (accumulator − zero_point · Σ_k weight) · (activation scale · weight scale) + bias, with the
+        channels along the output's dimension 1 (convolutions) or last.
+        """
+        n = matrix.shape[0]
+        shape = (n, 1, 1) if len(writer.shape) == 4 else (n,)
+        sums = matrix.to(torch.int32).sum(1, dtype=torch.int32)
+        shift = zero_shift(self.isa, signed) if shifted else 0
+        scale, zero = source.args[1], source.args[2]
+        value = writer.step("anchor", "int32")
+        steps = weight.scale.reshape(-1).float().expand(n)
+        if scale.storage.constant is not None and zero.storage.constant is not None:
+            first, point = scale.storage.constant, int(zero.storage.constant.reshape(-1)[0])
+            correction = self.constant(
+                (id(weight.q), "sums", point + shift, shape),
+                lambda: (-(point + shift) * sums).reshape(shape).to(torch.int32),
+            )
+            value = writer.step("add", "int32", value, writer.value(correction, "int32"))
+            both = self.constant(
+                (id(weight.q), "scales", float(first.reshape(-1)[0]), shape),
+                lambda: (steps * first.reshape(-1)).reshape(shape),
+            )
+            factor = writer.value(both, "float32")
+        else:
+            totals = self.constant((id(weight.q), "sums", shape), lambda: sums.reshape(shape))
+            point_step = writer.value(zero, "int32")
+            if shift:
+                point_step = writer.step(
+                    "add", "int32", point_step, writer.value(shift, "int32")
+                )
+            product = writer.step("mul", "int32", writer.value(totals, "int32"), point_step)
+            value = writer.step("sub", "int32", value, product)
+            own = self.constant((id(weight.q), "scale", shape), lambda: steps.reshape(shape))
+            factor = writer.step(
+                "mul", "float32", writer.value(scale, "float32"), writer.value(own, "float32")
+            )
+        value = writer.step("mul", "float32", writer.step("cast", "float32", value), factor)
+        if bias is not None:
+            shaped = Ref(bias.storage, bias.dtype, bias.offset, shape,
+                         bias.strides + (0,) * (len(shape) - 1))  # fmt: skip
+            value = writer.step("add", "float32", value, writer.value(shaped, "float32"))
+        return value
+
+    def _padded(self, q: Ref, count: int, k: int, deep: int, label: str) -> Ref:
+        """Rows made longer, so that the dot product's steps come out even."""
+        rows_of = Ref(q.storage, q.dtype, q.offset, (count, k), (k, 1))
+        made = self.temporary(q.dtype, (count, deep))
+        tail = Ref(made.storage, q.dtype, k, (count, deep - k), (deep, 1))
+        self.fill(tail, 0, label)
+        self.copy(rows_of, Ref(made.storage, q.dtype, 0, (count, k), (deep, 1)), label)
+        return made
+
+    def contiguous(self, ref: Ref, label: str) -> Ref:
+        """The tensor itself where its elements lie in order, or a copy."""
+        if ref.contiguous and ref.storage.weight is None:
+            return ref
+        made = self.temporary(ref.dtype, ref.shape)
+        self.copy(ref, made, label)
+        return made
+
+    def _product(self, g: Group, op: Op, a: Ref, b: Ref, bias: Ref | None = None) -> None:
+        """(…, M, K) × (…, K, N), both computed at run time or constant."""
+        isa = self.isa
+        m, k, n = a.shape[-2] if len(a.shape) > 1 else 1, a.shape[-1], b.shape[-1]
+        batch = tuple(op.out.shape[:-2])
+        if a.strides[-1] not in (1, 0) or (k > 1 and a.strides[-1] != 1):
+            a = self.contiguous(a, op.label)
+        panels, own = -(-n // isa.panel), tuple(b.shape[:-2])
+        packed = self.temporary(torch.float32, (*own, panels, k, isa.panel))
+        if n % isa.panel:
+            self.fill(packed, 0.0, op.label)
+        size = isa.panel * k
+        for first, count, width in (
+            (0, n // isa.panel, isa.panel),
+            (n // isa.panel, 1 if n % isa.panel else 0, n % isa.panel),
+        ):
+            if not count:
+                continue
+            step_n, step_k = b.strides[-1], b.strides[-2]
+            shape = (*own, count, k, width)
+            offset = b.offset + first * isa.panel * step_n
+            source = Ref(b.storage, b.dtype, offset, shape,
+                         (*b.strides[:-2], isa.panel * step_n, step_k, step_n))  # fmt: skip
+            inner = packed.strides[: len(own)]
+            target = Ref(packed.storage, packed.dtype, first * size, shape,
+                         (*inner, size, isa.panel, 1))  # fmt: skip
+            self.copy(source, target, op.label)
+
+        def strides(ref: Ref, sizes: tuple[int, ...]) -> tuple[int, ...]:
+            kept = tuple(0 if s == 1 else t for s, t in zip(sizes, ref.strides, strict=False))
+            return (0,) * (len(batch) - len(sizes)) + kept
+
+        row = a.strides[-2] if len(a.shape) > 1 else 0
+        product = Product(
+            m, n, k, row, a.offset, batch, strides(a, a.shape[:-2]), strides(packed, own)
+        )
+        if prod(batch) == 1:
+            product = Product(m, n, k, row, a.offset)
+        self.float_product(g, op, a.storage, packed.storage, product, bias)
+
+    def _attention(self, g: Group, op: Op) -> None:
+        merged = op.target is ops.attention
+        if merged:
+            q, k, v, mask, heads, kv_heads, scale, causal = op.args
+            batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+            size, value_size = q.shape[2] // heads, v.shape[2] // kv_heads
+
+            def split(ref: Ref, count: int, width: int) -> tuple[int, ...]:
+                return (ref.strides[0], width * ref.strides[2], ref.strides[1], ref.strides[2])
+
+            strides = (
+                split(q, heads, size), split(k, kv_heads, size), split(v, kv_heads, value_size)
+            )  # fmt: skip
+        else:
+            schema = op.target._schema.arguments
+            given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
+            given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
+            q, k, v, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
+            if len(q.shape) != 4:
+                raise UnsupportedError("attention over other than 4 dimensions")
+            batch, heads, queries, size = q.shape
+            kv_heads, keys, value_size = k.shape[1], k.shape[2], v.shape[3]
+            causal = given["is_causal"]
+            scale = given["scale"] if given["scale"] is not None else size**-0.5
+            strides = (q.strides, k.strides, v.strides)
+        rolled = []
+        for ref, step in zip((q, k, v), strides, strict=True):
+            if step[3] != 1 and ref.shape[-1] > 1:
+                raise UnsupportedError("attention over heads that do not lie side by side")
+            rolled.append((ref, (*step[:3], 1)))
+        writer = self.writer(op.out.shape, [])
+        accesses = [
+            Access(writer.argument(ref.storage), "float32", ref.offset, step)
+            for ref, step in rolled
+        ]
+        hidden = None
+        if mask is not None:
+            missing = 4 - len(mask.shape)
+            steps = (0,) * missing + tuple(
+                0 if n == 1 else s for n, s in zip(mask.shape, mask.strides, strict=True)
+            )
+            hidden = Access(
+                writer.argument(mask.storage), edge_steps.NAMES[mask.dtype], mask.offset, steps
+            )
+        sizes = attention.Heads(
+            batch, heads, kv_heads, queries, keys, size, value_size, *accesses, hidden,
+            float(scale), bool(causal), merged,
+        )  # fmt: skip
+        writer.keep(op.out, writer.step("anchor", "float32"))
+        writer.members(g, self.stored)
+        expression, isa = writer.expression(), self.isa
+        self.add(
+            "attention", op.label, (sizes, expression, isa),
+            lambda name: attention.attention(
+                name, writer.kernel_arguments(), sizes, expression, isa
+            ), writer,
+        )  # fmt: skip
+
+    def _rows(self, g: Group, op: Op) -> None:
+        x, kind = op.args[0], ROWS[op.target]
+        scale = shift = None
+        epsilon = 0.0
+        if kind == "softmax":
+            if op.args[1] % len(x.shape) != len(x.shape) - 1:
+                raise UnsupportedError("softmax over other than the last dimension")
+        else:
+            schema = op.target._schema.arguments
+            given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
+            given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
+            if len(given["normalized_shape"]) != 1:
+                raise UnsupportedError("a norm over more than one dimension")
+            scale, shift = given["weight"], given.get("bias")
+            epsilon = given["eps"] if given["eps"] is not None else 1.1920928955078125e-07
+        arguments: list[Storage] = []
+        read = self.writer(x.shape, arguments)
+        read.value(x, "float32")
+        source = read.expression()
+        writer = self.writer(op.out.shape, arguments)
+        value = writer.step("anchor", "float32")
+        if scale is not None:
+            value = writer.step("mul", "float32", value, writer.value(scale, "float32"))
+        if shift is not None:
+            value = writer.step("add", "float32", value, writer.value(shift, "float32"))
+        writer.keep(op.out, value)
+        writer.members(g, self.stored)
+        expression = writer.expression()
+        self.add(
+            kind, op.label, (source, expression, epsilon),
+            lambda name: rows(
+                name, writer.kernel_arguments(), kind, source, expression, epsilon
+            ), writer,
+        )  # fmt: skip
+
+    def _reduce(self, g: Group, op: Op) -> None:
+        x, kind = op.args[0], REDUCE[op.target]
+        given = op.args[1] if len(op.args) > 1 and op.args[1] is not None else []
+        dims = [d % len(x.shape) for d in (given if isinstance(given, list | tuple) else [given])]
+        dims = dims or list(range(len(x.shape)))
+        kept = [d for d in range(len(x.shape)) if d not in dims]
+        order = (*kept, *sorted(dims))
+        arguments: list[Storage] = []
+        read = self.writer(x.shape, arguments, order)
+        read.value(x, "float32")
+        source = read.expression()
+        writer = self.writer(op.out.shape, arguments)
+        writer.keep(op.out, writer.step("anchor", "float32"))
+        writer.members(g, self.stored)
+        full = writer.expression()
+        # Kept dimensions of size 1 stand in the output only: drop them for the kernel.
+        names = [d for d in range(len(op.out.shape))]
+        if len(op.out.shape) == len(x.shape):
+            names = [d for d in names if d not in dims]
+        expression = _narrowed(full, names)
+        outer = len(kept)
+        self.add(
+            "reduce", op.label, (kind, source, outer, expression),
+            lambda name: reduction(
+                name, writer.kernel_arguments(), kind, source, outer, expression
+            ), writer,
+        )  # fmt: skip
+
+    def _cat(self, op: Op) -> None:
+        parts = op.args[0]
+        dim = (op.args[1] if len(op.args) > 1 else 0) % len(op.out.shape)
+        offset = op.out.offset
+        for part in parts:
+            if part.numel == 0:
+                continue
+            to = Ref(op.out.storage, op.out.dtype, offset, part.shape, op.out.strides)
+            self.copy(part, to, op.label)
+            offset += part.shape[dim] * op.out.strides[dim]
+
+    def _pad(self, op: Op) -> None:
+        x, pads = op.args[0], op.args[1]
+        value = op.args[2] if len(op.args) > 2 else 0
+        if min(pads) < 0:
+            raise UnsupportedError("padding by less than nothing")
+        self.fill(op.out, value, op.label)
+        offset = op.out.offset
+        for place, amount in enumerate(pads[::2]):
+            offset += amount * op.out.strides[len(x.shape) - 1 - place]
+        self.copy(x, Ref(op.out.storage, op.out.dtype, offset, x.shape, op.out.strides), op.label)
+
+
+def flat_ref(storage: Storage, shape: tuple[int, ...]) -> Ref:
+    """A contiguous tensor over a storage's start."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return Ref(storage, storage.dtype, 0, shape, tuple(strides))
+
+
+def _narrowed(expression: Any, dims: list[int]) -> Any:
+    """The expression over some of its dimensions; the others have size 1."""
+    from dataclasses import replace
+
+    def cut(access: Access | None) -> Access | None:
+        if access is None:
+            return None
+        return replace(access, strides=tuple(access.strides[d] for d in dims))
+
+    steps = tuple(replace(s, access=cut(s.access), index=cut(s.index)) for s in expression.steps)
+    stores = tuple((i, replace(a, strides=tuple(a.strides[d] for d in dims)))
+                   for i, a in expression.stores)  # fmt: skip
+    return replace(
+        expression, shape=tuple(expression.shape[d] for d in dims), steps=steps, stores=stores
+    )

@@ -1,0 +1,317 @@
+"""Which ops become one kernel.
+
+An op that makes a tensor by more than one element at a time (a product, a norm, an attention) is an
+anchor; elementwise ops that follow join its kernel as long as they keep its shape and everything else
+that they read exists by then. What only another kernel needs again is stored; the rest never leaves the
+registers. Cheap conversions (dequantize, casts, table lookups) are not stored at all: each reader
+computes them on the fly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qcompiler import ops
+from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_steps import NAMES
+from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.expression import Access, Expression, Step
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+CONV = aten.conv2d.default
+ROWS = {
+    aten.layer_norm.default: "layer_norm",
+    aten.rms_norm.default: "rms_norm",
+    aten.softmax.int: "softmax",
+    aten._softmax.default: "softmax",
+}
+REDUCE = {
+    aten.mean.dim: "mean",
+    aten.sum.dim_IntList: "sum",
+    aten.amax.default: "max",
+    aten.amin.default: "min",
+}
+INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
+# Their kernels end with an expression that elementwise ops may join.
+ANCHORS = frozenset(
+    {LINEAR, CONV, ops.attention, aten.scaled_dot_product_attention.default, aten.matmul.default,
+     aten.bmm.default, aten.mm.default, *ROWS, *REDUCE}
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Group:
+    """Ops that become one kernel: an anchor, or none, and elementwise ops on its result."""
+
+    anchor: Op | None
+    members: list[Op] = field(default_factory=list)
+
+    @property
+    def out(self) -> Ref:
+        """The tensor whose shape the kernel runs over."""
+        return self.anchor.out if self.anchor is not None else self.members[0].out
+
+    @property
+    def label(self) -> str:
+        """For people: the op that it is known by."""
+        return (self.anchor or self.members[-1]).label
+
+
+@dataclass
+class Grouping:
+    """The groups in the order in which they run, and the ops that readers compute themselves."""
+
+    groups: list[Group]
+    inlined: set[Op]
+
+
+def whole(ref: Ref, of: Ref) -> bool:
+    """Whether `ref` is the same tensor as `of`, not a part or another arrangement of it."""
+    return (ref.storage, ref.offset, ref.shape, ref.strides) == (
+        of.storage, of.offset, of.shape, of.strides,
+    )  # fmt: skip
+
+
+def quantized_operand(ref: Ref) -> Op | None:
+    """The per-tensor `qc::dequantize` that made a layer's input, or None."""
+    maker = ref.storage.maker
+    if maker is None or maker.target is not ops.dequantize or not whole(ref, maker.out):
+        return None
+    scale, zero = maker.args[1], maker.args[2]
+    return maker if scale.numel == 1 and zero.numel == 1 else None
+
+
+def group(trace: Trace, integer: Iterable[Op]) -> Grouping:
+    """Find the groups; `integer` are the layers that read quantized operands themselves."""
+    reads_integers = set(integer)
+    final = {id(ref.storage) for ref in trace.outputs}
+    inlined: set[Op] = set()
+    home: dict[Op, int] = {}
+    groups: list[Group] = []
+
+    def cheap(op: Op) -> bool:
+        if op.target not in INLINE or not edge_steps.writes(op) or id(op.out.storage) in final:
+            return False
+        if op.target is aten._to_copy.default and not whole(
+            Ref(op.out.storage, op.out.dtype, 0, op.args[0].shape, op.args[0].strides), op.out
+        ):
+            return False
+        for reader in op.out.storage.readers:
+            if reader in reads_integers and reader.args[0].storage is op.out.storage:
+                continue
+            mine = [r for r in reader.refs() if r.storage is op.out.storage]
+            fits = edge_steps.writes(reader) or reader.target in ROWS or reader.target in REDUCE
+            if not fits or not all(_same_walk(r, op.out) for r in mine):
+                return False
+        return True
+
+    def makers(op: Op) -> list[int]:
+        found = []
+        for ref in op.refs():
+            maker = ref.storage.maker
+            if maker is None:
+                continue
+            found += makers(maker) if maker in inlined else [home[maker]]
+        return found
+
+    def joins(op: Op, number: int) -> bool:
+        """Whether all that the op takes from that group are whole values of its shape."""
+        target = groups[number]
+        if target.anchor is not None and target.anchor.target not in ANCHORS:
+            return False
+        if (op.out.shape, op.out.strides) != (target.out.shape, target.out.strides):
+            return False
+        if op.target in (aten.embedding.default, aten.index_select.default):
+            return False
+        touched = False
+        for ref in _leaves(op, inlined):
+            maker = ref.storage.maker
+            if maker is None or home.get(maker) != number:
+                continue
+            if not whole(ref, maker.out) or ref.shape != op.out.shape:
+                return False
+            touched = True
+        return touched
+
+    for op in trace.ops:
+        if cheap(op):
+            inlined.add(op)
+            continue
+        if edge_steps.writes(op):
+            if dense_order(op.out) is None:
+                raise UnsupportedError(f"'{op.target}' ({op.label}) leaves gaps in memory")
+            before = max(makers(op), default=-1)
+            if before >= 0 and joins(op, before):
+                groups[before].members.append(op)
+                home[op] = before
+                continue
+            groups.append(Group(None, [op]))
+        else:
+            groups.append(Group(op))
+        home[op] = len(groups) - 1
+    return Grouping(groups, inlined)
+
+
+def _leaves(op: Op, inlined: set[Op]) -> list[Ref]:
+    found = []
+    for ref in op.refs():
+        maker = ref.storage.maker
+        found += _leaves(maker, inlined) if maker in inlined and maker is not None else [ref]
+    return found
+
+
+def _same_walk(ref: Ref, of: Ref) -> bool:
+    """The same tensor, perhaps broadcast over new or single dimensions."""
+    if ref.offset != of.offset:
+        return False
+    return ref.shape == of.shape and ref.strides == of.strides
+
+
+class Writer:
+    """Writes a group's expression and collects the kernel's arguments."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        inlined: set[Op],
+        arguments: list[Storage],
+        constants: Constants,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        self.shape, self.inlined, self.arguments = shape, inlined, arguments
+        self.constants = constants
+        self.order = order or tuple(range(len(shape)))
+        self.steps: list[Step] = []
+        self.stores: list[tuple[int, Access]] = []
+        self.made: dict[int, tuple[int, Ref]] = {}
+        self.seen: dict[Any, int] = {}
+
+    def argument(self, storage: Storage) -> int:
+        """The number of a storage among the kernel's arguments."""
+        for number, known in enumerate(self.arguments):
+            if known is storage:
+                return number
+        self.arguments.append(storage)
+        return len(self.arguments) - 1
+
+    def access(self, ref: Ref) -> Access:
+        """How a tensor lies under the expression's shape, broadcast as torch does."""
+        missing = len(self.shape) - len(ref.shape)
+        strides = (0,) * missing + tuple(
+            0 if n == 1 else s for n, s in zip(ref.shape, ref.strides, strict=True)
+        )
+        placed = tuple(strides[d] for d in self.order)
+        return Access(self.argument(ref.storage), NAMES[ref.dtype], ref.offset, placed)
+
+    def add(self, step: Step) -> int:
+        """A step, or the equal one that is there."""
+        if step not in self.seen:
+            self.steps.append(step)
+            self.seen[step] = len(self.steps) - 1
+        return self.seen[step]
+
+    def step(self, op: str, dtype: str, *values: int, numbers: tuple[float, ...] = ()) -> int:
+        """See `edge_steps.Steps`."""
+        return self.add(Step(op, dtype, values, None, numbers))
+
+    def value(self, operand: Any, dtype: str) -> int:
+        """See `edge_steps.Steps`."""
+        if not isinstance(operand, Ref):
+            return self.add(Step("constant", dtype, numbers=(float(operand),)))
+        index, have = self._tensor(operand), NAMES[operand.dtype]
+        return index if have == dtype else self.step("cast", dtype, index)
+
+    def _tensor(self, ref: Ref) -> int:
+        made = self.made.get(id(ref.storage))
+        if made is not None and whole(ref, made[1]):
+            return made[0]
+        maker = ref.storage.maker
+        if maker is not None and maker in self.inlined:
+            return edge_steps.write(maker, self)
+        ref = self.constants.known(ref)
+        return self.add(Step("load", NAMES[ref.dtype], access=self.access(ref)))
+
+    def lookup(self, table: Ref, index: Ref, dim: int) -> int:
+        """See `edge_steps.Steps`."""
+        if dim != 0 or len(table.shape) != 2:
+            raise UnsupportedError("a lookup takes rows of a matrix")
+        table = self.constants.known(table)
+        width = table.shape[1]
+        spread = (0,) * (len(self.shape) - 1) + (0 if width == 1 else table.strides[1],)
+        place = Access(
+            self.argument(table.storage), NAMES[table.dtype], table.offset,
+            tuple(spread[d] for d in self.order),
+        )  # fmt: skip
+        spot = Ref(
+            index.storage, index.dtype, index.offset, (*index.shape, 1), (*index.strides, 0)
+        )
+        if index.storage.maker in self.inlined:
+            raise UnsupportedError("a lookup's index is computed")
+        where = self.access(spot)
+        numbers = (float(table.strides[0]), float(table.shape[0]))
+        return self.add(
+            Step("lookup", NAMES[table.dtype], (), place, numbers, where)
+        )
+
+    def keep(self, ref: Ref, index: int) -> None:
+        """Remember that a tensor is this step's value."""
+        self.made[id(ref.storage)] = (index, ref)
+
+    def store(self, ref: Ref, index: int) -> None:
+        """Write a value to memory."""
+        self.stores.append((index, self.access(ref)))
+
+    def members(self, group: Group, stored: set[int]) -> None:
+        """The group's elementwise ops; `stored`: ids of storages that others read."""
+        if group.anchor is not None and id(group.anchor.out.storage) in stored:
+            self.store(group.anchor.out, self.made[id(group.anchor.out.storage)][0])
+        for op in group.members:
+            index = edge_steps.write(op, self)
+            self.keep(op.out, index)
+            if id(op.out.storage) in stored:
+                self.store(op.out, index)
+
+    def expression(self) -> Expression:
+        """What was written."""
+        shape = tuple(self.shape[d] for d in self.order)
+        return Expression(shape, tuple(self.steps), tuple(self.stores))
+
+    def kernel_arguments(self) -> list[Argument]:
+        """The arguments as the kernel declares them."""
+        return [
+            Argument(f"a{i}", "uint8" if s.dtype == torch.bool else NAMES[s.dtype], s.size)
+            for i, s in enumerate(self.arguments)
+        ]
+
+
+class Constants:
+    """Storages for constants, one for equal contents."""
+
+    def __init__(self) -> None:
+        self.by_content: dict[Any, Storage] = {}
+        self.held: list[Any] = []
+
+    def of(self, key: Any, make: Any) -> Storage:
+        """The constant known by that key, made where it is new."""
+        if key not in self.by_content:
+            tensor: torch.Tensor = make().contiguous()
+            self.by_content[key] = Storage(tensor.dtype, tensor.numel(), tensor)
+            self.held.append(key)
+        return self.by_content[key]
+
+    def known(self, ref: Ref) -> Ref:
+        """The tensor itself, or the float constant where its storage holds a quantized one."""
+        weight = ref.storage.weight
+        if weight is None:
+            return ref
+        storage = self.of((id(weight.q), "float"), weight.dequantized)
+        self.held.append(weight)
+        return Ref(storage, ref.dtype, ref.offset, ref.shape, ref.strides)

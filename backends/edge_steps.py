@@ -1,0 +1,239 @@
+"""ATen's elementwise ops as steps of an `Expression`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from qcompiler import ops
+from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.errors import UnsupportedError
+
+aten = torch.ops.aten
+
+NAMES = {
+    torch.float32: "float32",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+UNARY = {
+    aten.neg.default: "neg", aten.abs.default: "abs", aten.relu.default: "relu",
+    aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt", aten.reciprocal.default: "reciprocal",
+    aten.exp.default: "exp", aten.erf.default: "erf", aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh", aten.silu.default: "silu", aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid", aten.log.default: "log", aten.sin.default: "sin",
+    aten.cos.default: "cos", aten.floor.default: "floor", aten.ceil.default: "ceil",
+    aten.round.default: "round", aten.logical_not.default: "not", aten.bitwise_not.default: "not",
+}  # fmt: skip
+BINARY = {
+    aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div",
+    aten.div.Scalar: "div", aten.maximum.default: "maximum", aten.minimum.default: "minimum",
+    aten.pow.Tensor_Tensor: "pow",
+}  # fmt: skip
+SCALED = {  # a ± alpha · b
+    aten.add.Tensor: ("add", False), aten.add.Scalar: ("add", False),
+    aten.sub.Tensor: ("sub", False), aten.sub.Scalar: ("sub", False),
+    aten.rsub.Tensor: ("sub", True), aten.rsub.Scalar: ("sub", True),
+}  # fmt: skip
+COMPARE = {
+    getattr(getattr(aten, name), form): name
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for form in ("Tensor", "Scalar")
+}
+LOGICAL = {
+    aten.logical_and.default: "and", aten.bitwise_and.Tensor: "and", aten.__and__.Tensor: "and",
+    aten.logical_or.default: "or", aten.bitwise_or.Tensor: "or", aten.__or__.Tensor: "or",
+}  # fmt: skip
+SPECIAL = frozenset(
+    {
+        aten.gelu.default, aten.relu6.default, aten.clamp.default, aten.hardtanh.default,
+        aten.leaky_relu.default, aten.pow.Tensor_Scalar, aten.where.self, aten.where.ScalarOther,
+        aten.masked_fill.Scalar, aten._to_copy.default, aten.clone.default,
+        aten.embedding.default, aten.index_select.default, aten.full.default, ops.quantize,
+        ops.dequantize,
+    }
+)  # fmt: skip
+ELEMENTWISE = frozenset(
+    {*UNARY, *BINARY, *SCALED, *COMPARE, *LOGICAL, *SPECIAL}
+)
+
+
+class Steps(Protocol):
+    """What writes an expression: `edge_group.Writer`."""
+
+    def value(self, operand: Any, dtype: str) -> int:
+        """A tensor or a number as a step of that dtype."""
+
+    def step(
+        self, op: str, dtype: str, *values: int, numbers: tuple[float, ...] = ()
+    ) -> int:
+        """A new step."""
+
+    def lookup(self, table: Ref, index: Ref, dim: int) -> int:
+        """Rows of a table, found at run time."""
+
+
+def writes(op: Op) -> bool:
+    """Whether the op is elementwise, and of dtypes that the kernels know."""
+    if op.target not in ELEMENTWISE or op.out.dtype not in NAMES:
+        return False
+    if op.target is aten.index_select.default:
+        return bool(op.args[1] % op.args[0].numel == 0 if op.args[0].shape else False)
+    if op.target in (ops.quantize, ops.dequantize):
+        group = op.args[5 if op.target is ops.quantize else 4] if len(op.args) > 4 else 0
+        return group == 0 or not isinstance(group, int)
+    return True
+
+
+def write(op: Op, steps: Steps) -> int:
+    """The steps that compute the op's value; returns the last one's index."""
+    kind = NAMES[op.out.dtype]
+    target, args = op.target, op.args
+    if target in UNARY:
+        return steps.step(UNARY[target], kind, steps.value(args[0], kind))
+    if target in BINARY:
+        return steps.step(
+            BINARY[target], kind, steps.value(args[0], kind), steps.value(args[1], kind)
+        )
+    if target in SCALED:
+        name, swapped = SCALED[target]
+        alpha = op.kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+        a, b = (args[1], args[0]) if swapped else (args[0], args[1])
+        right = steps.value(b, kind)
+        if alpha != 1:
+            right = steps.step("mul", kind, right, steps.value(alpha, kind))
+        return steps.step(name, kind, steps.value(a, kind), right)
+    if target in COMPARE:
+        common = _common(args[0], args[1])
+        return steps.step(
+            COMPARE[target], "bool", steps.value(args[0], common), steps.value(args[1], common)
+        )
+    if target in LOGICAL:
+        if kind != "bool":
+            raise UnsupportedError(f"'{target}' on {kind}")
+        return steps.step(
+            LOGICAL[target], kind, steps.value(args[0], kind), steps.value(args[1], kind)
+        )
+    return _SPECIAL[target](op, kind, steps)
+
+
+def _common(a: Any, b: Any) -> str:
+    def kind(x: Any) -> Any:
+        if isinstance(x, Ref):
+            return torch.empty(x.shape or (), dtype=x.dtype, device="meta")
+        return x
+
+    return NAMES[torch.result_type(kind(a), kind(b))]
+
+
+def _argument(op: Op, index: int, name: str, default: Any) -> Any:
+    return op.args[index] if len(op.args) > index else op.kwargs.get(name, default)
+
+
+def _gelu(op: Op, kind: str, steps: Steps) -> int:
+    name = "gelu_tanh" if _argument(op, 1, "approximate", "none") == "tanh" else "gelu"
+    return steps.step(name, kind, steps.value(op.args[0], kind))
+
+
+def _bounds(low: Any, high: Any) -> tuple[float, float]:
+    return (
+        -math.inf if low is None else float(low),
+        math.inf if high is None else float(high),
+    )
+
+
+def _clamp(op: Op, kind: str, steps: Steps) -> int:
+    if op.target is aten.relu6.default:
+        bounds = (0.0, 6.0)
+    elif op.target is aten.hardtanh.default:
+        bounds = _bounds(_argument(op, 1, "min_val", -1.0), _argument(op, 2, "max_val", 1.0))
+    else:
+        bounds = _bounds(_argument(op, 1, "min", None), _argument(op, 2, "max", None))
+    if kind != "float32":
+        raise UnsupportedError(f"'{op.target}' on {kind}")
+    return steps.step("clamp", kind, steps.value(op.args[0], kind), numbers=bounds)
+
+
+def _leaky(op: Op, kind: str, steps: Steps) -> int:
+    slope = float(_argument(op, 1, "negative_slope", 0.01))
+    return steps.step("leaky_relu", kind, steps.value(op.args[0], kind), numbers=(slope,))
+
+
+def _power(op: Op, kind: str, steps: Steps) -> int:
+    base, exponent = steps.value(op.args[0], kind), op.args[1]
+    if exponent in (2, 3):
+        square = steps.step("mul", kind, base, base)
+        return square if exponent == 2 else steps.step("mul", kind, square, base)
+    if exponent in (0.5, -0.5):
+        return steps.step("sqrt" if exponent > 0 else "rsqrt", kind, base)
+    return steps.step("pow", kind, base, steps.value(exponent, kind))
+
+
+def _where(op: Op, kind: str, steps: Steps) -> int:
+    if op.target is aten.masked_fill.Scalar:
+        no, condition, yes = op.args[:3]
+    else:
+        condition, yes, no = op.args[:3]
+    return steps.step(
+        "where", kind, steps.value(condition, "bool"), steps.value(yes, kind),
+        steps.value(no, kind),
+    )  # fmt: skip
+
+
+def _copy(op: Op, kind: str, steps: Steps) -> int:
+    return steps.value(op.args[0], kind)
+
+
+def _embedding(op: Op, kind: str, steps: Steps) -> int:
+    return steps.lookup(op.args[0], op.args[1], 0)
+
+
+def _select(op: Op, kind: str, steps: Steps) -> int:
+    return steps.lookup(op.args[0], op.args[2], op.args[1])
+
+
+def _full(op: Op, kind: str, steps: Steps) -> int:
+    return steps.value(op.args[1], kind)
+
+
+def _quantize(op: Op, kind: str, steps: Steps) -> int:
+    x, scale, zero, _, _, low, high = op.args
+    return steps.step(
+        "quantize", kind, steps.value(x, "float32"), steps.value(scale, "float32"),
+        steps.value(zero, NAMES[zero.dtype]), numbers=(float(low), float(high)),
+    )  # fmt: skip
+
+
+def _dequantize(op: Op, kind: str, steps: Steps) -> int:
+    q, scale, zero = op.args[:3]
+    return steps.step(
+        "dequantize", kind, steps.value(q, NAMES[q.dtype]), steps.value(scale, "float32"),
+        steps.value(zero, NAMES[zero.dtype]),
+    )  # fmt: skip
+
+
+_SPECIAL: dict[Any, Callable[[Op, str, Steps], int]] = {
+    aten.gelu.default: _gelu,
+    aten.relu6.default: _clamp,
+    aten.clamp.default: _clamp,
+    aten.hardtanh.default: _clamp,
+    aten.leaky_relu.default: _leaky,
+    aten.pow.Tensor_Scalar: _power,
+    aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.masked_fill.Scalar: _where,
+    aten._to_copy.default: _copy,
+    aten.clone.default: _copy,
+    aten.embedding.default: _embedding,
+    aten.index_select.default: _select,
+    aten.full.default: _full,
+    ops.quantize: _quantize,
+    ops.dequantize: _dequantize,
+}
