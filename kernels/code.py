@@ -27,7 +27,7 @@ from tvm.tirx.script.builder import ir as T
 
 LANES = 16
 FLOAT = "float32"
-STACK = 1024  # bytes: TVM takes larger scratch from the runtime's workspace instead of the stack
+STACK = 64 << 10  # bytes of scratch up to which it lies on the stack, not in the workspace
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def loop(extent: Any) -> Any:
 
 
 def scratch(size: int, dtype: str) -> Any:
-    """Local memory, on the stack where it is small."""
-    return T.alloc_buffer((size,), dtype, scope="local" if size * 4 <= STACK else "global")
+    """Local memory, on the stack (or in registers) unless it is large; elements of 4 bytes."""
+    # TVM's own limit for the stack is 1 KiB; this annotation tells it to leave the choice to us.
+    stack = {"disable_lower_builtin": True} if size * 4 <= STACK else {}
+    return T.alloc_buffer((size,), dtype, annotations=stack)
 
 
 def bind(value: Any) -> Any:
