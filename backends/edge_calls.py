@@ -11,6 +11,8 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_convolution import convolution
+from qcompiler.backends.edge_dynamic import dynamic_quantize
 from qcompiler.backends.edge_group import (
     CONV,
     LINEAR,
@@ -181,12 +183,8 @@ class Calls:
         elif op.target is aten.constant_pad_nd.default:
             self._pad(op)
         elif op.target is ops.dynamic_quantize:
-            from qcompiler.backends.edge_dynamic import dynamic_quantize
-
             dynamic_quantize(self, op)
         elif op.target is CONV:
-            from qcompiler.backends.edge_convolution import convolution
-
             convolution(self, g, op)
         else:
             raise UnsupportedError(f"no kernel for '{op.target}' ({op.label})")
@@ -225,13 +223,13 @@ class Calls:
 
     def copy(self, source: Ref, to: Ref, label: str) -> None:
         """A copy between tensors of the same shape, each with its own strides."""
-        writer = self.writer(to.shape, [])
+        writer = self.writer(to.shape, [], _walk(to))
         writer.store(to, writer.value(source, edge_steps.NAMES[to.dtype]))
         self.pointwise(writer, label)
 
     def fill(self, to: Ref, value: Any, label: str) -> None:
         """Set every element: to a number, or to a one-element tensor's."""
-        writer = self.writer(to.shape, [])
+        writer = self.writer(to.shape, [], _walk(to))
         writer.store(to, writer.value(value, edge_steps.NAMES[to.dtype]))
         self.pointwise(writer, label)
 
@@ -277,7 +275,8 @@ class Calls:
         self, g: Group, op: Op, left: Storage, right: Storage, product: Product, bias: Ref | None
     ) -> None:
         """A float matrix product and what follows it."""
-        writer = self.writer(op.out.shape, [left, right])
+        order = (0, 2, 3, 1) if op.target is CONV else None
+        writer = self.writer(op.out.shape, [left, right], order)
         value = writer.step("anchor", "float32")
         if bias is not None:
             value = writer.step("add", "float32", value, writer.value(bias, "float32"))
@@ -306,7 +305,8 @@ class Calls:
             (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(matrix, isa)
         )
         self.constants.held.append(weight)
-        writer = self.writer(op.out.shape, [q.storage, packed.storage], dense_order(op.out))
+        order = (0, 2, 3, 1) if len(op.out.shape) == 4 and op.target is CONV else None
+        writer = self.writer(op.out.shape, [q.storage, packed.storage], order)
         scaled = self.scaled(writer, matrix, weight, bias, source, q.dtype == torch.int8)
         writer.keep(op.out, scaled)
         writer.members(g, self.stored)
@@ -581,6 +581,11 @@ def flat_ref(storage: Storage, shape: tuple[int, ...]) -> Ref:
         strides.insert(0, step)
         step *= size
     return Ref(storage, storage.dtype, 0, shape, tuple(strides))
+
+
+def _walk(ref: Ref) -> tuple[int, ...]:
+    """The order of dimensions that goes through memory in steps that grow smaller."""
+    return tuple(sorted(range(len(ref.shape)), key=lambda d: (-ref.strides[d], d)))
 
 
 def _narrowed(expression: Any, dims: list[int]) -> Any:

@@ -98,7 +98,7 @@ def tiled(
             with code.loop(height) as r:
                 line(tile, base + row, r, panel, tail)
 
-        def band(start: Any, first: int, total: int, panel: Any, across: int, tail: bool) -> None:
+        def band(start: Any, first: Any, total: int, panel: Any, across: int, tail: bool) -> None:
             if total // high == 1:
                 work(start, first, panel, high, across, tail)
             elif total // high:
@@ -107,17 +107,23 @@ def tiled(
             if total % high:
                 work(start, first + total // high * high, panel, total % high, across, tail)
 
+        def bands(start: Any, threads: bool, first: int, many: int, total: int) -> None:
+            """`many` blocks of `total` rows each, from row `first`, by all panels."""
+            each = code.parallel if threads else code.loop
+            tiles = whole // wide
+            if many * tiles:
+                with each(many * tiles) as number:
+                    row = first + number // tiles * total
+                    band(start, row, total, number % tiles * wide, wide, False)
+            rest = [(panel, False) for panel in range(tiles * wide, whole)]
+            for panel, tail in rest + ([(whole, True)] if whole < panels else []):
+                with each(many) as number:
+                    band(start, first + number * total, total, panel, 1, tail)
+
         def matrix(start: Any, threads: bool) -> None:
-            for first in range(0, rows, block):
-                total = min(block, rows - first)
-                if whole // wide:
-                    many = (code.parallel if threads else code.loop)(whole // wide)
-                    with many as tile:
-                        band(start, first, total, tile * wide, wide, False)
-                for panel in range(whole // wide * wide, whole):
-                    band(start, first, total, panel, 1, False)
-                if whole < panels:
-                    band(start, first, total, whole, 1, True)
+            bands(start, threads, 0, rows // block, block)
+            if rows % block:
+                bands(start, threads, rows // block * block, 1, rows % block)
 
         members = prod(product.batch)
         if members == 1:

@@ -1,0 +1,92 @@
+"""Quantization with ranges taken at run time: smallest and largest value, scale, then the integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.rows import reduction
+from qcompiler.qtype import QType
+
+if TYPE_CHECKING:
+    from qcompiler.backends.edge_calls import Calls
+
+FLOAT = "float32"
+
+
+def dynamic_quantize(calls: Calls, op: Op) -> None:
+    """The calls for `qc::dynamic_quantize`, for the tensor or for each token (last dimension)."""
+    x, kind = calls.contiguous(op.args[0], op.label), QType.parse(op.args[1])
+    q, scale, zero = op.outputs
+    token = kind.granularity == "token"
+    if kind.granularity not in ("tensor", "token"):
+        raise UnsupportedError(f"dynamic ranges of {kind}")
+    width = x.shape[-1] if token else x.numel
+    count = x.numel // width
+    flat = Ref(x.storage, x.dtype, x.offset, (count, width), (width, 1))
+    low, high = (_range(calls, flat, name, op.label) for name in ("min", "max"))
+
+    writer = calls.writer((count, 1), [])
+    zeroes = writer.value(0.0, FLOAT)
+    bottom = writer.step("minimum", FLOAT, writer.value(low, FLOAT), zeroes)
+    top = writer.step("maximum", FLOAT, writer.value(high, FLOAT), zeroes)
+    if kind.symmetric:
+        reach = writer.step("maximum", FLOAT, top, writer.step("neg", FLOAT, bottom))
+        steps = kind.qmax - kind.middle
+    else:
+        reach, steps = writer.step("sub", FLOAT, top, bottom), kind.qmax - kind.qmin
+    size = writer.step("div", FLOAT, reach, writer.value(float(steps), FLOAT))
+    none = writer.step("eq", "bool", size, zeroes)
+    size = writer.step("where", FLOAT, none, writer.value(1.0, FLOAT), size)
+    writer.store(_column(scale, count), size)
+    if kind.symmetric:
+        point = writer.value(kind.middle, _name(zero.dtype))
+    else:
+        ratio = writer.step("div", FLOAT, bottom, size)
+        point = writer.step("sub", FLOAT, writer.value(float(kind.qmin), FLOAT), ratio)
+        point = writer.step("round", FLOAT, point)
+        bounds = (float(kind.qmin), float(kind.qmax))
+        point = writer.step("clamp", FLOAT, point, numbers=bounds)
+        point = writer.step("cast", _name(zero.dtype), point)
+    writer.store(_column(zero, count), point)
+    calls.pointwise(writer, op.label)
+
+    writer = calls.writer((count, width), [])
+    value = writer.step(
+        "quantize", _name(q.dtype), writer.value(flat, FLOAT),
+        writer.value(_column(scale, count), FLOAT),
+        writer.value(_column(zero, count), _name(zero.dtype)),
+        numbers=(float(kind.qmin), float(kind.qmax)),
+    )  # fmt: skip
+    writer.store(Ref(q.storage, q.dtype, q.offset, (count, width), (width, 1)), value)
+    calls.pointwise(writer, op.label)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _column(ref: Ref, count: int) -> Ref:
+    return Ref(ref.storage, ref.dtype, ref.offset, (count, 1), (1 if count > 1 else 0, 0))
+
+
+def _range(calls: Calls, x: Ref, kind: str, label: str) -> Ref:
+    """The smallest or largest value of each row."""
+    count = x.shape[0]
+    found = calls.temporary(torch.float32, (count, 1))
+    writer = calls.writer(x.shape, [])
+    writer.value(x, FLOAT)
+    source = writer.expression()
+    end = calls.writer((count,), writer.arguments)
+    end.store(
+        Ref(found.storage, found.dtype, 0, (count,), (1,)), end.step("anchor", FLOAT)
+    )
+    expression = end.expression()
+    calls.add(
+        "range", label, (kind, source, expression),
+        lambda name: reduction(name, end.kernel_arguments(), kind, source, 1, expression), end,
+    )  # fmt: skip
+    return found
