@@ -1,0 +1,456 @@
+"""Machine code: write a Program as TVM-generated kernels with a C runtime around them; load it.
+
+The program is taken at fixed sizes (`entries`), one piece of code for each, which share the weights and
+every kernel that they have in common. Integers are the program's own: nothing is quantized anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.backends import edge_folder, edge_load
+from qcompiler.backends.edge_calls import Call, Calls
+from qcompiler.backends.edge_group import CONV, LINEAR, Constants
+from qcompiler.backends.edge_memory import ALIGN, plan
+from qcompiler.backends.edge_model import EdgeModel, Entry, Port, Step
+from qcompiler.backends.edge_model import Tensor as Placed
+from qcompiler.backends.edge_target import Machine, machine
+from qcompiler.backends.edge_trace import Ref, Storage, Trace, trace
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.kernels import isa as isas
+from qcompiler.program import Program
+from qcompiler.target import Target
+
+PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
+SIZES = "sizes.json"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or convolution and the kernel that computes it.
+
+    Attributes:
+        name: the program's node.
+        path: its module path, where the plan knows it.
+        op: the kernel.
+        kernel: "integer" or "float".
+        reason: why it is not integer; empty for integer kernels.
+    """
+
+    name: str
+    path: str
+    op: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was generated, in the terms of the other backends' audits.
+
+    Attributes:
+        layers: linears and convolutions, in order.
+        kernels: how often each kernel runs, for the last (largest) entry.
+        stray: always 0: conversions are part of kernels.
+        broken: promises that were not kept.
+    """
+
+    layers: tuple[Layer, ...]
+    kernels: Mapping[str, int]
+    stray: int = 0
+    broken: tuple[str, ...] = ()
+
+
+@dataclass
+class _Code:
+    """Kernels by what they compute, for all entries."""
+
+    names: dict[Any, str] = field(default_factory=dict)
+    functions: dict[str, Any] = field(default_factory=dict)
+
+    def symbol(self, call: Call) -> str:
+        if call.key not in self.names:
+            name = f"qc_{len(self.names)}_{call.kind}"
+            self.names[call.key] = name
+            self.functions[name] = call.build(name).function
+        return self.names[call.key]
+
+
+class _Weights:
+    """weights.bin: constants one after another, equal ones once."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.places: dict[bytes, int] = {}
+        self.known: dict[int, int] = {}
+
+    def place(self, storage: Storage) -> int:
+        """The offset of a constant."""
+        assert storage.constant is not None
+        if id(storage) not in self.known:
+            flat = storage.constant.contiguous().reshape(-1)
+            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            name = hashlib.sha256(data).digest()
+            if name not in self.places:
+                self.places[name] = self.size
+                self.parts.append(data + b"\0" * (-len(data) % ALIGN))
+                self.size += len(self.parts[-1])
+            self.known[id(storage)] = self.places[name]
+        return self.known[id(storage)]
+
+
+def choose_isa(target: Machine) -> isas.Isa:
+    """The kernels' instruction set for a machine."""
+    has = set(target.features)
+    if target.family == "x86-64":
+        if "avx512vnni" in has:
+            return isas.VNNI_BF16 if "avx512bf16" in has else isas.VNNI
+        return isas.AVX2 if "avx2" in has else isas.SSE
+    if target.family == "aarch64":
+        return isas.DOTPROD if "dotprod" in has else isas.NEON
+    return isas.ARMV7 if target.family == "armv7" else isas.SCALAR
+
+
+def lower(
+    program: Program,
+    target: Target,
+    folder: Path,
+    *,
+    input_names: tuple[str, ...] = (),
+    output_names: tuple[str, ...] = (),
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+    padding_mask: str = "",
+    planned: Mapping[str, str] | None = None,
+    integer: bool = False,
+    say: Callable[[str], None] = lambda step: None,
+) -> Audit:
+    """Write `program` into `folder` as a library, a runner and their weights.
+
+    Args:
+        program: with or without quantization; only ATen and qc ops.
+        target: one of the `tvm:` targets.
+        folder: must exist.
+        input_names: names of the inputs; the program's own where not given.
+        output_names: names of the flat outputs; `output_0`, … where not given.
+        dynamic_shapes: names of the dynamic sizes by input and dimension.
+        buckets: size's name → the sizes to compile for.
+        padding_mask: the input that masks padding: sizes of its last dimension are padded up.
+        planned: the layers with quantized weights: node → module path.
+        integer: whether their activations are quantized too, so that integer kernels are promised.
+        say: told of each step.
+
+    Raises:
+        UnsupportedError: for an op without a kernel, or where the target's C compiler is missing.
+        InputError: for sizes that the model has not.
+    """
+    where = machine(target)
+    isa = choose_isa(where)
+    ports = _ports(program, dynamic_shapes or {}, input_names)
+    entries_at = _entries(ports, program, buckets or {}, padding_mask)
+    code, weights, constants = _Code(), _Weights(), Constants()
+    entries, last = [], None
+    outputs: tuple[Port, ...] = ()
+    for sizes in entries_at:
+        say(f"generate code for {_shown(sizes)}" if sizes else "generate code")
+        shapes = {
+            name: [sizes[d] if isinstance(d, str) else d for d in port.shape]
+            for name, port in zip(program.inputs, ports, strict=True)
+        }
+        traced = trace(program, shapes)
+        calls = Calls(traced, isa, constants)
+        placed = _outputs_placed(traced, calls)
+        entries.append(_entry(sizes, traced, placed, calls, code, weights))
+        if not outputs:
+            outputs = _output_ports(program, ports, placed, output_names, len(entries_at) > 1)
+        last = calls
+    say("compile kernels")
+    objects = (("kernels.o", _build(code.functions, where)),)
+    padded = frozenset(_masked_sizes(ports, padding_mask, program))
+    edge = EdgeModel(
+        target=str(target), features=where.features, inputs=ports, outputs=outputs,
+        entries=tuple(entries), padded=padded, state=0, objects=objects,
+        weights=b"".join(weights.parts) or b"\0" * ALIGN,
+    )  # fmt: skip
+    say("link")
+    edge_folder.write(edge, folder)
+    described = {
+        "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in outputs],
+        "entries": [dict(e.sizes) for e in entries], "padded": sorted(padded),
+    }  # fmt: skip
+    (folder / SIZES).write_text(json.dumps(described) + "\n")
+    assert last is not None
+    return _audit(last, planned or {}, integer)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def _ports(
+    program: Program, dynamic: Mapping[str, Mapping[int, str]], names: tuple[str, ...]
+) -> tuple[Port, ...]:
+    """The inputs, with the names of their dynamic sizes."""
+    symbols: dict[str, str] = {}
+    found = []
+    for name, given in zip(program.inputs, names or program.inputs, strict=True):
+        value = program.placeholder(name).meta.get("val")
+        if not isinstance(value, Tensor):
+            raise UnsupportedError(f"input '{name}' is not a tensor")
+        shape: list[int | str] = []
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            wanted = dynamic.get(name, dynamic.get(given, {})).get(dim, f"{given}_{dim}")
+            shape.append(symbols.setdefault(str(size), wanted))
+        found.append(Port(given, str(value.dtype).removeprefix("torch."), tuple(shape)))
+    return tuple(found)
+
+
+def _masked_sizes(ports: Sequence[Port], mask: str, program: Program) -> list[str]:
+    """Sizes that may be padded: the mask's last dimension, where it is dynamic."""
+    for name, port in zip(program.inputs, ports, strict=True):
+        if mask and mask in (name, port.name) and isinstance(port.shape[-1], str):
+            return [port.shape[-1]]
+    return []
+
+
+def _entries(
+    ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str
+) -> list[dict[str, int]]:
+    """The combinations of sizes to compile for, smallest first."""
+    names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
+    unknown = [name for name in buckets if name not in names]
+    if unknown:
+        known = f"its dynamic sizes are {', '.join(names)}" if names else "all its sizes are fixed"
+        raise InputError(f"--bucket {unknown[0]}=…: the model has no such size; {known}")
+    masked = _masked_sizes(ports, mask, program)
+    chosen = []
+    for name in names:
+        default = PADDED if name in masked else (_example(ports, program, name),)
+        values = sorted({int(v) for v in buckets.get(name, default)})
+        if not values or values[0] < 1:
+            raise InputError(f"--bucket {name}=…: sizes are positive numbers")
+        chosen.append(values)
+    combined = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*chosen)]
+    return sorted(combined, key=lambda sizes: [*sizes.values()])
+
+
+def _example(ports: Sequence[Port], program: Program, size: str) -> int:
+    """1 for a size that leads every input (a batch), else what the model was captured with."""
+    first = all(p.shape.index(size) == 0 for p in ports if size in p.shape)
+    if first:
+        return 1
+    for name, port in zip(program.inputs, ports, strict=True):
+        if size in port.shape:
+            value = program.placeholder(name).meta["val"].shape[port.shape.index(size)]
+            return int(value.node.hint) if value.node.hint else 1
+    return 1
+
+
+def _outputs_placed(traced: Trace, calls: Calls) -> tuple[Ref, ...]:
+    """The outputs as tensors of their own, contiguous; copied where they are not."""
+    taken: set[int] = {id(ref.storage) for ref in traced.inputs}
+    found = []
+    written = {id(s) for call in calls.calls for s in call.writes}
+    for number, ref in enumerate(traced.outputs):
+        own = (
+            ref.contiguous
+            and ref.offset == 0
+            and ref.numel == ref.storage.size
+            and id(ref.storage) not in taken
+            and id(ref.storage) in written
+        )
+        if not own:
+            made = calls.temporary(ref.dtype, ref.shape)
+            calls.copy(ref, made, f"output_{number}")
+            ref = made
+        taken.add(id(ref.storage))
+        found.append(ref)
+    return tuple(found)
+
+
+def _entry(
+    sizes: Mapping[str, int],
+    traced: Trace,
+    outputs: tuple[Ref, ...],
+    calls: Calls,
+    code: _Code,
+    weights: _Weights,
+) -> Entry:
+    fixed: dict[int, tuple[str, int]] = {}
+    for number, ref in enumerate(traced.inputs):
+        fixed[id(ref.storage)] = ("input", number)
+    for number, ref in enumerate(outputs):
+        fixed[id(ref.storage)] = ("output", number)
+    everything = {id(s): s for call in calls.calls for s in call.arguments}
+    for storage in everything.values():
+        if storage.constant is not None:
+            fixed[id(storage)] = ("weights", weights.place(storage))
+    offsets, arena = plan(calls.calls, set(fixed))
+    numbers: dict[int, int] = {}
+    tensors: list[Placed] = []
+
+    def number_of(storage: Storage) -> int:
+        if id(storage) not in numbers:
+            space, at = fixed.get(id(storage), ("arena", offsets.get(id(storage), 0)))
+            dtype = str(storage.dtype).removeprefix("torch.")
+            numbers[id(storage)] = len(tensors)
+            shape = (storage.size,)
+            for ref in (*traced.inputs, *outputs):
+                if ref.storage is storage:
+                    shape = ref.shape
+            tensors.append(Placed(space, at, dtype, shape))  # type: ignore[arg-type]
+        return numbers[id(storage)]
+
+    steps = tuple(
+        Step(code.symbol(call), call.label, tuple(number_of(s) for s in call.arguments))
+        for call in calls.calls
+    )
+    return Entry(dict(sizes), arena, tuple(tensors), steps)
+
+
+def _output_ports(
+    program: Program, inputs: Sequence[Port], placed: Sequence[Ref], names: tuple[str, ...],
+    many: bool,
+) -> tuple[Port, ...]:  # fmt: skip
+    """The outputs with the names of their dynamic sizes, taken from the inputs' symbols."""
+    symbols: dict[str, str] = {}
+    for name, port in zip(program.inputs, inputs, strict=True):
+        for size, known in zip(program.placeholder(name).meta["val"].shape, port.shape,
+                               strict=True):  # fmt: skip
+            if isinstance(known, str):
+                symbols[str(size)] = known
+    values = {n.name: n.meta.get("val") for n in program.exported.graph.nodes}
+    found = []
+    for number, (output, ref) in enumerate(
+        zip(program.exported.graph_signature.user_outputs, placed, strict=True)
+    ):
+        name = names[number] if number < len(names) else f"output_{number}"
+        value, shape = values.get(str(output)), []
+        for dim, size in enumerate(ref.shape):
+            symbol = str(value.shape[dim]) if isinstance(value, Tensor) else ""
+            if symbol in symbols:
+                shape.append(symbols[symbol])
+            elif many and not symbol.isdigit():
+                raise UnsupportedError(
+                    f"output '{name}' has the size {symbol}, which is not one of the inputs' sizes: "
+                    "compile for a single set of sizes (--bucket)"
+                )
+            else:
+                shape.append(size)  # type: ignore[arg-type]
+        found.append(Port(name, str(ref.dtype).removeprefix("torch."), tuple(shape)))
+    return tuple(found)
+
+
+def _build(functions: Mapping[str, Any], where: Machine) -> bytes:
+    """Compile the kernels to one object file."""
+    import tempfile
+
+    import tvm
+
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        library = tvm.tirx.build(tvm.IRModule(dict(functions)), target=tvm.target.Target(where.tvm))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernels.o"
+        library.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
+    layers, kernels = [], {}
+    for call in calls.calls:
+        kernels[call.kind] = kernels.get(call.kind, 0) + 1
+    computed = {
+        g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
+        and g.anchor.target in (LINEAR, CONV)
+    }  # fmt: skip
+    main = {"matmul_int8", "matmul_float", "depthwise"}
+    by_label = {call.label: call for call in calls.calls if call.kind in main}
+    for label, op in computed.items():
+        call = by_label.get(label)
+        name = call.kind if call is not None else str(op.target)
+        good = op in calls.integer
+        reason = "" if good else "its weight or its input is not a quantized 8-bit tensor"
+        layers.append(
+            Layer(label, planned.get(label, ""), name, "integer" if good else "float", reason)
+        )
+    broken = [
+        f"{layer.path or layer.name} was planned as integer and runs in float: {layer.reason}"
+        for layer in layers
+        if integer and layer.kernel == "float" and layer.name in planned
+    ]
+    return Audit(tuple(layers), kernels, 0, tuple(broken))
+
+
+def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The artifact's model as a function of flat inputs, returning flat outputs.
+
+    Inputs whose leading size (a batch) has no code of its own are run one after another. Arguments and
+    errors: see `edge_load.load`.
+    """
+    run = edge_load.load(folder, threads)
+    path = folder / SIZES
+    if not path.is_file():
+        return run
+    described = json.loads(path.read_text())
+    size = _batch_size(described)
+    if size is None:
+        return run
+    compiled = {int(entry[size]) for entry in described["entries"]}
+    inside = [shape[:1] == [size] for shape in described["inputs"]]
+    split = _Split(run, inside, compiled)
+    for name in ("emulator", "inputs"):
+        if hasattr(run, name):
+            setattr(split, name, getattr(run, name))
+    return split
+
+
+def _batch_size(described: Mapping[str, Any]) -> str | None:
+    """The size that leads every output and nothing but leads inputs; None where there is none."""
+    shapes = [*described["inputs"], *described["outputs"]]
+    leading = {shape[0] for shape in described["outputs"] if shape}
+    names = {d for shape in shapes for d in shape if isinstance(d, str)} & leading
+    for name in names:
+        if all(name not in shape[1:] for shape in shapes) and all(
+            shape and shape[0] == name for shape in described["outputs"]
+        ):
+            return str(name)
+    return None
+
+
+class _Split:
+    """Runs a batch piece by piece."""
+
+    def __init__(
+        self, run: Callable[..., tuple[Tensor, ...]], inside: list[bool], compiled: set[int]
+    ) -> None:
+        self.run, self.inside, self.compiled = run, inside, compiled
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        rows = [x.shape[0] for x, mine in zip(inputs, self.inside, strict=False) if mine]
+        if not rows or rows[0] in self.compiled or rows[0] == 0:
+            return self.run(*inputs)
+        fitting = [size for size in self.compiled if rows[0] % size == 0]
+        if not fitting:
+            return self.run(*inputs)  # says which sizes there are
+        step = max(fitting)
+        parts = [
+            self.run(*(
+                x[first : first + step] if mine else x
+                for x, mine in zip(inputs, self.inside, strict=True)
+            ))
+            for first in range(0, rows[0], step)
+        ]  # fmt: skip
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
