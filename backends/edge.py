@@ -1,7 +1,8 @@
 """Machine code: write a Program as TVM-generated kernels with a C runtime around them; load it.
 
-The program is taken at fixed sizes (`entries`), one piece of code for each, which share the weights and
-every kernel that they have in common. Integers are the program's own: nothing is quantized anew.
+The program is taken at fixed sizes (`entries`), one piece of code for each, which share the weights
+and every kernel that they have in common. Integers are the program's own: nothing is quantized
+anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,11 +206,12 @@ def _ports(
     symbols: dict[str, str] = {}
     found = []
     for name, given in zip(program.inputs, names or program.inputs, strict=True):
-        value = program.placeholder(name).meta.get("val")
+        value: Any = program.placeholder(name).meta.get("val")
         if not isinstance(value, Tensor):
             raise UnsupportedError(f"input '{name}' is not a tensor")
         shape: list[int | str] = []
-        for dim, size in enumerate(value.shape):
+        sizes: Sequence[Any] = value.shape  # symbols where they are dynamic
+        for dim, size in enumerate(sizes):
             if isinstance(size, int):
                 shape.append(size)
                 continue
@@ -307,7 +310,7 @@ def _entry(
             space, at = fixed.get(id(storage), ("arena", offsets.get(id(storage), 0)))
             dtype = str(storage.dtype).removeprefix("torch.")
             numbers[id(storage)] = len(tensors)
-            shape = (storage.size,)
+            shape: tuple[int, ...] = (storage.size,)
             for ref in (*traced.inputs, *outputs):
                 if ref.storage is storage:
                     shape = ref.shape
@@ -345,7 +348,7 @@ def _output_ports(
                 shape.append(symbols[symbol])
             elif many and not symbol.isdigit():
                 raise UnsupportedError(
-                    f"output '{name}' has the size {symbol}, which is not one of the inputs' sizes: "
+                    f"output '{name}' has the size {symbol}, not one of the inputs' sizes: "
                     "compile for a single set of sizes (--bucket)"
                 )
             else:
@@ -369,9 +372,8 @@ def _build(functions: Mapping[str, Any], where: Machine) -> bytes:
 
 
 def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
-    layers, kernels = [], {}
-    for call in calls.calls:
-        kernels[call.kind] = kernels.get(call.kind, 0) + 1
+    layers: list[Layer] = []
+    kernels = dict(Counter(call.kind for call in calls.calls))
     computed = {
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
@@ -379,8 +381,8 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
     main = {"matmul_int8", "matmul_float", "depthwise"}
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
-        call = by_label.get(label)
-        name = call.kind if call is not None else str(op.target)
+        made = by_label.get(label)
+        name = made.kind if made is not None else str(op.target)
         good = op in calls.integer
         reason = "" if good else "its weight or its input is not a quantized 8-bit tensor"
         layers.append(
@@ -397,7 +399,8 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
 def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
     """The artifact's model as a function of flat inputs, returning flat outputs.
 
-    Inputs whose leading size (a batch) has no code of its own are run one after another. Arguments and
+    Inputs whose leading size (a batch) has no code of its own are run one after another. Arguments
+    and
     errors: see `edge_load.load`.
     """
     run = edge_load.load(folder, threads)
@@ -415,6 +418,12 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
         if hasattr(run, name):
             setattr(split, name, getattr(run, name))
     return split
+
+
+def limits(folder: Path) -> dict[str, Any]:
+    """The shapes of the ports (`inputs`, `outputs`, with names of sizes) and the `entries`."""
+    found: dict[str, Any] = json.loads((folder / SIZES).read_text())
+    return found
 
 
 def _batch_size(described: Mapping[str, Any]) -> str | None:

@@ -357,9 +357,7 @@ class Calls:
             totals = self.constant((id(weight.q), "sums", shape), lambda: sums.reshape(shape))
             point_step = writer.value(zero, "int32")
             if shift:
-                point_step = writer.step(
-                    "add", "int32", point_step, writer.value(shift, "int32")
-                )
+                point_step = writer.step("add", "int32", point_step, writer.value(shift, "int32"))
             product = writer.step("mul", "int32", writer.value(totals, "int32"), point_step)
             value = writer.step("sub", "int32", value, product)
             own = self.constant((id(weight.q), "scale", shape), lambda: steps.reshape(shape))
@@ -461,10 +459,10 @@ class Calls:
                 raise UnsupportedError("attention over heads that do not lie side by side")
             rolled.append((ref, (*step[:3], 1)))
         writer = self.writer(op.out.shape, [])
-        accesses = [
+        reads_q, reads_k, reads_v = (
             Access(writer.argument(ref.storage), "float32", ref.offset, step)
             for ref, step in rolled
-        ]
+        )
         hidden = None
         if mask is not None:
             missing = 4 - len(mask.shape)
@@ -475,8 +473,8 @@ class Calls:
                 writer.argument(mask.storage), edge_steps.NAMES[mask.dtype], mask.offset, steps
             )
         sizes = attention.Heads(
-            batch, heads, kv_heads, queries, keys, size, value_size, *accesses, hidden,
-            float(scale), bool(causal), merged,
+            batch, heads, kv_heads, queries, keys, size, value_size, reads_q, reads_k, reads_v,
+            hidden, float(scale), bool(causal), merged,
         )  # fmt: skip
         writer.keep(op.out, writer.step("anchor", "float32"))
         writer.members(g, self.stored)
@@ -539,7 +537,7 @@ class Calls:
         writer.members(g, self.stored)
         full = writer.expression()
         # Kept dimensions of size 1 stand in the output only: drop them for the kernel.
-        names = [d for d in range(len(op.out.shape))]
+        names = list(range(len(op.out.shape)))
         if len(op.out.shape) == len(x.shape):
             names = [d for d in names if d not in dims]
         expression = _narrowed(full, names)
@@ -576,7 +574,8 @@ class Calls:
 
 def flat_ref(storage: Storage, shape: tuple[int, ...]) -> Ref:
     """A contiguous tensor over a storage's start."""
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for size in reversed(shape):
         strides.insert(0, step)
         step *= size

@@ -40,11 +40,10 @@ def convolution(calls: Calls, g: Group, op: Op) -> None:
     found = calls.integer.get(op)
     if found is not None:
         source, more = found
-        pads = tuple(a + b for a, b in zip(pads, more, strict=True))  # type: ignore[assignment]
+        pads = (top + more[0], left + more[1], top + more[2], left + more[3])
         x, blank = source.args[0], source.args[2]
-    filter_ = Filter(
-        tuple(op.kwargs["kernel"]), tuple(stride), tuple(dilation), pads, op.out.shape[2:]
-    )  # type: ignore[arg-type]
+    out = (op.out.shape[2], op.out.shape[3])
+    filter_ = Filter(tuple(op.kwargs["kernel"]), tuple(stride), tuple(dilation), pads, out)
     if groups == 1:
         rows = _rows(calls, x, filter_, blank, op.label)
         count = op.out.shape[0] * op.out.shape[2] * op.out.shape[3]
@@ -155,19 +154,18 @@ def _depthwise(
     stored = weight.storage.weight
     if source is not None and stored is not None:
         matrix = stored.q.flatten(1)
-        taps = calls.constant((id(stored.q), "taps"), lambda: matrix.T.float())
+        taps = calls.constant((id(stored.q), "taps"), matrix.T.float)
         calls.constants.held.append(stored)
+        writer = calls.writer(op.out.shape, [x.storage, taps.storage], LAST)
+        signed = x.dtype == torch.int8
+        value = calls.scaled(writer, matrix, stored, bias, source, signed, shifted=False)
     else:
         known = calls.constants.known(weight).storage
         tensor = known.constant
         if tensor is None:
             raise UnsupportedError(f"a convolution whose weight is computed ({op.label})")
         taps = calls.constant((id(known), "taps"), lambda: tensor.reshape(c, -1).T)
-    writer = calls.writer(op.out.shape, [x.storage, taps.storage], LAST)
-    if source is not None and stored is not None:
-        signed = x.dtype == torch.int8
-        value = calls.scaled(writer, matrix, stored, bias, source, signed, shifted=False)
-    else:
+        writer = calls.writer(op.out.shape, [x.storage, taps.storage], LAST)
         value = writer.step("anchor", "float32")
         if bias is not None:
             shaped = Ref(bias.storage, bias.dtype, bias.offset, (*bias.shape, 1, 1), (1, 0, 0))

@@ -1,4 +1,4 @@
-"""Quantization with ranges taken at run time: smallest and largest value, scale, then the integers."""
+"""Quantization with ranges taken at run time: the range, then the scale, then the integers."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def _range(calls: Calls, x: Ref, kind: str, label: str) -> Ref:
     writer.value(x, FLOAT)
     source = writer.expression()
     end = calls.writer((count,), writer.arguments)
-    end.store(
-        Ref(found.storage, found.dtype, 0, (count,), (1,)), end.step("anchor", FLOAT)
-    )
+    end.store(Ref(found.storage, found.dtype, 0, (count,), (1,)), end.step("anchor", FLOAT))
     expression = end.expression()
     calls.add(
         "range", label, (kind, source, expression),

@@ -1,10 +1,10 @@
 """Which ops become one kernel.
 
 An op that makes a tensor by more than one element at a time (a product, a norm, an attention) is an
-anchor; elementwise ops that follow join its kernel as long as they keep its shape and everything else
-that they read exists by then. What only another kernel needs again is stored; the rest never leaves the
-registers. Cheap conversions (dequantize, casts, table lookups) are not stored at all: each reader
-computes them on the fly.
+anchor; elementwise ops that follow join its kernel as long as they keep its shape and everything
+else that they read exists by then. What only another kernel needs again is stored; the rest never
+leaves the registers. Cheap conversions (dequantize, casts, table lookups) are not stored at all:
+each reader computes them on the fly.
 """
 
 from __future__ import annotations
@@ -250,16 +250,12 @@ class Writer:
             self.argument(table.storage), NAMES[table.dtype], table.offset,
             tuple(spread[d] for d in self.order),
         )  # fmt: skip
-        spot = Ref(
-            index.storage, index.dtype, index.offset, (*index.shape, 1), (*index.strides, 0)
-        )
+        spot = Ref(index.storage, index.dtype, index.offset, (*index.shape, 1), (*index.strides, 0))
         if index.storage.maker in self.inlined:
             raise UnsupportedError("a lookup's index is computed")
         where = self.access(spot)
         numbers = (float(table.strides[0]), float(table.shape[0]))
-        return self.add(
-            Step("lookup", NAMES[table.dtype], (), place, numbers, where)
-        )
+        return self.add(Step("lookup", NAMES[table.dtype], (), place, numbers, where))
 
     def keep(self, ref: Ref, index: int) -> None:
         """Remember that a tensor is this step's value."""

@@ -1,8 +1,8 @@
 """Where the values of a run lie: one arena, planned at compile time.
 
-Each storage lives from the call that first writes it to the last that reads it. Largest first, each gets
-the lowest offset that is free over its life (the greedy order of Pisarchyk and Lee 2020, Efficient
-Memory Management for Deep Neural Net Inference, §4.2).
+Each storage lives from the call that first writes it to the last that reads it. Largest first, each
+gets the lowest offset that is free over its life (the greedy order of Pisarchyk and Lee 2020,
+Efficient Memory Management for Deep Neural Net Inference, §4.2).
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ SPECIAL = frozenset(
         ops.dequantize,
     }
 )  # fmt: skip
-ELEMENTWISE = frozenset(
-    {*UNARY, *BINARY, *SCALED, *COMPARE, *LOGICAL, *SPECIAL}
-)
+ELEMENTWISE = frozenset({*UNARY, *BINARY, *SCALED, *COMPARE, *LOGICAL, *SPECIAL})
 
 
 class Steps(Protocol):
@@ -71,9 +69,7 @@ class Steps(Protocol):
     def value(self, operand: Any, dtype: str) -> int:
         """A tensor or a number as a step of that dtype."""
 
-    def step(
-        self, op: str, dtype: str, *values: int, numbers: tuple[float, ...] = ()
-    ) -> int:
+    def step(self, op: str, dtype: str, *values: int, numbers: tuple[float, ...] = ()) -> int:
         """A new step."""
 
     def lookup(self, table: Ref, index: Ref, dim: int) -> int:

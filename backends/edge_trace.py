@@ -1,9 +1,9 @@
 """A Program at fixed sizes, as a list of ops on memory: what the code generator works from.
 
 The graph is interpreted with fake tensors of the sizes asked for. Whatever depends on constants and
-sizes alone is computed here and becomes a constant; views (slices, transpositions, reshapes that copy
-nothing) become offsets and strides; ops that the generator does not know are decomposed by torch into ops
-that it does. What is left is one `Op` after another, each writing memory of its own.
+sizes alone is computed here and becomes a constant; views (slices, transpositions, reshapes that
+copy nothing) become offsets and strides; ops that the generator does not know are decomposed by
+torch into ops that it does. What is left is one `Op` after another, each writing memory of its own.
 """
 
 from __future__ import annotations
@@ -328,8 +328,8 @@ class _Tracer(Interpreter):
         op = Op(target, given, named, tuple(self.ref(r) for r in results), self.label)
         for ref in op.refs():
             ref.storage.readers.append(op)
-        for value in op.outputs:
-            value.storage.maker = op
+        for made in op.outputs:
+            made.storage.maker = op
         self.ops.append(op)
 
     def ref(self, value: Tensor) -> Ref:
@@ -347,7 +347,7 @@ class _Tracer(Interpreter):
         return Ref(
             storage,
             value.dtype,
-            value.storage_offset(),
+            int(value.storage_offset()),
             tuple(value.shape),
             tuple(0 if n == 1 else s for n, s in zip(value.shape, value.stride(), strict=True)),
         )
@@ -369,13 +369,11 @@ class _Recorder(TorchDispatchMode):
     """Records the basic ops that torch reduces an op to."""
 
     def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.decompositions = torch._decomp.core_aten_decompositions()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
@@ -407,15 +405,16 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError(f"the code generator does not know '{func}'")
         return result
 
-
     def _unmasked(self, a: Any, b: Any) -> Tensor | None:
-        """x and True is x."""
+        """The other operand, where one is constant and true throughout."""
         for constant, other in ((a, b), (b, a)):
             if isinstance(constant, Tensor) and not isinstance(constant, FakeTensor):
                 with _disable_current_modes():
                     true = constant.dtype == torch.bool and bool(constant.all())
                 if true and other.dtype == torch.bool:
-                    return other.expand(torch.broadcast_shapes(constant.shape, other.shape))
+                    shape = torch.broadcast_shapes(constant.shape, other.shape)
+                    kept: Tensor = other.expand(shape)
+                    return kept
         return None
 
     def _moved(self, args: Any) -> Tensor | None:
@@ -439,7 +438,8 @@ class _Recorder(TorchDispatchMode):
             affine = torch.equal(same, taken) and all(s >= 0 for s in strides)
         if not affine or not source.is_contiguous():
             return None
-        return source.as_strided(taken.shape, strides, source.storage_offset() + first)
+        moved: Tensor = source.as_strided(taken.shape, strides, source.storage_offset() + first)
+        return moved
 
 
 def _is_view(func: Any) -> bool:

@@ -1,8 +1,8 @@
 """Attention over heads in float32: softmax(q kᵀ · scale + mask) v, one head at a time.
 
-For a head, the keys are packed into panels once; then a few rows of queries at a time make their scores,
-the softmax, and the weighted sum of the values, all in memory that stays in the first-level cache.
-Scores are not written for a whole head, and nothing is transposed in the graph.
+For a head, the keys are packed into panels once; then a few rows of queries at a time make their
+scores, the softmax, and the weighted sum of the values, all in memory that stays in the first-level
+cache. Scores are not written for a whole head, and nothing is transposed in the graph.
 
 Source: Vaswani et al. 2017, Attention Is All You Need, eq. 1.
 """

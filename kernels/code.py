@@ -1,9 +1,9 @@
 """A thin layer over TVM's IR builder, with which the kernels write their loops and vectors.
 
-Kernels think in vectors of `LANES` = 16 float32 or int32 lanes on every machine; LLVM splits them into
-what the machine has (one AVX-512 register, two of AVX2, four of NEON). So the order of every sum is
-the same everywhere, and results agree between machines bit for bit wherever the machine has fused
-multiply-add.
+Kernels think in vectors of `LANES` = 16 float32 or int32 lanes on every machine; LLVM splits them
+into what the machine has (one AVX-512 register, two of AVX2, four of NEON). So the order of every
+sum is the same everywhere, and results agree between machines bit for bit wherever the machine has
+fused multiply-add.
 
 A kernel is built with
 
@@ -57,14 +57,11 @@ class Kernel:
 def kernel(name: str, arguments: Sequence[Argument]) -> Iterator[tuple[Kernel, list[Any]]]:
     """Open a kernel; what is written inside becomes its body."""
     made = Kernel(name, arguments)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"tirx.noalias": True, "global_symbol": name})
-            buffers = [
-                T.arg(a.name, T.buffer((max(a.size, 1),), a.dtype)) for a in arguments
-            ]
-            yield made, buffers
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        buffers = [T.arg(a.name, T.buffer((max(a.size, 1),), a.dtype)) for a in arguments]
+        yield made, buffers
     made.function = builder.get()
 
 
@@ -163,7 +160,9 @@ def maximum(a: Any, b: Any) -> Any:
     return T.max(a, b)
 
 
-ROUNDER = 12582912.0  # 1.5·2²³: adding it leaves a float's integer part in the low bits, half to even
+ROUNDER = (
+    12582912.0  # 1.5·2²³: adding it leaves a float's integer part in the low bits, half to even
+)
 ROUNDER_BITS = 0x4B400000
 
 

@@ -27,8 +27,8 @@ class Window:
         batch, height, width, channels: of the output.
         taps: (rows, columns) of the filter.
         offset: of the first element.
-        batch_stride, row_stride, column_stride: elements of the input from one output position to the
-            next; channels lie side by side.
+        batch_stride, row_stride, column_stride: elements of the input from one output position to
+            the next; channels lie side by side.
         row_step, column_step: elements of the input from tap to tap.
         integer: the input is 8-bit, and the sum is handed on as int32.
     """

@@ -71,10 +71,6 @@ def collapsed(expression: Expression) -> Expression:
     def swap(access: Access | None) -> Access | None:
         return None if access is None else replace(access, strides=tuple(strides[access]))
 
-    steps = tuple(
-        replace(s, access=swap(s.access), index=swap(s.index)) for s in expression.steps
-    )
-    stores = tuple(
-        (i, replace(a, strides=tuple(strides[a]))) for i, a in expression.stores
-    )
+    steps = tuple(replace(s, access=swap(s.access), index=swap(s.index)) for s in expression.steps)
+    stores = tuple((i, replace(a, strides=tuple(strides[a]))) for i, a in expression.stores)
     return Expression(tuple(shape), steps, stores)

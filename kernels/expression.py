@@ -1,7 +1,8 @@
 """Elementwise expressions: what is computed for each element of a tensor, and where it is stored.
 
-An `Expression` is a list of steps over one output shape. It stands alone as an elementwise kernel, or
-follows a kernel that makes a tensor row by row (a matrix product, a norm), whose result is then its
+An `Expression` is a list of steps over one output shape. It stands alone as an elementwise kernel,
+or follows a kernel that makes a tensor row by row (a matrix product, a norm), whose result is then
+its
 value 0 and never goes through memory: dequantization, bias, activation, residual sum and
 requantization are all steps of such an expression.
 """
@@ -155,19 +156,21 @@ def _unary(name: str, lanes: int, dtype: str, x: Any, numbers: tuple[float, ...]
         case "round":
             return code.round_half_even(x, lanes)
         case "not":
-            return _select(
-                x, code.spread(T.bool(False), lanes), code.spread(T.bool(True), lanes)
-            )
+            return _select(x, code.spread(T.bool(False), lanes), code.spread(T.bool(True), lanes))
         case "log" | "sin" | "cos" | "floor" | "ceil":
             return code.intrinsic(f"llvm.{name}", code.named(FLOAT, lanes), x)
     raise UnsupportedError(f"no elementwise op '{name}'")
 
 
-UNARY = frozenset(
-    "neg abs relu sqrt rsqrt reciprocal exp erf sigmoid tanh silu gelu gelu_tanh hardsigmoid"
-    " hardswish clamp leaky_relu round not log sin cos floor ceil".split()
-)
-BINARY = frozenset("add sub mul div maximum minimum pow eq ne lt le gt ge and or".split())
+UNARY = frozenset({
+    "neg", "abs", "relu", "sqrt", "rsqrt", "reciprocal", "exp", "erf",
+    "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "clamp",
+    "leaky_relu", "round", "not", "log", "sin", "cos", "floor", "ceil",
+})  # fmt: skip
+BINARY = frozenset({
+    "add", "sub", "mul", "div", "maximum", "minimum", "pow", "eq",
+    "ne", "lt", "le", "gt", "ge", "and", "or",
+})  # fmt: skip
 OTHER = frozenset({"where", "cast", "quantize", "dequantize"})
 OPS = UNARY | BINARY | OTHER
 
@@ -313,10 +316,17 @@ class Emitter:
         if step.index is None or (lanes > 1 and step.index.strides[-1]):
             raise UnsupportedError("a lookup's row must not vary along the last dimension")
         distance, rows = (int(n) for n in step.numbers)
-        found = code.load(self.buffers[step.index.argument], self._start(step.index, row, column), 1)
+        found = code.load(
+            self.buffers[step.index.argument], self._start(step.index, row, column), 1
+        )
         # Never read outside the table, whatever the caller passed.
-        found = T.Cast("int32", T.min(T.max(found, T.Cast(step.index.dtype, T.int32(0))),
-                                      T.Cast(step.index.dtype, T.int32(rows - 1))))
+        found = T.Cast(
+            "int32",
+            T.min(
+                T.max(found, T.Cast(step.index.dtype, T.int32(0))),
+                T.Cast(step.index.dtype, T.int32(rows - 1)),
+            ),
+        )
         start = self._start(access, row, column) + code.bind(found) * distance
         value = self._read(access, start, lanes)
         return code.cast(value, "int32", lanes) if access.dtype in ("int8", "uint8") else value

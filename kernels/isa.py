@@ -16,8 +16,8 @@ class Isa:
 
     Attributes:
         name: for reports.
-        dot: "vnni" (vpdpbusd on 512 bits), "vnni256", "madd" (vpmaddwd on 16-bit values: exact, where
-            vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
+        dot: "vnni" (vpdpbusd on 512 bits), "vnni256", "madd" (vpmaddwd on 16-bit values: exact,
+            where vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
             multiplication).
         vectors: accumulators of 16 lanes that a tile may hold.
         prepared: whether float kernels may use AVX512-BF16.
@@ -83,10 +83,8 @@ def dot(isa: Isa, accumulator: Any, index: int, weights: Any, start: Any, word: 
         case "madd":
             for part in range(0, code.LANES, 8):
                 wide = code.cast(code.load(weights, start + part * 2, 16), "int16", 16)
-                sums = code.intrinsic(
-                    "llvm.x86.avx2.pmadd.wd", "int32x8", code.bits(T.broadcast(word, 8), "int16", 16),
-                    wide,
-                )  # fmt: skip
+                pairs = code.bits(T.broadcast(word, 8), "int16", 16)
+                sums = code.intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", pairs, wide)
                 had = code.load(accumulator, index + part, 8)
                 code.store(accumulator, index + part, had + sums, 8)
             return
@@ -113,7 +111,6 @@ def activation_word(isa: Isa, buffer: Any, start: Any, signed: bool) -> Any:
         start: of the first one.
         signed: whether they are int8.
     """
-    kind = "int8" if signed else "uint8"
     if isa.depth == 4:
         word = code.bits(code.load(buffer, start, 4), "int32", 1)
         if signed != isa.signed:  # the other sign: flip the top bits, which adds or takes 128

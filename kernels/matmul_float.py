@@ -1,8 +1,8 @@
 """float32 matrix product with an elementwise expression on its sums.
 
-Weights are packed at compile time, other right-hand sides at run time (`pack_strides`), into panels of
-`isa.panel` columns: [N/panel][K][panel]. Each output is one chain of fused multiply-adds in the order of
-k, whatever the machine and the number of threads.
+Weights are packed at compile time, other right-hand sides at run time (`pack_strides`), into panels
+of `isa.panel` columns: [N/panel][K][panel]. Each output is one chain of fused multiply-adds in the
+order of k, whatever the machine and the number of threads.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     accumulator[m, n] = Σ_k activation[m, k] · weight[n, k]        exact in int32
 
-Activations are uint8 or int8 in rows; weights are packed at compile time into panels of
-`isa.panel` columns, `isa.depth` values of k together, as the dot-product instruction reads them. The
-expression corrects for the zero point, scales, adds the bias and goes on from there.
+Activations are uint8 or int8 in rows; weights are packed at compile time into panels of `isa.panel`
+columns, `isa.depth` values of k together, as the dot-product instruction reads them. The expression
+corrects for the zero point, scales, adds the bias and goes on from there.
 """
 
 from __future__ import annotations

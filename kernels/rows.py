@@ -195,9 +195,7 @@ def reduction(
                 leading = [*place, column] if kept else []
                 line = _Row(read, [*leading, *([0] * (len(gone) - 1))])
                 if len(gone) == 1:
-                    value = line.reduce(
-                        start, lambda t, x, n: fold(t, x, n), "max" if largest else "sum"
-                    )
+                    value = line.reduce(start, fold, "max" if largest else "sum")
                     finish(value, place, column, 1)
                 else:
                     one(place, column, 1)
@@ -207,8 +205,10 @@ def reduction(
 def _vector_across(source: Expression, outer: int) -> bool:
     """Whether neighbouring outputs lie side by side in the input (channels last)."""
     accesses = [s.access for s in source.steps if s.access is not None]
-    return outer > 0 and source.shape[outer - 1] >= LANES and all(
-        a.strides[outer - 1] in (0, 1) and a.strides[-1] != 1 for a in accesses
+    return (
+        outer > 0
+        and source.shape[outer - 1] >= LANES
+        and all(a.strides[outer - 1] in (0, 1) and a.strides[-1] != 1 for a in accesses)
     )
 
 

@@ -1,8 +1,8 @@
 """The loops around a tile of accumulators, shared by all matrix products.
 
-A product C[m, n] = Σ_k A[m, k] · B[n, k] goes tile by tile: a few rows by a few panels of columns, the
-accumulators in registers. Panels are the threads' work; the rows of A stay in the cache while they
-pass. Nothing is summed across threads, so results do not depend on their number.
+A product C[m, n] = Σ_k A[m, k] · B[n, k] goes tile by tile: a few rows by a few panels of columns,
+the accumulators in registers. Panels are the threads' work; the rows of A stay in the cache while
+they pass. Nothing is summed across threads, so results do not depend on their number.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Product:
         row_stride: elements of A from row to row; a row is contiguous.
         offset: of A's first element.
         batch: leading sizes; the output has batch · rows rows.
-        left, right: elements of A, and of packed B, from one member of the batch to the next, for each of
-            the batch's dimensions (0: shared).
+        left, right: elements of A, and of packed B, from one member of the batch to the next, for
+            each of the batch's dimensions (0: shared).
     """
 
     rows: int

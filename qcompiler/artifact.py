@@ -131,7 +131,7 @@ class Artifact:
             case "ort":
                 backend = import_module("qcompiler.backends.ort")
             case "tvm":
-                backend = import_module("qcompiler.backends.edge_load")
+                backend = import_module("qcompiler.backends.edge")
             case _:
                 raise UnsupportedError(f"no backend loads '{self.manifest['target']}'")
         runner: Callable[..., tuple[Tensor, ...]] = backend.load(self.folder, threads)

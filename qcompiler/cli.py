@@ -130,6 +130,14 @@ def compile_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact that is there.")
     ] = False,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bucket",
+            metavar="SIZE=N,N,…",
+            help="tvm: targets: sizes to generate code for, as sequence=16,64,128; repeatable.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -151,13 +159,14 @@ def compile_command(
     with guarded(debug, f"interrupted; nothing was written{kept}"):
         from qcompiler.artifact import REPORT
         from qcompiler.calibration import load_calibration
-        from qcompiler.recipe import load_recipe, parse_settings
+        from qcompiler.recipe import load_recipe, parse_buckets, parse_settings
         from qcompiler.summary import summary
         from qcompiler.target import Target
 
         # The cheap checks come first: they need neither torch's compiler nor the model.
         chosen = load_recipe(recipe, parse_settings(settings or []))
         machine = Target.parse(target)
+        buckets = parse_buckets(bucket or [])
         _check_out(out, force)
         with steps(as_json) as progress, unwarned(debug):
             progress("load the model")
@@ -173,6 +182,7 @@ def compile_command(
                 out=out,
                 force=force,
                 resume=resume,
+                buckets=buckets,
                 progress=progress,
                 command=shlex.join(["qcompiler", *sys.argv[1:]]),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def compile(
     out: str | Path,
     force: bool = False,
     resume: bool = False,
+    buckets: Mapping[str, Sequence[int]] | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Artifact:
@@ -78,6 +79,8 @@ def compile(
         force: replace an artifact that is there.
         resume: keep a journal of rounded weights beside `out` (`<out>.journal`) until the artifact
             is written, and take from it what an interrupted run left there.
+        buckets: size's name → the sizes to generate code for, of `tvm:` targets. Where not given: a
+            batch of 1; 16 to 256 for sizes that a mask lets it pad; the example's size otherwise.
         progress: called with the name of each step.
         command: what reproduces this, for the report.
 
@@ -110,7 +113,7 @@ def compile(
         journal = out.with_name(f"{out.name}.journal") if resume else None
         compiled = quantize(program, data, recipe, target, say, journal)
         compiled.seconds = say.seconds
-        deliver(folder, spec, compiled, data, recipe, target, say, command)
+        deliver(folder, spec, compiled, data, recipe, target, buckets or {}, say, command)
     if journal is not None:
         shutil.rmtree(journal, ignore_errors=True)
     return Artifact.open(out)

@@ -25,8 +25,9 @@ from qcompiler import artifact as artifacts
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
-from qcompiler.errors import InputError, UnsupportedError, VerifyError
+from qcompiler.errors import InputError, VerifyError
 from qcompiler.findings import INNER
+from qcompiler.lowering import Run, lower, model_size
 from qcompiler.observe import Statistics
 from qcompiler.plan import Factor, Plan
 from qcompiler.program import Program
@@ -82,6 +83,7 @@ def deliver(
     data: Data,
     recipe: Recipe,
     target: Target,
+    buckets: Mapping[str, Sequence[int]],
     say: Progress,
     command: str,
 ) -> None:
@@ -92,31 +94,13 @@ def deliver(
     inputs = list(spec.input_names or compiled.quantized.inputs)
     calibration = list(itertools.islice(data.calibration(), KEPT))
     held_out = list(itertools.islice(data.held_out(), KEPT))
-    match target.runtime:
-        case "ort":
-            from qcompiler.backends import ort, ort_audit
-
-            say("lower")
-            ort.lower(
-                compiled.quantized, folder, input_names=spec.input_names, output_names=names,
-                dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused,
-            )  # fmt: skip
-            reference = folder / REFERENCE
-            reference.mkdir()
-            say("lower the float model")
-            ort.lower(
-                compiled.plain, reference, input_names=spec.input_names, output_names=names,
-                dynamic_shapes=spec.dynamic_shapes,
-            )  # fmt: skip
-            say("audit")
-            integer = recipe.activation_type is not None
-            audit = ort_audit.audit(folder, _planned(compiled, integer), integer)
-            run, run_float = ort.load(folder, 1), ort.load(reference, 1)
-            share = ort_audit.profile(
-                folder, dict(zip(inputs, (t.numpy() for t in held_out[0]), strict=True))
-            )
-        case _:
-            raise UnsupportedError(f"no backend for '{target}'")
+    planned = _planned(compiled, recipe.activation_type is not None)
+    lowered = lower(
+        folder, spec, compiled.quantized, compiled.plain, names, planned, recipe, target,
+        buckets, held_out[0], say,
+    )  # fmt: skip
+    run = lowered.run
+    calibration, held_out = lowered.fit(calibration), lowered.fit(held_out)
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     for kind, batches in (("calibration", calibration), ("held-out", held_out)):
@@ -129,18 +113,17 @@ def deliver(
         artifacts.save_batches(folder, kind, batches, inputs)
         artifacts.save_batches(folder, f"{kind}-captured", captured, list(names))
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
-    say("time")
-    batch = held_out[0]
-    timings = interleave(
-        {"float": lambda: run_float(*batch), "quantized": lambda: run(*batch)}, 2.0
-    )
+    latency = []
+    if lowered.run_float is not None:
+        say("time")
+        latency.append(_timed(lowered.run_float, run, held_out[0]))
     metric = None
-    if spec.metric is not None:
+    if spec.metric is not None and lowered.run_float is not None:
         say(f"metric: {spec.metric_name}")
         spec_of = compiled.source.exported.call_spec.out_spec
         metric = {
             "name": spec.metric_name,
-            "float": spec.metric(_as_module(run_float, inputs, spec_of)),
+            "float": spec.metric(_as_module(lowered.run_float, inputs, spec_of)),
             "quantized": spec.metric(_as_module(run, inputs, spec_of)),
         }
     for name, source in spec.files.items():
@@ -154,22 +137,15 @@ def deliver(
     manifest |= {
         "errors": errors,
         "metric": metric,
-        "size": {
-            "float_bytes": _size(reference / ort.MODEL), "model_bytes": _size(folder / ort.MODEL),
-        },
-        "latency": [
-            {
-                "shape": " ".join("×".join(map(str, t.shape)) for t in batch[:1]), "threads": 1,
-                "float_ms": timings[0].ms, "quantized_ms": timings[1].ms, "ratio": timings[1].ratio,
-                "low": timings[1].low, "high": timings[1].high,
-            }
-        ],
-        "audit": asdict(audit) | {"time_share": [{"op": o, "share": s} for o, s in share]},
+        "size": {"float_bytes": lowered.float_bytes, "model_bytes": lowered.model_bytes},
+        "latency": latency,
+        "audit": lowered.audit,
         "bounds": {"min_sqnr": recipe.min_sqnr, "min_lowering_sqnr": _lowering_bound(errors)},
+        **lowered.extra,
     }  # fmt: skip
     if not recipe.keep_reference:
-        shutil.rmtree(reference)
-    manifest["warnings"] = _warnings(manifest)
+        shutil.rmtree(folder / REFERENCE)
+    manifest["warnings"] = _warnings(manifest) + lowered.notes
     if data.note:
         manifest["warnings"].append(f"calibrated and verified on {data.note}")
     manifest["peak_memory_bytes"] = peak_memory()
@@ -178,6 +154,17 @@ def deliver(
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     manifest["files"] = {p.relative_to(folder).as_posix(): artifacts.sha256(p) for p in files}
     (folder / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _timed(run_float: Run, run: Run, batch: Sequence[torch.Tensor]) -> dict[str, Any]:
+    timings = interleave(
+        {"float": lambda: run_float(*batch), "quantized": lambda: run(*batch)}, 2.0
+    )
+    return {
+        "shape": " ".join("×".join(map(str, t.shape)) for t in batch[:1]), "threads": 1,
+        "float_ms": timings[0].ms, "quantized_ms": timings[1].ms, "ratio": timings[1].ratio,
+        "low": timings[1].low, "high": timings[1].high,
+    }  # fmt: skip
 
 
 def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
@@ -192,11 +179,6 @@ def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
         for site in compiled.plan
         if site.operand == 1 and (integer or nodes[site.node].target is linear)
     }
-
-
-def _size(model: Path) -> int:
-    """Bytes of a model file and its external data."""
-    return sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
 
 
 def _as_module(run: Callable[..., Any], inputs: Sequence[str], spec: Any) -> Callable[..., Any]:
@@ -463,7 +445,12 @@ def bench(
     inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
-        runs = {name: ort.load_model(path, threads, rest=True) for name, path in paths.items()}
+        runs: dict[str, Run] = {"float": ort.load_model(paths["float"], threads, rest=True)}
+        sizes = {"qcompiler": int(artifact.manifest["size"]["model_bytes"])}
+        if paths["qcompiler"].is_file():
+            runs["qcompiler"] = ort.load_model(paths["qcompiler"], threads, rest=True)
+        else:
+            runs["qcompiler"] = artifact.runner(threads)
         notes: dict[str, str] = {}
         for peer in against:
             if peer == "float":
@@ -495,7 +482,7 @@ def bench(
         rows: list[dict[str, Any]] = [
             {
                 **asdict(t),
-                "size_bytes": _size(paths[t.name]),
+                "size_bytes": sizes.get(t.name) or model_size(paths[t.name]),
                 "sqnr_db": None if t.name == "float" else quality[t.name],
                 "note": "",
             }

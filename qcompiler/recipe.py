@@ -244,3 +244,15 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"--set {item}: write key=value")
         found[key.strip()] = yaml.safe_load(value) if value else None
     return found
+
+
+def parse_buckets(items: Iterable[str]) -> dict[str, list[int]]:
+    """`size=16,64` strings as a mapping from size to numbers."""
+    found: dict[str, list[int]] = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        numbers = [part.strip() for part in values.split(",")]
+        if not equals or not all(n.isdigit() and int(n) > 0 for n in numbers):
+            raise InputError(f"--bucket {item}: write size=16,64,128, with sizes of at least 1")
+        found[name.strip()] = [int(n) for n in numbers]
+    return found

@@ -27,7 +27,7 @@ LEVELS = (
     {"language"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
-DRIVERS = {"compiler", "deliver", "cli", "cli_language", "__init__", "__main__"}
+DRIVERS = {"compiler", "deliver", "lowering", "cli", "cli_language", "__init__", "__main__"}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Folder → the folders beside it that it may import from, its own not among them.
@@ -35,7 +35,7 @@ FOLDERS = {
     "qcompiler": set(),
     "passes": {"qcompiler"},
     "backends": {"qcompiler", "kernels"},
-    "kernels": {"qcompiler"},
+    "kernels": {"qcompiler", "kernels"},
     "models": {"qcompiler", "models"},
 }
 # Folder → the only core modules that it may import; all but the drivers where it is not listed.

@@ -1,0 +1,234 @@
+"""Lowering, by runtime: the model, the float model beside it, the audit, how to run both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qcompiler.artifact import REFERENCE
+from qcompiler.errors import UnsupportedError
+from qcompiler.program import Batch, Program
+from qcompiler.recipe import Recipe
+from qcompiler.spec import ModelSpec
+from qcompiler.target import Target
+
+EMULATED = 2  # samples run under an emulator, which is a hundred times slower
+
+Run = Callable[..., tuple[Tensor, ...]]
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Lowered:
+    """What a backend made.
+
+    Attributes:
+        run: the compiled model on flat inputs.
+        run_float: the float model, for ONNX Runtime on this machine; None where this machine is
+            not the target's, so that no time means anything.
+        audit: as the manifest holds it.
+        model_bytes, float_bytes: sizes.
+        fit: kept batches → batches that the artifact takes.
+        notes: for the report's warnings.
+        extra: further entries of the manifest.
+    """
+
+    run: Run
+    run_float: Run | None
+    audit: dict[str, Any]
+    model_bytes: int
+    float_bytes: int
+    fit: Callable[[Sequence[Batch]], list[Batch]] = list
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def lower(
+    folder: Path,
+    spec: ModelSpec,
+    quantized: Program,
+    plain: Program,
+    names: tuple[str, ...],
+    planned: Mapping[str, str],
+    recipe: Recipe,
+    target: Target,
+    buckets: Mapping[str, Sequence[int]],
+    sample: Batch,
+    say: Progress,
+) -> Lowered:
+    """Write the model and the float model (under `REFERENCE`) into `folder`.
+
+    Args:
+        folder: must exist.
+        spec: brings names and dynamic sizes.
+        quantized, plain: the program to lower, and the float one to compare with.
+        names: of the outputs.
+        planned: the layers with quantized weights: node → module path.
+        recipe, target: as asked for.
+        buckets: sizes to generate code for; `tvm:` targets alone.
+        sample: one held-out batch.
+        say: told of each step.
+    """
+    if buckets and target.runtime != "tvm":
+        raise UnsupportedError(
+            f"--bucket: code for fixed sizes is generated for tvm: targets; {target} takes any size"
+        )
+    match target.runtime:
+        case "ort":
+            return _onnx(folder, spec, quantized, plain, names, planned, recipe, sample, say)
+        case "tvm":
+            return _edge(
+                folder, spec, quantized, plain, names, planned, recipe, target, buckets, say
+            )
+        case _:
+            raise UnsupportedError(f"no backend for '{target}'")
+
+
+def _reference(
+    folder: Path, spec: ModelSpec, plain: Program, names: tuple[str, ...], say: Progress
+) -> Path:
+    from qcompiler.backends import ort
+
+    say("lower the float model")
+    reference = folder / REFERENCE
+    reference.mkdir()
+    ort.lower(
+        plain, reference, input_names=spec.input_names, output_names=names,
+        dynamic_shapes=spec.dynamic_shapes,
+    )  # fmt: skip
+    return reference
+
+
+def _onnx(
+    folder: Path,
+    spec: ModelSpec,
+    quantized: Program,
+    plain: Program,
+    names: tuple[str, ...],
+    planned: Mapping[str, str],
+    recipe: Recipe,
+    sample: Batch,
+    say: Progress,
+) -> Lowered:
+    from qcompiler.backends import ort, ort_audit
+
+    say("lower")
+    ort.lower(
+        quantized, folder, input_names=spec.input_names, output_names=names,
+        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused,
+    )  # fmt: skip
+    reference = _reference(folder, spec, plain, names, say)
+    say("audit")
+    audit = ort_audit.audit(folder, planned, recipe.activation_type is not None)
+    inputs = list(spec.input_names or quantized.inputs)
+    share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in sample), strict=True)))
+    shares = [{"op": op, "share": part} for op, part in share]
+    return Lowered(
+        ort.load(folder, 1), ort.load(reference, 1), asdict(audit) | {"time_share": shares},
+        model_size(folder / ort.MODEL), model_size(reference / ort.MODEL),
+    )  # fmt: skip
+
+
+def _edge(
+    folder: Path,
+    spec: ModelSpec,
+    quantized: Program,
+    plain: Program,
+    names: tuple[str, ...],
+    planned: Mapping[str, str],
+    recipe: Recipe,
+    target: Target,
+    buckets: Mapping[str, Sequence[int]],
+    say: Progress,
+) -> Lowered:
+    try:
+        from qcompiler.backends import edge, edge_folder
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{target} needs TVM, which is not installed ({error}): pip install 'qcompiler[tvm]'"
+        ) from error
+    from qcompiler.backends import ort
+
+    since = time.perf_counter()
+    audit = edge.lower(
+        quantized, target, folder, input_names=spec.input_names, output_names=names,
+        dynamic_shapes=spec.dynamic_shapes, buckets=buckets, padding_mask=spec.padding_mask,
+        planned=planned, integer=recipe.activation_type is not None, say=say,
+    )  # fmt: skip
+    seconds = time.perf_counter() - since
+    reference = _reference(folder, spec, plain, names, say)
+    run = edge.load(folder, 1)
+    emulator = " ".join(getattr(run, "emulator", ()))
+    notes = []
+    if emulator:
+        notes.append(
+            f"compiled for {target}; on this machine it ran under {emulator}: "
+            "its results were checked, its speed was not measured"
+        )
+    limits = edge.limits(folder)
+
+    def fit(batches: Sequence[Batch]) -> list[Batch]:
+        """Batches cut to what there is code for: single samples, none longer than the longest."""
+        return fitted(batches, limits, EMULATED if emulator else None)
+
+    return Lowered(
+        run, None if emulator else ort.load(reference, 1), asdict(audit) | {"time_share": []},
+        (folder / edge_folder.WEIGHTS).stat().st_size + (folder /
+        edge_folder.RUNNER).stat().st_size, model_size(reference / ort.MODEL), fit, notes,
+        {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator},
+    )  # fmt: skip
+
+
+def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None) -> list[Batch]:
+    """Batches split along their leading size and cut, so that an edge artifact takes them.
+
+    Args:
+        batches: of any size.
+        limits: the artifact's input shapes and the sizes that it has code for.
+        most: samples to keep of each batch; all when not given.
+    """
+    shapes, entries = limits["inputs"], limits["entries"]
+    lead = {shape[0] for shape in shapes if shape and isinstance(shape[0], str)}
+    found = []
+    for batch in batches:
+        pieces = [batch]
+        for name in lead:
+            largest = max(int(entry[name]) for entry in entries)
+            pieces = [piece for whole in pieces for piece in _pieces(whole, shapes, name, largest)]
+        for piece in pieces[:most]:
+            cut = piece
+            for name in {d for shape in shapes for d in shape if isinstance(d, str)} - lead:
+                largest = max(int(entry[name]) for entry in entries)
+                cut = _cut(cut, shapes, name, largest)
+            found.append(cut)
+    return found
+
+
+def _pieces(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> list[Batch]:
+    count = max(x.shape[0] for x, shape in zip(batch, shapes, strict=True) if shape[:1] == [name])
+    return [
+        tuple(
+            x[first : first + largest] if shape[:1] == [name] else x
+            for x, shape in zip(batch, shapes, strict=True)
+        )
+        for first in range(0, count - count % largest, largest)
+    ]
+
+
+def _cut(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> Batch:
+    return tuple(
+        x.narrow(shape.index(name), 0, min(largest, x.shape[shape.index(name)])).contiguous()
+        if name in shape
+        else x
+        for x, shape in zip(batch, shapes, strict=True)
+    )
+
+
+def model_size(model: Path) -> int:
+    """Bytes of a model file and its external data."""
+    return sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
