@@ -23,6 +23,7 @@ from qcompiler.kernels.expression import Access, Emitter, Expression
 from qcompiler.kernels.isa import Isa
 
 NEVER = -3.0e38  # the score of a position that is masked
+NOWHERE = -3.4e38  # and of lanes past the last key: nothing even where every position is masked
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def _softmax(
         for t in range(heads.keys // LANES * LANES, heads.keys):
             code.store(scores, base + t, masked(t, 1), 1)
         for t in range(heads.keys, keys):
-            code.store(scores, base + t, code.number(NEVER, 1), 1)
+            code.store(scores, base + t, code.number(NOWHERE, 1), 1)
         if heads.keys % LANES:
             value = code.load(scores, base + keys - LANES)
             code.store(top, 0, code.maximum(code.load(top, 0), value))

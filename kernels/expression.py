@@ -91,6 +91,10 @@ def _select(condition: Any, yes: Any, no: Any) -> Any:
     return T.Select(condition, yes, no)
 
 
+def _truth(value: bool, lanes: int) -> Any:
+    return code.spread(T.Cast("bool", T.int32(value)), lanes)
+
+
 def _quantize(lanes: int, x: Any, scale: Any, zero: Any, numbers: tuple[float, ...]) -> Any:
     low, high = (code.number(bound, lanes) for bound in numbers)
     zero = code.cast(zero, "int32", lanes)
@@ -156,7 +160,7 @@ def _unary(name: str, lanes: int, dtype: str, x: Any, numbers: tuple[float, ...]
         case "round":
             return code.round_half_even(x, lanes)
         case "not":
-            return _select(x, code.spread(T.bool(False), lanes), code.spread(T.bool(True), lanes))
+            return _select(x, _truth(False, lanes), _truth(True, lanes))
         case "log" | "sin" | "cos" | "floor" | "ceil":
             return code.intrinsic(f"llvm.{name}", code.named(FLOAT, lanes), x)
     raise UnsupportedError(f"no elementwise op '{name}'")
@@ -226,7 +230,8 @@ class Emitter:
 
     def _start(self, access: Access, row: list[Any], column: Any) -> Any:
         start: Any = access.offset
-        for index, stride in zip([*row, column], access.strides, strict=True):
+        strides = access.strides or (0,)  # a single number
+        for index, stride in zip([*row, column], strides, strict=True):
             if stride:
                 start = start + index * stride
         return start
@@ -285,7 +290,7 @@ class Emitter:
             if step.dtype == FLOAT:
                 return code.number(step.numbers[0], lanes)
             if step.dtype == "bool":
-                return code.spread(T.bool(bool(step.numbers[0])), lanes)
+                return _truth(bool(step.numbers[0]), lanes)
             return code.spread(T.Cast(step.dtype, T.int64(int(step.numbers[0]))), lanes)
         if step.op == "where":
             return _select(*given)
