@@ -168,18 +168,27 @@ def outputs(candidate: Candidate, batches: Sequence[Feeds], threads: int) -> lis
     return [np.array(run(feeds)) for feeds in batches]
 
 
-def compiled(model: str, recipe: str, calibration: Sequence[Feeds], out: str) -> dict[str, Any]:
-    """Compile a model of the zoo for ONNX Runtime on the CPU, to be called in a fresh process.
+def compiled(
+    model: str,
+    recipe: str,
+    calibration: Sequence[Feeds],
+    out: str,
+    target: str = "ort:cpu",
+    buckets: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """Compile a model of the zoo, to be called in a fresh process.
 
     Args:
         model: its name.
         recipe: a preset's name.
         calibration: batches; empty for the model's own.
         out: the folder to write; one that is there is replaced.
+        target: what runs it.
+        buckets: sizes to generate code for, of `tvm:` targets.
 
     Returns:
-        `{"recipe", "seconds", "peak_mb"}`: wall time from loading the weights to the report, and
-        the process's highest memory use.
+        `{"recipe", "target", "seconds", "peak_mb"}`: wall time from loading the weights to the
+        report, and the process's highest memory use.
     """
     import resource
 
@@ -191,12 +200,18 @@ def compiled(model: str, recipe: str, calibration: Sequence[Feeds], out: str) ->
     start = time.perf_counter()
     given = [{name: torch.from_numpy(x) for name, x in feeds.items()} for feeds in calibration]
     qcompiler.compile(
-        ZOO[model].build(), recipe=recipe, calibration=given or None, out=out, force=True
-    )
+        ZOO[model].build(), recipe=recipe, calibration=given or None, out=out, force=True,
+        target=target, buckets=buckets,
+    )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kilobytes = peak / 1024 if sys.platform == "darwin" else peak  # bytes there, KiB elsewhere
     seconds = time.perf_counter() - start
-    return {"recipe": recipe, "seconds": seconds, "peak_mb": kilobytes * 1024 / 1e6}
+    return {
+        "recipe": recipe,
+        "target": target,
+        "seconds": seconds,
+        "peak_mb": kilobytes * 1024 / 1e6,
+    }
 
 
 def gather(

@@ -15,8 +15,9 @@ import argparse
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,34 @@ def main() -> None:
     host = machine()
     print(f"{host['cpu']}, {host['cores']} cores, {host['feature']}; times in milliseconds")
 
-    folders = {recipe: BUILD / recipe for recipe in options.recipe}
+    folders = {
+        (target, recipe): BUILD / f"{recipe}-{target}".replace(":", "-")
+        for target in options.target
+        for recipe in options.recipe
+    }
+    buckets = {
+        "batch": sorted({1, *(batch for batch, _ in options.shapes)}),
+        "sequence": sorted({16, 32, 64, 128, *(sequence for _, sequence in options.shapes)}),
+    }
     builds = []
-    for recipe, folder in folders.items():
-        say(f"compile {recipe}")
-        builds.append(apart(compiled, "minilm", recipe, [], str(folder)))
-    cells = [[b["recipe"], f"{b['seconds']:.0f}", f"{b['peak_mb']:.0f}"] for b in builds]
-    print(table("Compiling", ["recipe", "seconds", "peak memory, MB"], cells))
+    for (target, recipe), folder in folders.items():
+        if options.reuse and (folder / "manifest.json").is_file():
+            continue
+        say(f"compile {recipe} for {target}")
+        entries = buckets if target.startswith("tvm:") else None
+        builds.append(apart(compiled, "minilm", recipe, [], str(folder), target, entries))
+    cells = [
+        [f"{b['recipe']}, {b['target']}", f"{b['seconds']:.0f}", f"{b['peak_mb']:.0f}"]
+        for b in builds
+    ]
+    print(table("Compiling", ["recipe and target", "seconds", "peak memory, MB"], cells))
 
     say("ORT fp32")
     plain = BUILD / "minilm.onnx"
     apart(peers.export_bert, plain)
-    floating = next(iter(folders.values())) / "reference" / "model.onnx"
     candidates = [
         apart(peers.fused_bert, plain, BUILD, 6, 12, 384),
-        Candidate.of("our float ONNX", "ort", floating),
-        *(Candidate.of(f"qcompiler {r}", "ort", f / "model.onnx") for r, f in folders.items()),
+        *ours(folders),
         *gather({n: PEERS[n] for n in options.peers}, plain, apart(sentences), BUILD),
     ]
 
@@ -91,6 +104,20 @@ def main() -> None:
     if options.json:
         result = {"machine": host, "compile": builds, "times": times, "fidelity": judged}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ours(folders: Mapping[tuple[str, str], Path]) -> list[Candidate]:
+    """Our float ONNX, which every artifact brings along, and what was compiled."""
+    floating = next(iter(folders.values())) / "reference" / "model.onnx"
+    return [
+        Candidate.of("our float ONNX", "ort", floating),
+        *(
+            peers.edge(f"{recipe}, {target}", folder)
+            if target.startswith("tvm:")
+            else Candidate.of(f"{recipe}, {target}", "ort", folder / "model.onnx")
+            for (target, recipe), folder in folders.items()
+        ),
+    ]
 
 
 def sentences() -> list[Feeds]:
@@ -201,6 +228,8 @@ def embeddings(raw: Sequence[NDArray[Any]], batches: Sequence[Feeds]) -> NDArray
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="MiniLM beside its peers: time, fidelity, size")
     parser.add_argument("--recipe", action="append", help="repeatable [w8a8 w8a8-dynamic]")
+    parser.add_argument("--target", action="append", help="repeatable [ort:cpu, tvm:native]")
+    parser.add_argument("--reuse", action="store_true", help="what an earlier run compiled")
     parser.add_argument("--threads", type=numbers, default=[1, 2], help="[1,2]")
     parser.add_argument("--shapes", type=sizes, default=[(1, 128), (8, 128)], help="[1x128,8x128]")
     parser.add_argument("--peers", type=names, default=list(PEERS), help=f"[{','.join(PEERS)}]")
@@ -209,6 +238,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
     options.recipe = options.recipe or ["w8a8", "w8a8-dynamic"]
+    native = ["tvm:native"] if find_spec("tvm") else []
+    options.target = options.target or ["ort:cpu", *native]
     return options
 
 

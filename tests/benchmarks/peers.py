@@ -25,7 +25,7 @@ class Candidate:
 
     Attributes:
         name: in the tables.
-        runtime: `ort`, `openvino`, `executorch` or `torchao`.
+        runtime: `ort`, `edge`, `openvino`, `executorch` or `torchao`.
         path: of its model file; for torchao the name in the zoo, since it works in memory.
         megabytes: of the file (of the tensors for torchao), 10⁶ bytes.
     """
@@ -47,6 +47,7 @@ def load(candidate: Candidate, threads: int) -> Callable[[Feeds], NDArray[Any]]:
     """The candidate as a function of its inputs by name, giving its first output."""
     loaders = {
         "ort": _load_ort,
+        "edge": _load_edge,
         "openvino": _load_openvino,
         "executorch": _load_executorch,
         "torchao": _load_torchao,
@@ -190,6 +191,41 @@ def _load_ort(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:
     def run(feeds: Feeds) -> NDArray[Any]:
         result: NDArray[Any] = session.run(None, feeds)[0]
         return result
+
+    return run
+
+
+# Machine code
+
+
+def edge(name: str, folder: Path) -> Candidate:
+    """An artifact of a `tvm:` target: its library and its weights."""
+    size = sum((folder / part).stat().st_size for part in ("libmodel.so", "weights.bin"))
+    return Candidate(name, "edge", str(folder), size / 1e6)
+
+
+def _load_edge(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:
+    import torch
+
+    from qcompiler.backends import edge_load
+    from qcompiler.errors import InputError
+
+    model = edge_load.load(Path(path), threads)
+    names = [port.name for port in model.inputs]  # type: ignore[attr-defined]
+    rows: set[int] = set()  # batch sizes that were not compiled: their rows run one by one
+
+    def run(feeds: Feeds) -> NDArray[Any]:
+        tensors = [torch.from_numpy(feeds[name]) for name in names]
+        batch = len(tensors[0])
+        if batch not in rows:
+            try:
+                return model(*tensors)[0].numpy()
+            except InputError:
+                if batch == 1:
+                    raise
+                rows.add(batch)
+        parts = [model(*(t[i : i + 1] for t in tensors))[0] for i in range(batch)]
+        return torch.cat(parts).numpy()
 
     return run
 
