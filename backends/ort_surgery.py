@@ -27,6 +27,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
+from qcompiler.backends.ort_nbits import use_nbits
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.qtype import pack, unpack
 
@@ -45,6 +46,9 @@ def operate(graph: gs.Graph, fused: bool, layers: Mapping[str, str] | None = Non
     bypass_identities(graph)
     trim_outputs(graph)
     unpack_weights(graph)
+    if fused:
+        name_layers(graph, layers or {})
+        use_nbits(graph)
     turn_weights(graph)
     merge_pads(graph)
     drop_clips(graph)

@@ -1,6 +1,7 @@
 """Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
 
-Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row.
+Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row; a head that
+is tied to it has the same integers.
 Convolutions: the weight and what it reads; ONNX Runtime's integer convolution also writes integers,
 so each value between convolutions (after its ReLU or clip), residual sums and pools of such values
 are quantized where they are made, once for all readers.
@@ -72,14 +73,19 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         if reason:
             refusals.append(Refusal(place(node), f"stays float: {reason}"))
             continue
+        tied = _tied_format(draft, node, weight, recipe.embedding_type)
         if node.target is EMBEDDING:
             if recipe.embedding_type is not None:
-                entries[_site(node, 0)] = Assignment(recipe.embedding_type)
+                entries[_site(node, 0)] = Assignment(tied or recipe.embedding_type)
             continue
         if weight is None:
             continue
-        fitted = _fit(draft, node, weight)
-        if fitted != weight and fitted is not None:
+        fitted = tied or _fit(draft, node, weight)
+        if tied is not None and tied != weight:
+            refusals.append(
+                Refusal(place(node), f"{tied} instead of {weight}: its weight is the embedding")
+            )
+        elif fitted != weight and fitted is not None:
             refusals.append(
                 Refusal(place(node), f"{weight} does not divide its weight; {fitted} instead")
             )
@@ -122,7 +128,11 @@ def _obstacle(
         return "its weight is computed"
     if len(table.users) > 1 and {u.target for u in table.users} != {node.target}:
         others = [u for u in table.users if u is not node]
-        if node.target is EMBEDDING:
+        kept = any(
+            fnmatch(module_path(u), pattern) for u in others for pattern in recipe.keep_float
+        )
+        foreign = {u.target for u in table.users} != {EMBEDDING, LINEAR}
+        if node.target is EMBEDDING and (kept or foreign or recipe.weight_type is None):
             return f"its table is tied to {place(others[0])}"
     if node.target in CONVS and activation is not None:
         if activation.dynamic:
@@ -130,6 +140,20 @@ def _obstacle(
         if node not in chain:
             return "its output goes to float operators, and the integer convolution writes integers"
     return None
+
+
+def _tied_format(
+    draft: Draft, node: Node, weight: QType | None, table: QType | None
+) -> QType | None:
+    """The one format of a table that embeddings and linears share; None for other weights.
+
+    Its rows are the linear's output channels, so a scale for each row serves both.
+    """
+    constant = operand(node, 0 if node.target is EMBEDDING else 1)
+    if weight is None or table is None or {u.target for u in constant.users} != {EMBEDDING, LINEAR}:
+        return None
+    fits = (weight.bits, weight.granularity, weight.symmetric) == (8, "channel", True)
+    return weight if fits else table
 
 
 def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:

@@ -21,7 +21,7 @@ from torch.fx import Node
 from qcompiler import ops
 from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
-from qcompiler.regions import CONVS
+from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import Draft, rewrite
 
 aten = torch.ops.aten
@@ -33,6 +33,7 @@ def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None 
     rounded = rounded or {}
     nodes = {n.name: n for n in draft.graph.nodes}
     shared: dict[tuple[Node, Assignment], Node] = {}
+    tables: dict[Node, tuple[Node, Node, Node]] = {}
     for site, assignment in plan.items():
         node = nodes.get(site.node)
         if node is None:
@@ -40,7 +41,14 @@ def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None 
         if site.operand == -1:
             _quantize_value(draft, node, assignment)
         elif node.target is aten.embedding.default:
-            _quantize_table(draft, node, assignment.qtype)
+            tied = [s for s in plan if _reads(nodes[s.node], s, node.args[0])]
+            own = next((rounded[s] for s in tied if s in rounded), None)
+            table = _quantize_table(draft, node, assignment.qtype, own)
+            tables |= dict.fromkeys((nodes[s.node] for s in tied), table)
+        elif site.operand == 1 and node in tables:
+            q, s, z = tables[node]
+            pair = draft.call(ops.dequantize, q, s, z, 0, 0, before=node)
+            draft.set_input(node, site.operand, pair)
         elif draft.is_constant(node.args[site.operand]):
             _quantize_weight(draft, node, site, assignment.qtype, rounded.get(site))
         else:
@@ -122,10 +130,22 @@ def _constant_pair(
     return draft.call(ops.dequantize, q, s, z, axis, group, before=node)
 
 
-def _quantize_table(draft: Draft, node: Node, kind: QType) -> None:
+def _reads(node: Node, site: Site, table: Any) -> bool:
+    """Whether a linear's weight is that table."""
+    return site.operand == 1 and node.target is LINEAR and node.args[1] is table
+
+
+def _quantize_table(
+    draft: Draft, node: Node, kind: QType, rounded: Rounded | None
+) -> tuple[Node, Node, Node]:
+    """Look up integers; returns them with scale and zero point, for a linear that is tied."""
     table = node.args[0]
     assert isinstance(table, Node)
-    scale, zero = weight_scales(draft.constant(table), kind, 0)
+    if rounded is None:
+        scale, zero = weight_scales(draft.constant(table), kind, 0)
+    else:
+        scale, zero = rounded.scale, rounded.zero_point
+        table = draft.add_constant(f"{node.name}_table_rounded", rounded.weight)
     s = draft.add_constant(f"{node.name}_table_scale", scale)
     z = draft.add_constant(f"{node.name}_table_zero_point", zero)
     q = draft.call(ops.quantize, table, s, z, 0, 0, kind.qmin, kind.qmax, before=node)
@@ -137,6 +157,7 @@ def _quantize_table(draft: Draft, node: Node, kind: QType) -> None:
         f"{node.name}_row_zero_point", torch.full((), kind.middle, dtype=kind.dtype)
     )
     draft.swap(node, draft.call(ops.dequantize, rows, scales, middle, 0, 0, before=node))
+    return q, s, z
 
 
 def _quantize_bias(draft: Draft, node: Node) -> None:

@@ -248,7 +248,7 @@ def test_four_bits_are_stored_as_four_bits_along_the_first_axis(
     lowered: Callable[..., Lowered], tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
     made, module = (
-        lowered("tiny-gqa-decoder", "w4a16", rounding="rtn"),
+        lowered("tiny-gqa-decoder", "w4a16", rounding="rtn", fused=False),
         tiny("tiny-gqa-decoder").spec.module,
     )
     constants = {i.name: i for i in made.graph.initializer}
@@ -281,6 +281,58 @@ def test_four_bits_are_stored_as_four_bits_along_the_first_axis(
     for node in fused:
         attributes = {a.name: a.i for a in node.attribute}
         assert (attributes["bits"], attributes["block_size"]) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    "weights", ["int4:g32", "uint4:g16:affine", "int8:channel", "uint8:channel:affine", "int2:g16"]
+)
+def test_blocked_weights_are_those_of_the_program(
+    weights: str, lowered: Callable[..., Lowered]
+) -> None:
+    """MatMulNBits' bytes, unpacked as its documentation says, are the program's weights."""
+    made = lowered("tiny-gqa-decoder", "w4a16", rounding="rtn", weights=weights)
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in made.graph.initializer}
+    nodes = [n for n in made.graph.node if n.op_type == "MatMulNBits"]
+    assert len(nodes) == len(made.planned)
+    program = made.compiled.quantized
+    exact: dict[str, np.ndarray] = {}
+
+    def remember(node: Any, value: Any) -> None:
+        if str(node.target) == "qc.dequantize.default":
+            exact[next(iter(node.users)).name] = value.numpy()
+
+    program.run(tuple(torch.zeros(1, 4, dtype=torch.int64) for _ in program.inputs), remember)
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        packed, scale = (constants[name] for name in node.input[1:3])
+        bits, block = attributes["bits"], attributes["block_size"]
+        assert packed.shape == (attributes["N"], attributes["K"] // block, block * bits // 8)
+
+        def unpack(values: np.ndarray, bits: int = bits) -> np.ndarray:
+            shifts = np.arange(8 // bits) * bits
+            return (values[..., None] >> shifts & (2**bits - 1)).reshape(*values.shape[:-1], -1)
+
+        zero = np.full(scale.shape, 2 ** (bits - 1))
+        if len(node.input) > 3:
+            zero = unpack(constants[node.input[3]])[:, : scale.shape[1]]
+        got = (unpack(packed) - zero[..., None]) * scale[..., None]
+        np.testing.assert_allclose(
+            got.reshape(attributes["N"], -1), exact[node.name], rtol=1e-6, atol=0
+        )
+
+
+def test_a_tied_head_and_its_embedding_share_their_bytes(
+    lowered: Callable[..., Lowered], tiny: Callable[[str], Any]
+) -> None:
+    made, module = lowered("tiny-tied-weights", "w4a16"), tiny("tiny-tied-weights").spec.module
+    (head,) = [n for n in made.graph.node if n.op_type == "MatMulNBits" and n.name == "linear_1"]
+    (lookup,) = [
+        n for n in made.graph.node if n.op_type == "Gather" and n.input[0] == head.input[1]
+    ]
+    assert lookup.input[1] == "input_ids"
+    table = module.embedding.weight
+    large = [i for i in made.graph.initializer if int(np.prod(i.dims)) >= table.numel()]
+    assert [i.name for i in large] == [head.input[1]]
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,20 @@ def test_layers_that_the_recipe_keeps(tiny: Callable[[str], Any]) -> None:
 
 
 def test_tied_and_computed_weights(formula: Any, captured: Any, tiny: Callable[[str], Any]) -> None:
-    plan = plan_of(tiny("tiny-tied-weights").normalized)
-    assert "embedding[0]" not in formats(plan)
-    assert formats(plan)["linear_1[1]"] == "int8:channel"
+    program = tiny("tiny-tied-weights").normalized
+    for weights, head in (("int8:channel", "int8:channel"), ("int4:g32", "int8:channel")):
+        plan = plan_of(program, weights=weights, activations=None)
+        assert formats(plan)["embedding[0]"] == head
+        assert formats(plan)["linear_1[1]"] == head
+        assert formats(plan)["linear[1]"] == weights
     assert reasons(plan) == [
-        "embedding (embedding): stays float: its table is tied to linear_1 (head)"
+        "linear_1 (head): int8:channel instead of int4:g32: its weight is the embedding"
     ]
+    plan = plan_of(program, keep_float=("head",))
+    assert not {"embedding[0]", "linear_1[1]"} & set(formats(plan))
+    assert "embedding (embedding): stays float: its table is tied to linear_1 (head)" in reasons(
+        plan
+    )
 
     def computed(m: Any, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, x[0, :, :])
