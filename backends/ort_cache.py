@@ -7,16 +7,24 @@ present are one buffer, and attends causally. It counts tokens itself:
 
 so padding must stand behind the text, and positions are those counts; `position_ids` stays an input
 of the model, as runtimes expect it, but is not read.
+
+The output head is a fifth of a small model's work, and a prompt needs its last row alone: an input
+with a default, `logits_from`, says from which new token on logits are wanted. Runtimes that do not
+know of it compute them all.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from qcompiler.backends.ort_translate import INTERNAL
 
 MICROSOFT = "com.microsoft"
+FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
+PRODUCTS = ("MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+ROWWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")  # what may follow the head
 
 
 def use_grouped_attention(graph: gs.Graph) -> bool:
@@ -71,3 +79,37 @@ def _lengths(graph: gs.Graph, mask: gs.Variable) -> tuple[gs.Variable, gs.Variab
         dtype=np.int64, name="length", axis=0,
     )  # fmt: skip
     return seqlens, node("Cast", length, dtype=np.int32, name="total", to=6)
+
+
+def prune_logits(graph: gs.Graph) -> bool:
+    """Let the product that makes the first output read from `logits_from` on.
+
+    Returns:
+        Whether it was found: a product followed by elementwise operators alone.
+    """
+    tensor = graph.outputs[0]
+    while len(tensor.inputs) == 1 and tensor.inputs[0].op in ROWWISE:
+        computed = [t for t in tensor.inputs[0].inputs if isinstance(t, gs.Variable)]
+        if len(computed) != 1:
+            return False
+        tensor = computed[0]
+    if len(tensor.inputs) != 1 or tensor.inputs[0].op not in PRODUCTS:
+        return False
+    head = tensor.inputs[0]
+    data = head.inputs[0]
+    kept = gs.Variable(f"{data.name}_kept", data.dtype)
+    bounds = [
+        gs.Constant(FIRST, np.array([0], np.int64)),
+        gs.Constant(f"{FIRST}_end", np.array([np.iinfo(np.int64).max], np.int64)),
+        gs.Constant(f"{FIRST}_axis", np.array([1], np.int64)),
+    ]
+    graph.nodes.append(gs.Node("Slice", f"{head.name}_rows", {}, [data, *bounds], [kept]))
+    head.inputs[0] = kept
+    graph.toposort()
+    return True
+
+
+def open_default(model: onnx.ModelProto) -> None:
+    """Make `logits_from` an input whose default is its initializer."""
+    value = onnx.helper.make_tensor_value_info(FIRST, onnx.TensorProto.INT64, [1])
+    model.graph.input.append(value)

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.backends.ort import MODEL, SHARED, session
+from qcompiler.backends.ort_cache import FIRST
 from qcompiler.errors import InputError
 
 ROUND = 64  # capacities are multiples of this
-FIRST = "logits_from"  # optional input: position from which logits are computed
 
 
 class Decoder:
@@ -57,7 +57,8 @@ class Decoder:
         self._capacity = -(-max(capacity, 1) // ROUND) * ROUND
         held = self._capacity if self._shared else 0
         self._cache = [
-            _zeros((1, int(self._shapes[n][1]), held, int(self._shapes[n][3]))) for n in self._past
+            _value(np.zeros((1, int(shape[1]), held, int(shape[3])), np.float32))
+            for shape in self._shapes.values()
         ]
 
     def feed(self, tokens: NDArray[np.int64], last: bool = False) -> NDArray[np.float32]:
@@ -81,7 +82,7 @@ class Decoder:
             binding.bind_cpu_input("position_ids", places)
         rows = len(tokens)
         if last and self._prunes:
-            binding.bind_cpu_input(FIRST, np.array([rows - 1], np.int64))
+            binding.bind_ortvalue_input(FIRST, _value(np.array([rows - 1], np.int64)))
             rows = 1
         logits = _empty((1, rows, self.vocabulary))
         binding.bind_ortvalue_output("logits", logits)
@@ -105,7 +106,7 @@ def _empty(shape: tuple[int, ...]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
 
 
-def _zeros(shape: tuple[int, ...]) -> Any:
+def _value(array: NDArray[Any]) -> Any:
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -134,6 +134,10 @@ def deliver(
             shutil.copyfile(source, folder / name)
     (folder / "program.txt").write_text(str(compiled.quantized) + "\n")
     manifest = _manifest(spec, compiled, recipe, target, command, names)
+    if spec.generation is not None and target.runtime == "ort":
+        from qcompiler.backends import ort_genai
+
+        ort_genai.write(folder, manifest["generation"], manifest["inputs"])
     manifest |= {
         "errors": errors,
         "metric": metric,

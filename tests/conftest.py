@@ -163,3 +163,50 @@ def torchlib_once() -> Iterator[None]:
             if name.startswith("onnxscript._framework_apis.torch_"):
                 patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
         yield
+
+
+@pytest.fixture(scope="session")
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama, context 48; its tokens are bytes: a character may take two."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [hf]")
+    import torch
+
+    folder = tmp_path_factory.mktemp("llama")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, [])
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(
+        folder
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(alphabet) + 1,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+        bos_token_id=None,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_artifact(language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """It compiled to 8-bit weights."""
+    import qcompiler
+    from qcompiler.models import find
+
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    out = tmp_path_factory.mktemp("artifacts") / "llama"
+    return qcompiler.compile(spec, recipe="w8", out=out)

@@ -11,57 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import qcompiler
 from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError
 from qcompiler.generation import Generated, Sampling, Stream, Tokenizer
 from qcompiler.language import last_words, perplexity, student
 
-CONTEXT = 48
-LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
-
-
-@pytest.fixture(scope="session")
-def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose tokens are bytes, so that a character may take two."""
-    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [hf]")
-    folder = tmp_path_factory.mktemp("llama")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core = tokenizers.Tokenizer(
-        tokenizers.models.BPE({"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, [])
-    )
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(
-        folder
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=len(alphabet) + 1,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def language_artifact(language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from qcompiler.models import find
-
-    spec = find(f"hf:{language_folder}")
-    assert not isinstance(spec, Path)
-    out = tmp_path_factory.mktemp("artifacts") / "llama"
-    return qcompiler.compile(spec, recipe="w8", out=out)
+CONTEXT = 48  # of the fixture's model
 
 
 def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
@@ -102,6 +57,20 @@ def test_reading_in_pieces_gives_the_same_logits(language_artifact: Artifact) ->
     generator.runtime.reset(30)
     pieces = [generator.runtime.feed(part) for part in np.split(tokens, [1, 12, 13])]
     np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_last_logits_are_computed_for_a_prompt(language_artifact: Artifact) -> None:
+    runtime = language_artifact.generator(1).runtime
+    tokens = np.arange(3, 33)
+    runtime.reset(30)
+    whole = runtime.feed(tokens)
+    runtime.reset(30)
+    np.testing.assert_allclose(runtime.feed(tokens, last=True), whole[-1:], rtol=1e-5, atol=1e-5)
+    from qcompiler.backends import ort, ort_cache
+
+    session = ort.session(language_artifact.folder / ort.MODEL, 1)
+    assert [i.name for i in session.get_overridable_initializers()] == [ort_cache.FIRST]
+    assert ort_cache.FIRST not in [i.name for i in session.get_inputs()]
 
 
 def test_streamed_text_is_the_text(language_artifact: Artifact) -> None:
