@@ -102,6 +102,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         if node.target in CONVS and activation is not None:
             for value in chain[node]:
                 entries[_site(value, -1)] = Assignment(activation)
+    for node in draft.calls(aten.bmm.default, aten.matmul.default):
+        if weight is not None and _are_experts(draft, node):
+            reason = "stays float: its weights are those of experts that are chosen when it runs"
+            refusals.append(Refusal(place(node), reason))
     if activation is not None and not activation.dynamic:
         _join(draft, entries, activation, chain)
     order = {n.name: i for i, n in enumerate(program.exported.graph.nodes)}
@@ -154,6 +158,16 @@ def _tied_format(
         return None
     fits = (weight.bits, weight.granularity, weight.symmetric) == (8, "channel", True)
     return weight if fits else table
+
+
+def _are_experts(draft: Draft, product: Node) -> bool:
+    """Whether an operand of a product is picked from a stack of constant matrices."""
+    for source in product.args[:2]:
+        while isinstance(source, Node) and source.target in (*MOVES, aten.index.Tensor):
+            source = source.args[0]
+        if draft.is_constant(source) and draft.constant(source).ndim == 3:
+            return True
+    return False
 
 
 def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:

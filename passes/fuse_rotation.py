@@ -30,6 +30,7 @@ from qcompiler import ops
 from qcompiler.hadamard import Rotation, randomized
 from qcompiler.regions import (
     LINEAR,
+    MOVES,
     NORMS,
     SDPA,
     Reader,
@@ -82,6 +83,11 @@ def fuse_rotation(draft: Draft, seed: int = 0, inputs: bool = False, keys: bool 
             _say(draft, "R2", rotation, "each value head")
     if heads:
         draft.note(f"R2: {heads} attentions")
+    reached = {attention.node for region in regions for attention in region.attentions}
+    for attention in draft.calls(SDPA):
+        if attention not in reached:
+            source = _origin(operand(attention, 2))
+            draft.refuse(attention, f"R2: {place(source)} gives the values, not a linear alone")
     if inputs:
         _rotate_inputs(draft, streams, rotated)
     if keys:
@@ -228,6 +234,13 @@ def _heads_obstacle(draft: Draft, region: Region) -> str | None:
         if not _reads_whole_heads(reader, heads):
             return f"{place(reader.node)} reads parts of heads"
     return None
+
+
+def _origin(node: Node) -> Node:
+    """What a value was before it was moved."""
+    while node.target in MOVES:
+        node = operand(node, 0)
+    return node
 
 
 def _reads_whole_heads(reader: Reader, heads: Tensor) -> bool:

@@ -111,6 +111,8 @@ def _is_view(node: Node) -> bool:
         if name is not None
         else getattr(node.target, "__name__", "")
     )
+    if name == "getitem":  # of several results, each a view or each a tensor of its own
+        return _is_view(operand(node, 0))
     return node.op == "call_function" and name in _VIEWS
 
 

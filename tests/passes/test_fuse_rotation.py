@@ -234,3 +234,16 @@ def test_a_stream_scaled_by_one_number_is_rotated() -> None:
     module = Scaled(norm=lambda: nn.LayerNorm(WIDTH))
     after = check_contract(fuse_rotation, prepared(module)[1], [(IDS,)], idempotent=False)
     assert notes(after)[0] == "R1: Hadamard 12 ⊗ 2 over 2 writers, 2 norms"
+
+
+def test_values_that_join_a_cache_are_refused(reasons: Callable[[Program], list[str]]) -> None:
+    class Cached(Block):
+        def attend(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in self.qkv)
+            k, v = (torch.cat([t.new_zeros(2, HEADS, 3, 12), t], 2) for t in (k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out(mixed)
+
+    after = fuse_rotation(prepared(Cached())[1])
+    assert any("R2: cat" in r and "gives the values, not a linear" in r for r in reasons(after))
+    assert notes(after)[0].startswith("R1: Hadamard")
