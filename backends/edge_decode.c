@@ -82,8 +82,8 @@ static int64_t choose(const model *m, int64_t done, int64_t left, int64_t *lengt
       *length = left;
       return left;
     }
-    /* Reading twice pays when it saves several chunks. */
-    if (last_only && full * 2 < left && wider - left <= done) {
+    /* Reading twice pays where little is read twice, or where it saves several chunks. */
+    if (last_only && wider - left <= done && (full * 2 < left || wider <= left + left / 4)) {
       *length = wider;
       *again = wider - left;
       return left;

@@ -6,11 +6,13 @@ no runtime's thread pool outlives its turn.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -48,17 +50,39 @@ class Row:
     cores: float
 
 
+@contextlib.contextmanager
+def ahead(realtime: bool) -> Iterator[None]:
+    """With `realtime`, every thread of this process goes before all others of the machine.
+
+    Linux, and the right to do so, are needed: root, or the capability SYS_NICE.
+    """
+    if not realtime:
+        yield
+        return
+    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    for thread in threads:
+        os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        for thread in threads:
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
 class Metered:
     """Calls of one candidate with their CPU and wall time, after two warm-up calls."""
 
-    def __init__(self, run: Callable[[Feeds], object], feeds: Feeds) -> None:
-        self.run, self.feeds = run, feeds
+    def __init__(
+        self, run: Callable[[Feeds], object], feeds: Feeds, realtime: bool = False
+    ) -> None:
+        self.run, self.feeds, self.realtime = run, feeds, realtime
         self.calls, self.cpu, self.wall = 0, 0.0, 0.0
 
     def __call__(self) -> None:
-        cpu, wall = time.process_time(), time.perf_counter()
-        self.run(self.feeds)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        with ahead(self.realtime):
+            cpu, wall = time.process_time(), time.perf_counter()
+            self.run(self.feeds)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.calls += 1
         if self.calls > 2:
             self.cpu, self.wall = self.cpu + cpu, self.wall + wall
@@ -71,7 +95,11 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def compare(
-    candidates: Sequence[Candidate], feeds: Feeds, threads: int, seconds: float
+    candidates: Sequence[Candidate],
+    feeds: Feeds,
+    threads: int,
+    seconds: float,
+    realtime: bool = False,
 ) -> list[Row]:
     """Time the candidates beside the first one.
 
@@ -84,22 +112,25 @@ def compare(
         feeds: inputs by name.
         threads: of one operator.
         seconds: of measuring for each candidate.
+        realtime: let each turn go before everything else on the machine.
     """
     if threads == 1:
-        rows: list[Row] = apart(_together, list(candidates), feeds, seconds)
+        rows: list[Row] = apart(_together, list(candidates), feeds, seconds, realtime)
         return rows
     first, rest = candidates[0], candidates[1:]
-    pairs = [_alternating(first, other, feeds, threads, 2 * seconds) for other in rest]
+    pairs = [_alternating(first, other, feeds, threads, 2 * seconds, realtime) for other in rest]
     if not pairs:
-        return _alternating(first, first, feeds, threads, 2 * seconds)[:1]
+        return _alternating(first, first, feeds, threads, 2 * seconds, realtime)[:1]
     reference = sorted((pair[0] for pair in pairs), key=lambda row: row.ms)[len(pairs) // 2]
     return [reference, *(pair[1] for pair in pairs)]
 
 
-def _together(candidates: list[Candidate], feeds: Feeds, seconds: float) -> list[Row]:
+def _together(
+    candidates: list[Candidate], feeds: Feeds, seconds: float, realtime: bool
+) -> list[Row]:
     from qcompiler.bench import interleave
 
-    runs = {c.name: Metered(peers.load(c, 1), feeds) for c in candidates}
+    runs = {c.name: Metered(peers.load(c, 1), feeds, realtime) for c in candidates}
     timings = interleave(runs, seconds * len(runs))
     return [
         Row(t.name, t.ms, t.ratio, t.low, t.high, runs[t.name].cpu / runs[t.name].wall)
@@ -108,7 +139,12 @@ def _together(candidates: list[Candidate], feeds: Feeds, seconds: float) -> list
 
 
 def _alternating(
-    reference: Candidate, other: Candidate, feeds: Feeds, threads: int, seconds: float
+    reference: Candidate,
+    other: Candidate,
+    feeds: Feeds,
+    threads: int,
+    seconds: float,
+    realtime: bool,
 ) -> list[Row]:
     """Two candidates in two processes, one of which runs at a time."""
     samples: list[list[float]] = [[], []]
@@ -117,7 +153,8 @@ def _alternating(
     workers = []
     for candidate in (reference, other):
         line, end = SPAWN.Pipe()
-        worker = SPAWN.Process(target=_work, args=(end, candidate, feeds, threads), daemon=True)
+        given = (end, candidate, feeds, threads, realtime)
+        worker = SPAWN.Process(target=_work, args=given, daemon=True)
         worker.start()
         end.close()  # so that a worker that dies is an EOFError here, not a wait for ever
         lines.append(line)
@@ -144,7 +181,9 @@ def _alternating(
     return rows
 
 
-def _work(line: Connection, candidate: Candidate, feeds: Feeds, threads: int) -> None:
+def _work(
+    line: Connection, candidate: Candidate, feeds: Feeds, threads: int, realtime: bool
+) -> None:
     """Run `candidate` for a turn whenever asked; answer with wall and CPU seconds of one call."""
     run = peers.load(candidate, threads)
     run(feeds)
@@ -154,11 +193,12 @@ def _work(line: Connection, candidate: Candidate, feeds: Feeds, threads: int) ->
     line.send(True)
     while line.recv():
         time.sleep(PAUSE)
-        run(feeds)  # wakes its own threads
-        cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(count):
-            run(feeds)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        with ahead(realtime):
+            run(feeds)  # wakes its own threads
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(count):
+                run(feeds)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         line.send((wall / count, cpu / count))
 
 

@@ -92,7 +92,8 @@ def main() -> None:
     for threads in options.threads:
         for batch, sequence in options.shapes:
             say(f"time {batch}x{sequence}, threads: {threads}")
-            rows = compare(candidates, apart(text, batch, sequence), threads, options.seconds)
+            feeds = apart(text, batch, sequence)
+            rows = compare(candidates, feeds, threads, options.seconds, options.realtime)
             title = f"Batch {batch}, sequence {sequence}, threads: {threads}"
             print(timing_table(title, rows), flush=True)
             times.append(
@@ -234,6 +235,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", type=sizes, default=[(1, 128), (8, 128)], help="[1x128,8x128]")
     parser.add_argument("--peers", type=names, default=list(PEERS), help=f"[{','.join(PEERS)}]")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each candidate [5]")
+    parser.add_argument(
+        "--realtime", action="store_true", help="go before all else on a busy machine; as root"
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
