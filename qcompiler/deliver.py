@@ -483,12 +483,14 @@ def bench(
         }
         say("time")
         timings = interleave({n: partial(run, *batch) for n, run in runs.items()}, seconds)
+        emulator = " ".join(getattr(runs["qcompiler"], "emulator", ()))
+        slow = f"run by {emulator}: this is not its speed" if emulator else ""
         rows: list[dict[str, Any]] = [
             {
                 **asdict(t),
                 "size_bytes": sizes.get(t.name) or model_size(paths[t.name]),
                 "sqnr_db": None if t.name == "float" else quality[t.name],
-                "note": "",
+                "note": slow if t.name == "qcompiler" else "",
             }
             for t in timings
         ]
