@@ -16,18 +16,28 @@ fires keeps its nearest rounding; both are noted. Activations are not quantized 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qcompiler.errors import InputError
 from qcompiler.journal import Journal
 from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR
 from qcompiler.rewrite import operand
-from qcompiler.rounding import DAMPING, gptq, keep_moment, nearest, nearest_grid, search_grid
-from qcompiler.stages import Stages
+from qcompiler.rounding import (
+    DAMPING,
+    gptq,
+    keep_moment,
+    memory_needed,
+    nearest,
+    nearest_grid,
+    search_grid,
+)
+from qcompiler.stages import BUDGET, Stages
 
 
 @torch.no_grad()
@@ -58,7 +68,7 @@ def round_weights(
         For each linear's weight site the weight on its grid, with scale and zero point.
 
     Raises:
-        InputError: NaN or infinity in a Hessian.
+        InputError: NaN or infinity in a Hessian, or too little memory, which is foreseen.
     """
     sites = {site.node: site for site in plan if site.operand == 1}
     wanted = [n for n in program.exported.graph.nodes if n.target is LINEAR and n.name in sites]
@@ -66,6 +76,8 @@ def round_weights(
     if not wanted:
         return found
     constants = program.constants()
+    if method == "gptq":
+        _foresee([tuple(constants[operand(n, 1).name].shape) for n in wanted])
     data = list(batches)
     masks = [dict(zip(program.inputs, b, strict=True)).get(mask) for b in data]
     with Stages(program, data) as stages:
@@ -91,6 +103,27 @@ def round_weights(
                 found[sites[node.name]] = rounded
                 stages.replaced[node] = rounded.weight
     return found
+
+
+def _foresee(shapes: list[tuple[int, ...]]) -> None:
+    """Stop before it starts what would run out of memory."""
+    need = BUDGET + max(memory_needed(*shape) for shape in shapes)
+    free = free_memory()
+    if free is not None and need > free:
+        raise InputError(
+            f"GPTQ needs about {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
+            "free: free some memory, or round to nearest (--set rounding=rtn)"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that a process can still get without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def _round(weight: Tensor, hessian: Tensor, kind: QType, method: str, clip: bool) -> Rounded:

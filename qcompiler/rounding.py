@@ -32,6 +32,15 @@ SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))  # shares of a range th
 Grid = tuple[Tensor, Tensor]  # scale and zero point, in the shape of `QType.ranges`
 
 
+def memory_needed(outputs: int, inputs: int) -> int:
+    """Bytes that rounding one weight by GPTQ takes at most: five matrices of each shape, float64.
+
+    H, H in its order, damped, its factor and inverse; the weight, scales, zero points, integers and
+    errors.
+    """
+    return 5 * 8 * (inputs * inputs + outputs * inputs)
+
+
 def weight_axis(kind: QType) -> int:
     """The axis of a linear's weight that scales run along: inputs for groups, else outputs."""
     return 1 if kind.group else 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qcompiler.errors import InputError
+from qcompiler.passes import round_weights as module
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.round_weights import round_weights
@@ -126,3 +129,42 @@ def test_the_same_data_give_the_same_bits() -> None:
     weight = torch.randn(8, 32)
     first, second = (gptq(weight, hessian_of(x), kind).weight for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_too_little_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(32, 48)).eval()
+    batch = (correlated(40, 32),)
+    program = capture(model, batch)
+    (name,) = (n.name for n in program.exported.graph.nodes if "linear" in str(n.target))
+    plan = Plan({Site(name, 1): Assignment(QType.parse("int4:g16"))})
+    monkeypatch.setattr(module, "free_memory", lambda: 10**9)
+    with pytest.raises(InputError, match=r"GPTQ needs about 1\.1 GB beside the model, and 1\.0 GB"):
+        round_weights(program, plan, [batch])
+    round_weights(program, plan, [batch], method="rtn")
+    monkeypatch.setattr(module, "free_memory", lambda: None)
+    round_weights(program, plan, [batch])
+
+
+def test_free_memory_is_read_from_the_system() -> None:
+    free = module.free_memory()
+    assert free is None or 1e6 < free < 1e14
+
+
+def test_notes_name_singular_layers_and_silent_inputs() -> None:
+    model = nn.Sequential(nn.Linear(32, 8)).eval()
+    x = correlated(40, 32)
+    x[:, 3] = 0
+    program = capture(model, (x,))
+    (name,) = (n.name for n in program.exported.graph.nodes if "linear" in str(n.target))
+    site = Site(name, 1, "layer")
+    rounded = round_weights(program, Plan({site: Assignment(QType.parse("int4:g16"))}), [(x,)])
+    assert module.rounding_notes(rounded) == [
+        "1 weights rounded",
+        "1 inputs of 1 layers never fired in calibration and keep nearest rounding, most in "
+        "layer (1)",
+    ]
+    raised = {site: replace(rounded[site], damping=0.1)}
+    assert (
+        "damping raised, up to 0.1 of the mean diagonal in layer"
+        in module.rounding_notes(raised)[1]
+    )
