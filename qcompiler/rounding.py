@@ -129,21 +129,21 @@ def gptq(
     scales = broadcast(scale, weight, axis, group).expand_as(weight).double()
     zeros = broadcast(zero, weight, axis, group).expand_as(weight).double()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w, s, z = weight.double()[:, order].clone(), scales[:, order], zeros[:, order]
+    # Inputs first: what is worked on at a time then lies together in memory.
+    w, s, z = (t.T.contiguous()[order] for t in (weight.double(), scales, zeros))
     u, damping = upper_factor(hessian[order][:, order], damping)
     q = torch.empty_like(w)
-    columns = w.shape[1]
+    columns = len(w)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.zeros(w.shape[0], stop - start, dtype=torch.float64)
+        errors = torch.empty(stop - start, w.shape[1], dtype=torch.float64)
         for j in range(start, stop):
-            q[:, j] = ((w[:, j] / s[:, j]).round() + z[:, j]).clamp(kind.qmin, kind.qmax)
-            error = (w[:, j] - (q[:, j] - z[:, j]) * s[:, j]) / u[j, j]
-            w[:, j:stop] -= error[:, None] * u[j, j:stop]
-            errors[:, j - start] = error
-        w[:, stop:] -= errors @ u[start:stop, stop:]
-    integers = torch.empty_like(q)
-    integers[:, order] = q
+            q[j] = ((w[j] / s[j]).round() + z[j]).clamp(kind.qmin, kind.qmax)
+            errors[j - start] = (w[j] - (q[j] - z[j]) * s[j]) / u[j, j]
+            w[j:stop].addr_(u[j, j:stop], errors[j - start], alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+    integers = torch.empty_like(weight, dtype=torch.float64)
+    integers[:, order] = q.T
     on_grid = dequantize(integers.to(kind.dtype), scale, zero, axis, group)
     return Rounded(on_grid, scale, zero, damping, int((hessian.diagonal() == 0).sum()))
 
