@@ -256,3 +256,23 @@ def test_the_runner_generates(folders: Any, target: str, tmp_path: Path) -> None
     bad = run()
     assert bad.returncode == 2
     assert "several prompts" in bad.stderr
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_generation_under_sanitizers(tmp_path: Path, last_only: bool) -> None:
+    options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    edge_folder.write(decoder("tvm:native", (1, 4, 16), last_only), tmp_path, options)
+    for length in (1, 3, 17, 38, 40, 41):
+        prompt = [(7 * i) % WORDS for i in range(length)]
+        np.save(tmp_path / "ids.npy", np.array(prompt))
+        command = [str(tmp_path / "model"), "--generate", str(tmp_path / "ids.npy")]
+        done = subprocess.run(
+            [*command, "--threads", "2"], capture_output=True, text=True, check=False
+        )
+        assert "Sanitizer" not in done.stderr, done.stderr
+        if length > CAPACITY:
+            assert done.returncode == 2
+            assert "more than the model's capacity" in done.stderr
+        else:
+            count = min(32, CAPACITY - length + 1)
+            assert [*map(int, done.stdout.split())] == continued(prompt, count)
