@@ -21,9 +21,18 @@ from torch import Tensor
 
 from qcompiler.backends import edge_folder, edge_load
 from qcompiler.backends.edge_calls import Call, Calls
+from qcompiler.backends.edge_decoder import (
+    CAPACITY,
+    TOKENS,
+    Decoding,
+    Roles,
+    input_shapes,
+    last_token,
+    roles,
+)
 from qcompiler.backends.edge_group import CONV, LINEAR, Constants
 from qcompiler.backends.edge_memory import ALIGN, plan
-from qcompiler.backends.edge_model import EdgeModel, Entry, Port, Step
+from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
 from qcompiler.backends.edge_model import Tensor as Placed
 from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.backends.edge_trace import Ref, Storage, Trace, trace
@@ -158,6 +167,11 @@ def lower(
     """
     where = machine(target)
     isa = choose_isa(where)
+    found = roles(program)
+    if found is not None:
+        return _lower_decoder(
+            program, found, target, folder, buckets or {}, planned or {}, integer, say
+        )
     ports = _ports(program, dynamic_shapes or {}, input_names)
     entries_at = _entries(ports, program, buckets or {}, padding_mask)
     code, weights, constants = _Code(), _Weights(), Constants()
@@ -193,6 +207,75 @@ def lower(
     (folder / SIZES).write_text(json.dumps(described) + "\n")
     assert last is not None
     return _audit(last, planned or {}, integer)
+
+
+def _lower_decoder(
+    program: Program,
+    found: Roles,
+    target: Target,
+    folder: Path,
+    buckets: Mapping[str, Sequence[int]],
+    planned: Mapping[str, str],
+    integer: bool,
+    say: Callable[[str], None],
+) -> Audit:
+    """A language model: chunks of tokens, the cache in the model's state."""
+    where = machine(target)
+    isa = choose_isa(where)
+    unknown = [name for name in buckets if name not in ("tokens", "capacity")]
+    if unknown:
+        raise InputError(
+            f"--bucket {unknown[0]}=…: a language model has tokens=… (sizes of the chunks that a "
+            "prompt is read in; 1 is always among them) and capacity=… (of the cache)"
+        )
+    capacity = max(buckets.get("capacity", (CAPACITY,)))
+    if found.context:
+        capacity = min(capacity, found.context)
+    capacity = -(-capacity // 32) * 32
+    chunks = sorted({1, *(n for n in buckets.get("tokens", TOKENS) if n <= capacity)})
+    module = last_token(program)
+    code, weights, constants = _Code(), _Weights(), Constants()
+    entries, outputs, states, last = [], (), [], None
+    for new in chunks:
+        say(f"generate code for {new} tokens")
+        position = Storage(torch.int64, 1, port="position")
+        counted = {found.positions: position} if found.positions else {}
+        traced = trace(program, input_shapes(program, found, new), module, counted)
+        calls = Calls(traced, isa, constants, Decoding(capacity, position))
+        placed = _outputs_placed(traced, calls)
+        tokens = next(r for r in traced.inputs if r.storage.port == found.tokens)
+        spot = Ref(position, torch.int64, 0, (1,), (1,))
+        narrowed = Trace((tokens, spot), traced.outputs, traced.ops)
+        entries.append(_entry({"tokens": new}, narrowed, placed, calls, code, weights))
+        outputs, states, last = placed, calls.states, calls
+    assert last is not None
+    say("compile kernels")
+    objects = (("kernels.o", _build(code.functions, where)),)
+    logits = outputs[0].shape
+    middle: int | str = logits[1] if logits[1] == 1 else "tokens"
+    ports = (
+        Port(found.tokens, "int64", (1, "tokens")), Port("position", "int64", (1,)),
+    )  # fmt: skip
+    made = (Port("logits", "float32", (1, middle, logits[2])),)
+    edge = EdgeModel(
+        target=str(target), features=where.features, inputs=ports, outputs=made,
+        entries=tuple(entries), padded=frozenset() if middle == 1 else frozenset({"tokens"}),
+        state=sum(_state_bytes(s) for s in states), objects=objects,
+        weights=b"".join(weights.parts) or b"\0" * ALIGN,
+        decoder=Decoder(found.tokens, "position", "logits", capacity),
+    )  # fmt: skip
+    say("link")
+    edge_folder.write(edge, folder)
+    described = {
+        "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in made],
+        "entries": [dict(e.sizes) for e in entries], "padded": [], "capacity": capacity,
+    }  # fmt: skip
+    (folder / SIZES).write_text(json.dumps(described) + "\n")
+    return _audit(last, planned, integer)
+
+
+def _state_bytes(storage: Storage) -> int:
+    return -(-storage.size * storage.dtype.itemsize // ALIGN) * ALIGN
 
 
 def _shown(sizes: Mapping[str, int]) -> str:
@@ -297,6 +380,10 @@ def _entry(
         fixed[id(ref.storage)] = ("input", number)
     for number, ref in enumerate(outputs):
         fixed[id(ref.storage)] = ("output", number)
+    held = 0
+    for storage in calls.states:
+        fixed[id(storage)] = ("state", held)
+        held += _state_bytes(storage)
     everything = {id(s): s for call in calls.calls for s in call.arguments}
     for storage in everything.values():
         if storage.constant is not None:

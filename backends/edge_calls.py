@@ -11,7 +11,9 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_cache import attention_over_cache
 from qcompiler.backends.edge_convolution import convolution
+from qcompiler.backends.edge_decoder import Decoding
 from qcompiler.backends.edge_dynamic import dynamic_quantize
 from qcompiler.backends.edge_group import (
     CONV,
@@ -23,16 +25,19 @@ from qcompiler.backends.edge_group import (
     Grouping,
     Writer,
     group,
+    nibbles,
     quantized_operand,
 )
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
+from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import attention, matmul_float, matmul_int8
+from qcompiler.kernels import attention, matmul_float, matmul_int4, matmul_int8
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.expression import Access
 from qcompiler.kernels.isa import Isa, zero_shift
 from qcompiler.kernels.rows import reduction, rows
 from qcompiler.kernels.tiles import Product
+from qcompiler.qtype import QType
 
 aten = torch.ops.aten
 ATTENTION = frozenset({ops.attention, aten.scaled_dot_product_attention.default})
@@ -61,10 +66,11 @@ class Call:
 
 
 def integer_layers(trace: Trace) -> list[Op]:
-    """Linears and convolutions whose input and weight are both quantized to 8 bits."""
+    """Linears and convolutions that read a quantized input and a quantized weight as integers."""
     return [
         op for op in trace.ops
-        if op.target in (LINEAR, CONV) and _integer_weight(op) and _integer_input(op) is not None
+        if op.target in (LINEAR, CONV) and _integer_input(op) is not None
+        and (_integer_weight(op) or (nibbles(op) and _token_input(op) is not None))
     ]  # fmt: skip
 
 
@@ -79,11 +85,22 @@ def _integer_weight(op: Op) -> bool:
     )
 
 
+def _token_input(op: Op) -> Op | None:
+    """The dequantize before a layer whose input is symmetric int8 with a scale for each row."""
+    found = quantized_operand(op.args[0], rows=True)
+    maker = found.args[0].storage.maker if found is not None else None
+    if maker is None or maker.target is not ops.dynamic_quantize:
+        return None
+    kind = QType.parse(maker.args[1])
+    fits = kind.symmetric and kind.granularity == "token" and kind.element == "int8"
+    return found if fits else None
+
+
 def _integer_input(op: Op) -> tuple[Op, tuple[int, int, int, int]] | None:
     """The dequantize before a layer, past zero padding; and (top, left, bottom, right)."""
     ref, pads = op.args[0], (0, 0, 0, 0)
     while True:
-        found = quantized_operand(ref)
+        found = quantized_operand(ref, rows=op.target is LINEAR)
         if found is not None:
             return found, pads
         maker = ref.storage.maker
@@ -106,9 +123,14 @@ def _integer_input(op: Op) -> tuple[Op, tuple[int, int, int, int]] | None:
 class Calls:
     """The calls of a trace."""
 
-    def __init__(self, trace: Trace, isa: Isa, constants: Constants) -> None:
+    def __init__(
+        self, trace: Trace, isa: Isa, constants: Constants, decoder: Decoding | None = None
+    ) -> None:
         self.trace, self.isa, self.constants = trace, isa, constants
+        self.decoder = decoder
         self.calls: list[Call] = []
+        self.sums: dict[int, Storage] = {}  # of groups of activations, by the activations
+        self.states: list[Storage] = []
         self.integer = {op: _integer_input(op) for op in integer_layers(trace)}
         skipped = self._bypassed()
         kept = Trace(trace.inputs, trace.outputs, tuple(o for o in trace.ops if o not in skipped))
@@ -186,19 +208,25 @@ class Calls:
             dynamic_quantize(self, op)
         elif op.target is CONV:
             convolution(self, g, op)
+        elif op.target is cached_attention:
+            attention_over_cache(self, g, op)
         else:
             raise UnsupportedError(f"no kernel for '{op.target}' ({op.label})")
 
     def add(
         self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
+        written: int = 0,
     ) -> None:  # fmt: skip
-        """Note a call whose arguments the writer has collected."""
+        """Note a call whose arguments the writer has collected.
+
+        It writes what the expression stores, and the first `written` arguments.
+        """
         declared = tuple((a.dtype, a.size) for a in writer.kernel_arguments())
-        written = {a.argument for _, a in writer.stores}
+        stored = {*range(written), *(a.argument for _, a in writer.stores)}
         self.calls.append(
             Call(
                 kind, label, (kind, key, declared), build, list(writer.arguments),
-                [writer.arguments[i] for i in sorted(written)],
+                [writer.arguments[i] for i in sorted(stored)],
             )
         )  # fmt: skip
 
@@ -239,12 +267,21 @@ class Calls:
         assert storage.constant is not None
         return flat_ref(storage, tuple(storage.constant.shape))
 
+    def state(self, count: int) -> Storage:
+        """float32 memory that lives from run to run; the n-th is the same in every entry."""
+        made = Storage(torch.float32, count, state=len(self.states))
+        self.states.append(made)
+        return made
+
     def temporary(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Ref:
         """New memory, contiguous."""
         return flat_ref(Storage(dtype, prod(shape)), shape)
 
     def _linear(self, g: Group, op: Op) -> None:
         x, weight, bias = op.args[0], op.args[1], op.args[2] if len(op.args) > 2 else None
+        if nibbles(op):
+            self._grouped(g, op, x, weight.storage.weight, bias)
+            return
         if op in self.integer:
             source = self._quantized(op)
             q = self.contiguous(source.args[0], op.label)
@@ -261,6 +298,40 @@ class Calls:
         n, k = weight.shape
         product = Product(prod(x.shape[:-1]), n, k, k, x.offset)
         self.float_product(g, op, x.storage, packed.storage, product, bias)
+
+    def _grouped(self, g: Group, op: Op, x: Ref, weight: Weight, bias: Ref | None) -> None:
+        """A linear with 4-bit weights in groups."""
+        isa, (n, k), group_size = self.isa, weight.q.shape, weight.group
+        integer = op in self.integer
+        source = self._quantized(op) if integer else None
+        rows_of = self.contiguous(source.args[0] if source is not None else x, op.label)
+        self.constants.held.append(weight)
+        packed = self.constant(
+            (id(weight.q), "nibbles"), lambda: matmul_int4.pack(weight.q, group_size)
+        )
+        scales = self.constant(
+            (id(weight.q), "group scales"),
+            lambda: matmul_int4.pack_scales(weight.scale.reshape(n, k // group_size).float()),
+        )
+        arguments = [rows_of.storage, packed.storage, scales.storage]
+        if integer and matmul_int4.needs_sums(isa):
+            arguments.append(self.sums[id(rows_of.storage)])
+        writer = self.writer(op.out.shape, arguments)
+        value = writer.step("anchor", "float32")
+        if source is not None:
+            value = writer.step("mul", "float32", value, writer.value(source.args[1], "float32"))
+        if bias is not None:
+            value = writer.step("add", "float32", value, writer.value(bias, "float32"))
+        writer.keep(op.out, value)
+        writer.members(g, self.stored)
+        product = Product(prod(op.out.shape[:-1]), n, k, k, rows_of.offset)
+        expression = writer.expression()
+        self.add(
+            "matmul_int4", op.label, (product, group_size, integer, expression, isa),
+            lambda name: matmul_int4.matmul_int4(
+                name, writer.kernel_arguments(), product, group_size, integer, expression, isa
+            ), writer,
+        )  # fmt: skip
 
     def packed(self, weight: Ref) -> Ref:
         """A constant weight as the float product reads it."""
@@ -341,25 +412,28 @@ class Calls:
         scale, zero = source.args[1], source.args[2]
         value = writer.step("anchor", "int32")
         steps = weight.scale.reshape(-1).float().expand(n)
-        if scale.storage.constant is not None and zero.storage.constant is not None:
-            first, point = scale.storage.constant, int(zero.storage.constant.reshape(-1)[0])
+        first, point = scale.storage.constant, zero.storage.constant
+        if point is not None and point.unique().numel() == 1:
+            off = int(point.reshape(-1)[0]) + shift
             correction = self.constant(
-                (id(weight.q), "sums", point + shift, shape),
-                lambda: (-(point + shift) * sums).reshape(shape).to(torch.int32),
+                (id(weight.q), "sums", off, shape),
+                lambda: (-off * sums).reshape(shape).to(torch.int32),
             )
             value = writer.step("add", "int32", value, writer.value(correction, "int32"))
+        else:
+            totals = self.constant((id(weight.q), "sums", shape), lambda: sums.reshape(shape))
+            moved = writer.value(zero, "int32")
+            if shift:
+                moved = writer.step("add", "int32", moved, writer.value(shift, "int32"))
+            product = writer.step("mul", "int32", writer.value(totals, "int32"), moved)
+            value = writer.step("sub", "int32", value, product)
+        if first is not None:
             both = self.constant(
                 (id(weight.q), "scales", float(first.reshape(-1)[0]), shape),
                 lambda: (steps * first.reshape(-1)).reshape(shape),
             )
             factor = writer.value(both, "float32")
         else:
-            totals = self.constant((id(weight.q), "sums", shape), lambda: sums.reshape(shape))
-            point_step = writer.value(zero, "int32")
-            if shift:
-                point_step = writer.step("add", "int32", point_step, writer.value(shift, "int32"))
-            product = writer.step("mul", "int32", writer.value(totals, "int32"), point_step)
-            value = writer.step("sub", "int32", value, product)
             own = self.constant((id(weight.q), "scale", shape), lambda: steps.reshape(shape))
             factor = writer.step(
                 "mul", "float32", writer.value(scale, "float32"), writer.value(own, "float32")

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcompiler import ops
+from qcompiler.backends.edge_group import nibbles
 from qcompiler.backends.edge_trace import Op, Ref
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels.rows import reduction
+from qcompiler.kernels.matmul_int4 import needs_sums
+from qcompiler.kernels.rows import quantize_rows, reduction
 from qcompiler.qtype import QType
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ def dynamic_quantize(calls: Calls, op: Op) -> None:
     x, kind = calls.contiguous(op.args[0], op.label), QType.parse(op.args[1])
     q, scale, zero = op.outputs
     token = kind.granularity == "token"
+    if token and kind.symmetric and kind.element == "int8":
+        _rows(calls, op, kind)
+        return
     if kind.granularity not in ("tensor", "token"):
         raise UnsupportedError(f"dynamic ranges of {kind}")
     width = x.shape[-1] if token else x.numel
@@ -63,6 +69,36 @@ def dynamic_quantize(calls: Calls, op: Op) -> None:
     )  # fmt: skip
     writer.store(Ref(q.storage, q.dtype, q.offset, (count, width), (width, 1)), value)
     calls.pointwise(writer, op.label)
+
+
+def _rows(calls: Calls, op: Op, kind: QType) -> None:
+    """Rows with a scale each, in one kernel; with the sums that 4-bit products read."""
+    x, (q, scale, zero) = op.args[0], op.outputs
+    zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
+    groups = {
+        layer.args[1].storage.weight.group
+        for reader in q.storage.readers
+        if reader.target is ops.dequantize
+        for layer in reader.out.storage.readers
+        if layer in calls.integer and nibbles(layer)
+    }
+    group = groups.pop() if groups and needs_sums(calls.isa) else 0
+    arguments = [q.storage, scale.storage]
+    if group:
+        if groups:
+            raise UnsupportedError("layers that share an input have groups of different sizes")
+        count = q.numel // group
+        sums = calls.temporary(torch.int32, (count,))
+        calls.sums[id(q.storage)] = sums.storage
+        arguments.append(sums.storage)
+    writer = calls.writer(x.shape, arguments)
+    writer.value(x, FLOAT)
+    source, bounds = writer.expression(), (kind.qmin, kind.qmax)
+    calls.add(
+        "quantize_rows", op.label, (source, bounds, group),
+        lambda name: quantize_rows(name, writer.kernel_arguments(), source, bounds, group),
+        writer, written=len(arguments) if not group else 3,
+    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,9 +19,11 @@ from qcompiler import ops
 from qcompiler.backends import edge_steps
 from qcompiler.backends.edge_steps import NAMES
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
+from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.expression import Access, Expression, Step
+from qcompiler.kernels.matmul_int4 import BLOCK
 
 aten = torch.ops.aten
 
@@ -42,7 +44,8 @@ REDUCE = {
 INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
 # Their kernels end with an expression that elementwise ops may join.
 ANCHORS = frozenset(
-    {LINEAR, CONV, ops.attention, aten.scaled_dot_product_attention.default, aten.matmul.default,
+    {LINEAR, CONV, ops.attention, cached_attention, aten.scaled_dot_product_attention.default,
+    aten.matmul.default,
      aten.bmm.default, aten.mm.default, *ROWS, *REDUCE}
 )  # fmt: skip
 
@@ -80,13 +83,37 @@ def whole(ref: Ref, of: Ref) -> bool:
     )  # fmt: skip
 
 
-def quantized_operand(ref: Ref) -> Op | None:
-    """The per-tensor `qc::dequantize` that made a layer's input, or None."""
+def quantized_operand(ref: Ref, rows: bool = False) -> Op | None:
+    """The `qc::dequantize` that made a layer's input, or None.
+
+    It has one scale for the tensor, or, with `rows`, one for each row.
+    """
     maker = ref.storage.maker
     if maker is None or maker.target is not ops.dequantize or not whole(ref, maker.out):
         return None
     scale, zero = maker.args[1], maker.args[2]
+    if rows and scale.shape == (*maker.out.shape[:-1], 1) and zero.shape == scale.shape:
+        return maker
     return maker if scale.numel == 1 and zero.numel == 1 else None
+
+
+def nibbles(op: Op) -> bool:
+    """Whether the layer's weight is one that `matmul_int4` reads: symmetric, in groups."""
+    ref = op.args[1]
+    weight = ref.storage.weight
+    return (
+        op.target is LINEAR
+        and weight is not None
+        and weight.q.dtype == torch.int8
+        and weight.group > 0
+        and weight.group % BLOCK == 0
+        and weight.axis % 2 == 1
+        and weight.q.shape[1] % weight.group == 0
+        and not bool(weight.zero_point.any())
+        and -8 <= int(weight.q.min()) <= int(weight.q.max()) <= 7
+        and ref.contiguous
+        and ref.offset == 0
+    )
 
 
 def group(trace: Trace, integer: Iterable[Op]) -> Grouping:

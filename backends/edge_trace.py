@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qcompiler import ops, qtype
+from qcompiler.cached import cached_attention
 from qcompiler.errors import QCompilerError, UnsupportedError
 from qcompiler.program import Program
 from qcompiler.rewrite import place
@@ -57,6 +58,7 @@ class Storage:
         constant: its contents where they are known.
         weight: its contents where they are quantized.
         port: name of the input that it is.
+        state: its number among what lives from run to run; −1 for the rest.
         maker: the op that writes it.
         readers: the ops that read it.
     """
@@ -66,6 +68,7 @@ class Storage:
     constant: Tensor | None = None
     weight: Weight | None = None
     port: str = ""
+    state: int = -1
     maker: Op | None = None
     readers: list[Op] = field(default_factory=list)
 
@@ -160,6 +163,7 @@ NATIVE = frozenset(
         ops.dequantize,
         ops.dynamic_quantize,
         ops.attention,
+        cached_attention,
     }
 )
 # Known at the level below: recorded when torch reaches them.
@@ -188,22 +192,30 @@ BASIC = frozenset(
 )  # fmt: skip
 
 
-def trace(program: Program, sizes: Mapping[str, Sequence[int]]) -> Trace:
+def trace(
+    program: Program,
+    sizes: Mapping[str, Sequence[int]],
+    module: torch.fx.GraphModule | None = None,
+    counted: Mapping[str, Storage] | None = None,
+) -> Trace:
     """The program at the sizes given.
 
     Args:
         program: with only ATen and qc ops.
         sizes: shape of each input, by name.
+        module: a graph to trace in place of the program's own, with the same inputs.
+        counted: inputs that are not given but counted: from the int64 number in the storage on,
+            along their last dimension.
 
     Raises:
         UnsupportedError: names the op and the model's source line.
     """
-    return _Tracer(program).run_at(sizes)
+    return _Tracer(program, module).run_at(sizes, counted or {})
 
 
 class _Tracer(Interpreter):
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.exported.graph_module, garbage_collect_values=False)
+    def __init__(self, program: Program, module: torch.fx.GraphModule | None) -> None:
+        super().__init__(module or program.exported.graph_module, garbage_collect_values=False)
         self.program = program
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = _Recorder(self)
@@ -212,7 +224,7 @@ class _Tracer(Interpreter):
         self.ops: list[Op] = []
         self.label = ""
 
-    def run_at(self, sizes: Mapping[str, Sequence[int]]) -> Trace:
+    def run_at(self, sizes: Mapping[str, Sequence[int]], counted: Mapping[str, Storage]) -> Trace:
         constants = self.program.constants()
         inputs: list[Tensor] = []
         arguments: list[Any] = []
@@ -227,8 +239,11 @@ class _Tracer(Interpreter):
                 raise UnsupportedError(f"input '{node.name}' is not a tensor")
             with self.mode:
                 fake = torch.empty(tuple(sizes[node.name]), dtype=value.dtype)
-            self._know(fake).port = node.name
-            inputs.append(fake)
+            if node.name in counted:
+                self._count(fake, counted[node.name])
+            else:
+                self._know(fake).port = node.name
+                inputs.append(fake)
             arguments.append(fake)
         with torch.no_grad():
             outputs = self.run(*arguments, enable_io_processing=False)
@@ -238,6 +253,19 @@ class _Tracer(Interpreter):
                 raise UnsupportedError("an output is not a tensor")
             found.append(self.ref(value))
         return Trace(tuple(self.ref(i) for i in inputs), tuple(found), tuple(self.ops))
+
+    def _count(self, fake: Tensor, first: Storage) -> None:
+        """An input that is computed: first, first + 1, …"""
+        size = fake.shape[-1]
+        start = Ref(first, torch.int64, 0, tuple(fake.shape), (0,) * fake.ndim)
+        steps = self.ref(torch.arange(size))
+        self._know(fake)
+        out = self.ref(fake)
+        op = Op(aten.add.Tensor, (start, steps), {}, (out,), "positions")
+        for ref in op.refs():
+            ref.storage.readers.append(op)
+        out.storage.maker = op
+        self.ops.append(op)
 
     def run_node(self, n: Node) -> Any:
         self.label = n.name

@@ -2,10 +2,10 @@
 
     out[m, n] = Σ_g scale[n, g] · Σ_(k in g) activation[m, k] · weight[n, k]
 
-Weights are symmetric, −8…7, and stored as w + 8 in nibbles; they are unpacked in registers, where the
-integer dot product reads them. For int8 activations the inner sum is exact in int32; where the
-dot product takes unsigned weights, what + 8 adds is taken off by −8 · Σ_(k in g) activation[m, k], computed once
-for a matrix. Scales are applied in float32, group by group in order.
+Weights are symmetric, −8…7, and stored as w + 8 in nibbles; they are unpacked in registers, where
+the integer dot product reads them. For int8 activations the inner sum is exact in int32; where the
+dot product takes unsigned weights, what + 8 adds is taken off by −8 · Σ_(k in g) activation[m, k],
+computed once for a matrix. Scales are applied in float32, group by group in order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ ZERO = 8  # what the stored nibble of a weight of 0 is
 
 def narrow(isa: Isa) -> Isa:
     """The machine with panels of 16 columns: half of the registers hold the groups' integer sums."""
-    return replace(isa, vectors=min(isa.vectors, 8) if isa.vectors >= 8 else max(1, isa.vectors // 2))
+    return replace(
+        isa, vectors=min(isa.vectors, 8) if isa.vectors >= 8 else max(1, isa.vectors // 2)
+    )
 
 
 def pack(weight: Tensor, group: int) -> Tensor:

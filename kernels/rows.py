@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tvm.tirx.script.builder import ir as T
+
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES, Argument
@@ -118,6 +120,67 @@ def rows(
                 write.vector(place, first, lanes, value)
 
             _along(width, body)
+    return made
+
+
+def quantize_rows(
+    name: str, arguments: Sequence[Argument], source: Expression, bounds: tuple[int, int],
+    group: int,
+) -> Any:  # fmt: skip
+    """A kernel that quantizes rows symmetrically, each with a scale of its own.
+
+        scale = max |x| / high (1 where that is 0),  q = clamp(round(x / scale), low, high)
+
+    Args:
+        name: of the function.
+        arguments: the integers (int8), the scales, where `group` is not 0 the sums, then what the
+            source reads.
+        source: gives x.
+        bounds: low and high.
+        group: also store −8 · the sum of each group of that many integers, as 4-bit products read
+            them; a multiple of 16, or 0.
+    """
+    width = source.width
+    low, high = (float(b) for b in bounds)
+    many = code.parallel if source.rows >= ROWS_TO_SHARE else code.loop
+    with code.kernel(name, arguments) as (made, buffers):
+        read = Emitter(source, buffers)
+        with many(source.rows) as row:
+            place = read.coordinates(row)
+            line = _Row(read, place)
+
+            def largest(total: Any, x: Any, lanes: int) -> Any:
+                return code.maximum(total, code.maximum(x, code.number(0.0, lanes) - x))
+
+            scale = line.reduce(0.0, largest, "max") / code.number(high, 1)
+            scale = code.bind(
+                T.Select(scale == code.number(0.0, 1), code.number(1.0, 1), code.bind(scale))
+            )
+            code.store(buffers[1], row, scale, 1)
+
+            def integers(first: Any, lanes: int) -> Any:
+                x = read.value(place, first, lanes) / code.spread(scale, lanes)
+                x = code.minimum(code.maximum(x, code.number(low, lanes)), code.number(high, lanes))
+                whole = code.bind(code.round_to_int(code.bind(x), lanes))
+                code.store(buffers[0], row * width + first, code.cast(whole, "int8", lanes), lanes)
+                return whole
+
+            if not group:
+                _along(width, integers)
+            else:
+                with code.loop(width // group) as g:
+                    total = code.scratch(LANES, "int32")
+                    code.store(total, 0, code.integer(0))
+                    for part in range(0, group, LANES):
+                        had = code.load(total, 0)
+                        code.store(total, 0, had + integers(g * group + part, LANES))
+                    step = LANES // 2
+                    while step >= 1:
+                        both = code.load(total, 0, step) + code.load(total, step, step)
+                        code.store(total, 0, both, step)
+                        step //= 2
+                    value = code.load(total, 0, 1) * code.integer(-8, 1)
+                    code.store(buffers[2], row * (width // group) + g, value, 1)
     return made
 
 
