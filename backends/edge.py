@@ -235,7 +235,10 @@ def _lower_decoder(
     chunks = sorted({1, *(n for n in buckets.get("tokens", TOKENS) if n <= capacity)})
     module = last_token(program)
     code, weights, constants = _Code(), _Weights(), Constants()
-    entries, outputs, states, last = [], (), [], None
+    entries: list[Entry] = []
+    outputs: tuple[Ref, ...] = ()
+    states: list[Storage] = []
+    last = None
     for new in chunks:
         say(f"generate code for {new} tokens")
         position = Storage(torch.int64, 1, port="position")
@@ -269,6 +272,7 @@ def _lower_decoder(
     described = {
         "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in made],
         "entries": [dict(e.sizes) for e in entries], "padded": [], "capacity": capacity,
+        "tokens": program.inputs.index(found.tokens),
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")
     return _audit(last, planned, integer)
@@ -495,6 +499,8 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
     if not path.is_file():
         return run
     described = json.loads(path.read_text())
+    if "capacity" in described:
+        return _Language(run, described)
     size = _batch_size(described)
     if size is None:
         return run
@@ -524,6 +530,28 @@ def _batch_size(described: Mapping[str, Any]) -> str | None:
         ):
             return str(name)
     return None
+
+
+class _Language:
+    """A language model on the flat inputs of the program: one text, read from its beginning.
+
+    Returns the logits after the last token, (1, 1, vocabulary). What is asked of the cache beyond
+    that is in `edge_decode.Decoder`.
+    """
+
+    def __init__(self, run: Any, described: Mapping[str, Any]) -> None:
+        self.run, self.index = run, int(described["tokens"])
+        self.emulator = getattr(run, "emulator", ())
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tokens = inputs[self.index]
+        if tokens.ndim != 2 or tokens.shape[0] != 1:
+            raise InputError(f"one text at a time: (1, tokens), not {tuple(tokens.shape)}")
+        if self.emulator:
+            found: tuple[Tensor, ...] = self.run(tokens, torch.zeros(1, dtype=torch.int64))
+            return (found[0][:, -1:],)
+        self.run.reset()
+        return (self.run.read(tokens[0]).reshape(1, 1, -1),)
 
 
 class _Split:

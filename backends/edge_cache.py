@@ -1,4 +1,4 @@
-"""Attention over a cache in the model's state: rotary embedding, the cache's update, the attention."""
+"""Attention over a cache in the model's state: rotary embedding, update, attention."""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ def _scores(
                 for v in range(count)
             ]
             for r in range(height):
-                value = code.load(buffers[q.argument], _at(q, *place(r), d), 1)
+                token, head = place(r)
+                value = code.load(buffers[q.argument], _at(q, token, head, d), 1)
                 value = code.spread(code.bind(value))
                 for v in range(count):
                     total = sums[r * count + v]

@@ -29,10 +29,8 @@ ZERO = 8  # what the stored nibble of a weight of 0 is
 
 
 def narrow(isa: Isa) -> Isa:
-    """The machine with panels of 16 columns: half of the registers hold the groups' integer sums."""
-    return replace(
-        isa, vectors=min(isa.vectors, 8) if isa.vectors >= 8 else max(1, isa.vectors // 2)
-    )
+    """The machine with panels of 16 columns, and registers left for the groups' integer sums."""
+    return replace(isa, vectors=8 if isa.vectors >= 8 else max(1, isa.vectors // 2))
 
 
 def pack(weight: Tensor, group: int) -> Tensor:

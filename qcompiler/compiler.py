@@ -196,7 +196,8 @@ def quantize(
         program = step(smooth(program, scales, insert=False), program)
 
     context = data.spec.generation.context if data.spec.generation else 0
-    fuses = bool(context) and recipe.fused and target.runtime == "ort"
+    # Generated code keeps a cache in place only where the attention over it is one op.
+    fuses = bool(context) and (recipe.fused or target.runtime == "tvm")
     if not any(recipe.cache_types):  # the cache is quantized where the heads are apart
         if fuses:
             say("fuse_cache")

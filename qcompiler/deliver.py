@@ -99,13 +99,13 @@ def deliver(
         folder, spec, compiled.quantized, compiled.plain, names, planned, recipe, target,
         buckets, held_out[0], say,
     )  # fmt: skip
-    run = lowered.run
+    run, names = lowered.run, names[: lowered.outputs]
     calibration, held_out = lowered.fit(calibration), lowered.fit(held_out)
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     for kind, batches in (("calibration", calibration), ("held-out", held_out)):
-        quantized = [compiled.quantized.run(b) for b in batches]
-        captured = [compiled.source.run(b) for b in batches]
+        quantized = [lowered.view(compiled.quantized.run(b)) for b in batches]
+        captured = [lowered.view(compiled.source.run(b)) for b in batches]
         actual = [run(*b) for b in batches]
         masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None
         errors["quantization"] += [asdict(c) for c in compare(captured, actual, names, kind, masks)]
@@ -147,6 +147,8 @@ def deliver(
         "bounds": {"min_sqnr": recipe.min_sqnr, "min_lowering_sqnr": _lowering_bound(errors)},
         **lowered.extra,
     }  # fmt: skip
+    if lowered.outputs is not None:  # the artifact returns less than the module did
+        manifest["out_spec"] = ""
     if not recipe.keep_reference:
         shutil.rmtree(folder / REFERENCE)
     manifest["warnings"] = _warnings(manifest) + lowered.notes
@@ -242,7 +244,7 @@ def _manifest(
             for given, n in zip(spec.input_names or program.inputs, program.inputs, strict=True)
         ],
         "outputs": [
-            artifacts.describe_tensor(n, v, sizes) for n, v in zip(names, outputs, strict=True)
+            artifacts.describe_tensor(n, v, sizes) for n, v in zip(names, outputs, strict=False)
         ],
         "out_spec": structure,
         "padding_mask": spec.padding_mask,
@@ -445,6 +447,11 @@ def bench(
     if not batches:
         raise InputError(f"{folder} keeps no data to run; compile it again")
     batch = batches[0] if shape is None else _resize(batches[0], artifact.manifest["inputs"], shape)
+    if "capacity" in artifact.manifest:
+        raise InputError(
+            f"{folder} is a language model: time it with 'model --generate' in that folder or "
+            "'qcompiler run --prompt', which print tokens a second"
+        )
     names = [o["name"] for o in artifact.manifest["outputs"]]
     inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompiler.artifact import REFERENCE
@@ -34,6 +35,8 @@ class Lowered:
         audit: as the manifest holds it.
         model_bytes, float_bytes: sizes.
         fit: kept batches → batches that the artifact takes.
+        view: a program's outputs → those that the artifact has.
+        outputs: how many of them it has; all when None.
         notes: for the report's warnings.
         extra: further entries of the manifest.
     """
@@ -44,6 +47,8 @@ class Lowered:
     model_bytes: int
     float_bytes: int
     fit: Callable[[Sequence[Batch]], list[Batch]] = list
+    view: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
+    outputs: int | None = None
     notes: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -171,17 +176,60 @@ def _edge(
             "its results were checked, its speed was not measured"
         )
     limits = edge.limits(folder)
+    extra = {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator}
+    sizes = (
+        sum((folder / name).stat().st_size for name in (edge_folder.WEIGHTS, edge_folder.RUNNER)),
+        model_size(reference / ort.MODEL),
+    )
+    run_float = None if emulator else ort.load(reference, 1)
+    described = asdict(audit) | {"time_share": []}
+    if "capacity" in limits:
+        extra["capacity"] = limits["capacity"]
+        return Lowered(
+            run, run_float, described, *sizes, lambda batches: texts(batches, limits),
+            lambda outputs: (outputs[0][:, -1:],), 1, notes, extra,
+        )  # fmt: skip
 
     def fit(batches: Sequence[Batch]) -> list[Batch]:
         """Batches cut to what there is code for: single samples, none longer than the longest."""
         return fitted(batches, limits, EMULATED if emulator else None)
 
-    return Lowered(
-        run, None if emulator else ort.load(reference, 1), asdict(audit) | {"time_share": []},
-        (folder / edge_folder.WEIGHTS).stat().st_size + (folder /
-        edge_folder.RUNNER).stat().st_size, model_size(reference / ort.MODEL), fit, notes,
-        {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator},
-    )  # fmt: skip
+    return Lowered(run, run_float, described, *sizes, fit, extra=extra, notes=notes)
+
+
+TEXTS = 4  # texts of a batch with which a language model is verified
+
+
+def texts(batches: Sequence[Batch], limits: Mapping[str, Any]) -> list[Batch]:
+    """Batches of a language model as single texts without padding, read from their beginning.
+
+    Args:
+        batches: of the program; its inputs of float numbers are the cache.
+        limits: the artifact's; each text is cut to the longest chunk that there is code for.
+    """
+    first = int(limits["tokens"])
+    chunks = sorted(int(entry["tokens"]) for entry in limits["entries"])
+    found = []
+    for batch in batches:
+        tokens = batch[first]
+        masks = [x for x in batch if x.dtype == torch.int64 and x.ndim == 2 and x is not tokens]
+        mask = masks[0][:, -tokens.shape[1] :] if masks else torch.ones_like(tokens)
+        for row, seen in list(zip(tokens, mask, strict=True))[:TEXTS]:
+            text = row[seen != 0]
+            length = max(n for n in chunks if n <= max(1, len(text)))
+            text = text[:length][None]
+            made: list[Tensor] = []
+            for value in batch:
+                if value is tokens:
+                    made.append(text)
+                elif value.is_floating_point():
+                    made.append(value.new_zeros(1, value.shape[1], 0, value.shape[3]))
+                elif masks and value is masks[0]:
+                    made.append(torch.ones_like(text))
+                else:
+                    made.append(torch.arange(text.shape[1])[None])
+            found.append(tuple(made))
+    return found
 
 
 def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None) -> list[Batch]:
