@@ -34,7 +34,7 @@ class Roles:
         positions: the input of positions, or "".
         mask: the input of the attention mask.
         caches: the inputs that are caches.
-        context: positions that the rotary tables reach; 0 where there are none.
+        context: positions that the tables of positions reach; 0 where there are none.
     """
 
     tokens: str
@@ -83,11 +83,34 @@ def roles(program: Program) -> Roles | None:
     readers = {u.target for u in program.placeholder(mask).users}
     if mask not in program.inputs or readers != {cached_attention}:
         raise UnsupportedError(f"'{mask}' is read outside of the attention")
+    words = int(_output(program).meta["val"].shape[-1])
+    tokens = [n for n in left if words in _tables(program, n)]
+    if len(tokens) == 1 and len(left) == 2 and not places:  # positions look up rows of a table
+        places = {*left} - {*tokens}
+        left = tokens
     if len(left) != 1 or program.placeholder(left[0]).meta["val"].dtype != torch.int64:
         raise UnsupportedError(f"inputs {left}: a language model reads token numbers alone")
+    position = places.pop() if places else ""
     tables = [a.args[6] for a in attentions if a.args[6] is not None]
-    context = min((int(t.meta["val"].shape[0]) for t in tables), default=0)
-    return Roles(left[0], places.pop() if places else "", mask, frozenset(caches), context)
+    reach = [int(t.meta["val"].shape[0]) for t in tables]
+    reach += _tables(program, position) if position else []
+    return Roles(left[0], position, mask, frozenset(caches), min(reach, default=0))
+
+
+def _output(program: Program) -> Node:
+    output = next(n for n in program.exported.graph.nodes if n.op == "output")
+    logits: Node = output.args[0][0]
+    return logits
+
+
+def _tables(program: Program, name: str) -> list[int]:
+    """Rows of the tables that an input looks up."""
+    readers = program.placeholder(name).users
+    return [
+        int(reader.args[0].meta["val"].shape[0])
+        for reader in readers
+        if reader.target is torch.ops.aten.embedding.default
+    ]
 
 
 def last_token(program: Program) -> GraphModule:

@@ -1,4 +1,4 @@
-"""Language models as machine code: the cache in the model's state, chunks and single tokens alike."""
+"""Language models as machine code: the cache in place, chunks and single tokens alike."""
 
 from __future__ import annotations
 
