@@ -182,7 +182,7 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
     ),
     "w4a16": (
         "4-bit weights in groups of 32 rounded by GPTQ, float activations: an eighth of the size",
-        Recipe(name="w4a16", weights="int4:g32", rounding="gptq", min_sqnr=5.0),
+        Recipe(name="w4a16", weights="int4:g32", rounding="gptq", clip=True, min_sqnr=5.0),
     ),
     "w3a16": (
         "3-bit affine weights in groups of 32 by GPTQ; ONNX Runtime stores them in 4 bits",
@@ -194,20 +194,22 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
     ),
     "w4a8": (
         "int4 weights by GPTQ, int8 activations with a scale for each token",
-        Recipe(name="w4a8", weights="int4:g32", activations="int8:token", rounding="gptq"),
+        Recipe(
+            name="w4a8", weights="int4:g32", activations="int8:token", rounding="gptq", clip=True
+        ),
     ),
     "w4a8kv8": (
         "w4a8 with 8-bit keys and values in the cache",
         Recipe(
             name="w4a8kv8", weights="int4:g32", activations="int8:token", rounding="gptq",
-            keys="uint8:token:affine", values="uint8:token:affine",
+            clip=True, keys="uint8:token:affine", values="uint8:token:affine",
         ),
     ),
     "w4a4kv4": (
         "4-bit weights, activations, keys and values, all rotated by Hadamard matrices (QuaRot)",
         Recipe(
             name="w4a4kv4", weights="int4:channel", activations="int4:token", rounding="gptq",
-            keys="uint4:token:affine", values="uint4:token:affine", rotation="hadamard",
+            clip=True, keys="uint4:token:affine", values="uint4:token:affine", rotation="hadamard",
             smooth=False,
         ),
     ),
