@@ -17,7 +17,12 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from qcompiler.backends.ort_cache import open_default, prune_logits, use_grouped_attention
+from qcompiler.backends.ort_cache import (
+    open_default,
+    pack_projections,
+    prune_logits,
+    use_grouped_attention,
+)
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
 from qcompiler.backends.ort_translate import OPSET, translations
 from qcompiler.errors import UnsupportedError
@@ -66,6 +71,7 @@ def lower(
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):
         graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+    pack_projections(graph)
     pruned = shared and prune_logits(graph)
     result = gs.export_onnx(graph, do_type_check=False)
     if pruned:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 
 from qcompiler.backends.ort import MODEL, session
+from qcompiler.backends.ort_cache import JOINED
 
 INTEGER = {
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger",
@@ -90,12 +91,11 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
         if node.op_type in INTEGER:
             layers.append(Layer(node.name, path, node.op_type, "integer"))
         elif node.op_type in WEIGHTS:
-            layers.append(
-                Layer(
-                    node.name, path, node.op_type, "weights only",
-                    "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)",
-                )
-            )  # fmt: skip
+            reason = "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)"
+            layers += [
+                Layer(name, planned.get(name, ""), node.op_type, "weights only", reason)
+                for name in node.name.split(JOINED)
+            ]
         elif node.op_type in FLOAT:
             reason, loose = _why_float(node, makers, constants)
             stray += loose

@@ -8,6 +8,9 @@ present are one buffer, and attends causally. It counts tokens itself:
 so padding must stand behind the text, and positions are those counts; `position_ids` stays an input
 of the model, as runtimes expect it, but is not read.
 
+Queries, keys and values that are products of one tensor with low-bit weights become one product of
+their stacked weights, which the kernel takes as it is (packed QKV).
+
 The output head is a fifth of a small model's work, and a prompt needs its last row alone: an input
 with a default, `logits_from`, says from which new token on logits are wanted. Runtimes that do not
 know of it compute them all.
@@ -23,6 +26,7 @@ from qcompiler.backends.ort_translate import INTERNAL
 
 MICROSOFT = "com.microsoft"
 FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
+JOINED = " + "  # between the names of layers that one node computes
 PRODUCTS = ("MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")  # what may follow the head
 
@@ -79,6 +83,51 @@ def _lengths(graph: gs.Graph, mask: gs.Variable) -> tuple[gs.Variable, gs.Variab
         dtype=np.int64, name="length", axis=0,
     )  # fmt: skip
     return seqlens, node("Cast", length, dtype=np.int32, name="total", to=6)
+
+
+def pack_projections(graph: gs.Graph) -> None:
+    """Three MatMulNBits of one tensor that a GroupQueryAttention alone reads → one."""
+    for node in [n for n in graph.nodes if n.op == "GroupQueryAttention"]:
+        products = [t.inputs[0] for t in node.inputs[:3] if len(t.inputs) == 1]
+        if len(products) < 3 or not all(_stacks(p, products[0], node) for p in products):
+            continue
+        first = products[0]
+        stacked = [
+            gs.Constant(
+                f"{p.name}_packed_qkv",
+                np.concatenate([np.asarray(n.inputs[i].values) for n in products]),
+            )
+            for i, p in enumerate(first.inputs)
+            if i > 0
+        ]
+        packed = gs.Variable(f"{first.outputs[0].name}_packed_qkv", np.float32)
+        attrs = {**first.attrs, "N": sum(int(p.attrs["N"]) for p in products)}
+        name = JOINED.join(p.name for p in products)
+        data = first.inputs[0]
+        for product in products:
+            product.outputs.clear()
+            graph.nodes.remove(product)
+        graph.nodes.append(
+            gs.Node("MatMulNBits", name, attrs, [data, *stacked], [packed], domain=MICROSOFT)
+        )
+        empty = gs.Variable.empty()
+        node.inputs = [packed, empty, empty, *node.inputs[3:]]
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def _stacks(product: gs.Node, first: gs.Node, reader: gs.Node) -> bool:
+    """Whether a projection's weight may stand below the first one's."""
+
+    def kind(node: gs.Node) -> object:
+        return {k: v for k, v in node.attrs.items() if k != "N"}, len(node.inputs)
+
+    return (
+        product.op == "MatMulNBits"
+        and product.inputs[0] is first.inputs[0]
+        and kind(product) == kind(first)
+        and all(isinstance(t, gs.Constant) for t in product.inputs[1:])
+        and list(product.outputs[0].outputs) == [reader]
+    )
 
 
 def prune_logits(graph: gs.Graph) -> bool:

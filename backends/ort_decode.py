@@ -56,10 +56,12 @@ class Decoder:
         self.length = 0
         self._capacity = -(-max(capacity, 1) // ROUND) * ROUND
         held = self._capacity if self._shared else 0
-        self._cache = [
+        caches = [
             _value(np.zeros((1, int(shape[1]), held, int(shape[3])), np.float32))
             for shape in self._shapes.values()
         ]
+        self._logits: dict[int, Any] = {}
+        self._bind(caches)
 
     def feed(self, tokens: NDArray[np.int64], last: bool = False) -> NDArray[np.float32]:
         """Read tokens after those in the cache.
@@ -74,7 +76,7 @@ class Decoder:
         total = self.length + len(tokens)
         if self._shared and total > self._capacity:
             raise ValueError(f"{total} tokens in a cache for {self._capacity}")
-        binding = self._session.io_binding()
+        binding = self._binding
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         if self._positions:
@@ -84,20 +86,29 @@ class Decoder:
         if last and self._prunes:
             binding.bind_ortvalue_input(FIRST, _value(np.array([rows - 1], np.int64)))
             rows = 1
-        logits = _empty((1, rows, self.vocabulary))
+        elif self._prunes:
+            binding.bind_ortvalue_input(FIRST, _value(np.zeros(1, np.int64)))
+        if rows not in self._logits:
+            self._logits = {rows: _empty((1, rows, self.vocabulary))}
+        logits = self._logits[rows]
         binding.bind_ortvalue_output("logits", logits)
-        for name, present, value in zip(self._past, self._present, self._cache, strict=True):
+        self._session.run_with_iobinding(binding)
+        if not self._shared:
+            self._bind(list(binding.get_outputs())[1:])  # in the order of binding: logits first
+        self.length = total
+        result: NDArray[np.float32] = logits.numpy()[0]
+        return result[-1:].copy() if last else result.copy()
+
+    def _bind(self, caches: list[Any]) -> None:
+        """Bind the caches, which for a shared buffer is done once for a text."""
+        binding = self._binding = self._session.io_binding()
+        binding.bind_output("logits")
+        for name, present, value in zip(self._past, self._present, caches, strict=True):
             binding.bind_ortvalue_input(name, value)
             if self._shared:
                 binding.bind_ortvalue_output(present, value)
             else:
                 binding.bind_output(present)
-        self._session.run_with_iobinding(binding)
-        if not self._shared:
-            self._cache = list(binding.get_outputs()[1:])
-        self.length = total
-        result: NDArray[np.float32] = logits.numpy()[0]
-        return result[-1:] if last else result
 
 
 def _empty(shape: tuple[int, ...]) -> Any:

@@ -73,6 +73,15 @@ def test_only_the_last_logits_are_computed_for_a_prompt(language_artifact: Artif
     assert ort_cache.FIRST not in [i.name for i in session.get_inputs()]
 
 
+def test_projections_are_one_product(language_artifact: Artifact) -> None:
+    """Query, key and value of each of the two layers; the audit still knows all their names."""
+    audit = language_artifact.manifest["audit"]
+    assert not audit["broken"]
+    assert audit["kernels"]["GroupQueryAttention"] == 2
+    assert audit["kernels"]["MatMulNBits"] == 2 * (1 + 1 + 3) + 1
+    assert len({layer["name"] for layer in audit["layers"]}) == 2 * 7 + 1
+
+
 def test_streamed_text_is_the_text(language_artifact: Artifact) -> None:
     pieces: list[str] = []
     result = language_artifact.generate(
