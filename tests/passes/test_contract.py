@@ -17,6 +17,7 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
 from qcompiler.passes.fold_norm import fold_norm
 from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.fuse_cache import fuse_cache
 from qcompiler.passes.fuse_rotation import fuse_rotation
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.merge_linears import merge_linears
@@ -89,6 +90,7 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     for early in (fold_norm, fuse_attention, merge_linears):
         check_contract(early, model.captured, checks[:1])
 
+    check_contract(fuse_cache, program, checks, context=64)  # none of these has a cache
     untied = check_contract(untie_weights, program, checks)
     centred = check_contract(fold_norm, untied, checks, center=True)
     for ready in (program, centred):
