@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,7 +170,7 @@ class Stream:
 
 
 class Generator:
-    """A compiled language model, loaded once, that writes any number of texts.
+    """A compiled language model, loaded on first use, that writes any number of texts.
 
     Args:
         folder: of the artifact of a language model that was compiled with its cache.
@@ -185,7 +186,12 @@ class Generator:
     ) -> None:
         self.settings = settings_of(folder, manifest)
         self.tokenizer = Tokenizer(folder)
-        self.runtime = runtime(folder, str(manifest["target"]), threads)
+        self._load = partial(runtime, folder, str(manifest["target"]), threads)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The model itself, loaded when a prompt was found good."""
+        return self._load()
 
     def stream(
         self, prompt: str, max_new_tokens: int = 64, sampling: Sampling | None = None
@@ -214,7 +220,7 @@ class Generator:
             )
         room = min(max_new_tokens, context - len(tokens))
         generator = np.random.default_rng(sampling.seed)
-        self.runtime.reset(len(tokens) + room)
+        self.runtime.reset(len(tokens) + room)  # loads the model before the clock starts
         start = time.perf_counter()
         logits = self.runtime.feed(np.array(tokens, np.int64), last=True)
         begun = time.perf_counter()
