@@ -106,11 +106,10 @@ def _output(program: Program) -> Node:
 def _tables(program: Program, name: str) -> list[int]:
     """Rows of the tables that an input looks up."""
     readers = program.placeholder(name).users
-    return [
-        int(reader.args[0].meta["val"].shape[0])
-        for reader in readers
-        if reader.target is torch.ops.aten.embedding.default
+    tables: list[Any] = [
+        reader.args[0] for reader in readers if reader.target is torch.ops.aten.embedding.default
     ]
+    return [int(table.meta["val"].shape[0]) for table in tables]
 
 
 def last_token(program: Program) -> GraphModule:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
 from qcompiler import artifact as artifacts
+from qcompiler import integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
@@ -104,7 +105,7 @@ def deliver(
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     for kind, batches in (("calibration", calibration), ("held-out", held_out)):
-        quantized = [lowered.view(compiled.quantized.run(b)) for b in batches]
+        quantized = [lowered.view(integer.run(compiled.quantized, b)) for b in batches]
         captured = [lowered.view(compiled.source.run(b)) for b in batches]
         actual = [run(*b) for b in batches]
         masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None

@@ -73,7 +73,8 @@ def _quantized(
     """Integers, scale, zero point, axis and group of a dequantized tensor, or None."""
     if not isinstance(node, Node) or node.target is not ops.dequantize:
         return None
-    q, scale, zero, axis, group = (values[a] if isinstance(a, Node) else a for a in node.args)
+    found: list[Any] = [values[a] if isinstance(a, Node) else a for a in node.args]
+    q, scale, zero, axis, group = found
     return q, scale, zero, axis, group
 
 

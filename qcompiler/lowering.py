@@ -176,6 +176,13 @@ def _edge(
             "its results were checked, its speed was not measured"
         )
     limits = edge.limits(folder)
+    kind = recipe.activation_type
+    if limits["padded"] and kind is not None and kind.dynamic and kind.granularity == "tensor":
+        notes.append(
+            "ranges taken at run time are of the whole tensor, and positions of padding count: "
+            "give sizes that need none (--bucket), or a range for each token "
+            "(--set activations=int8:token)"
+        )
     extra = {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator}
     sizes = (
         sum((folder / name).stat().st_size for name in (edge_folder.WEIGHTS, edge_folder.RUNNER)),

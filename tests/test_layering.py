@@ -19,7 +19,7 @@ LEVELS = (
     {"target", "ops", "cached"},
     {"program"},
     {"rewrite"},
-    {"regions", "plan", "recipe", "spec"},
+    {"integer", "regions", "plan", "recipe", "spec"},
     {"calibration", "rounding", "stages", "journal"},
     {"data", "bench"},
     {"findings", "page", "charts", "terminal", "generation"},
