@@ -18,6 +18,7 @@ from qcompiler.backends.edge_dynamic import dynamic_quantize
 from qcompiler.backends.edge_group import (
     CONV,
     LINEAR,
+    POOLS,
     REDUCE,
     ROWS,
     Constants,
@@ -28,6 +29,7 @@ from qcompiler.backends.edge_group import (
     nibbles,
     quantized_operand,
 )
+from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
@@ -210,6 +212,8 @@ class Calls:
             convolution(self, g, op)
         elif op.target is cached_attention:
             attention_over_cache(self, g, op)
+        elif op.target in POOLS:
+            pool(self, g, op)
         else:
             raise UnsupportedError(f"no kernel for '{op.target}' ({op.label})")
 
@@ -366,7 +370,7 @@ class Calls:
     ) -> None:
         """Activations (count, K) int8 or uint8, contiguous, times a quantized weight (N, K, …)."""
         isa = self.isa
-        matrix = weight.q.flatten(1) if weight.q.ndim == 2 else weight.q.permute(0, 2, 3, 1)
+        matrix = weight.q.flatten(1) if weight.q.ndim == 2 else weight.q.movedim(1, -1)
         matrix = matrix.reshape(weight.q.shape[0], -1)
         n, k = matrix.shape
         deep = -(-k // isa.depth) * isa.depth

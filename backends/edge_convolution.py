@@ -111,7 +111,8 @@ def _float_product(
     tensor = known.storage.constant
     if tensor is None:
         raise UnsupportedError(f"a convolution whose weight is computed ({op.label})")
-    matrix = tensor.reshape(weight.shape).permute(LAST).reshape(weight.shape[0], -1)
+    taps = tensor.reshape(*weight.shape[:2], *op.kwargs["kernel"])
+    matrix = taps.permute(LAST).reshape(weight.shape[0], -1)
     flat = calls.constant((id(known.storage), "rows"), lambda: matrix)
     packed = calls.packed(flat)
     depth = matrix.shape[1]

@@ -8,7 +8,7 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends.edge_group import nibbles
-from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.backends.edge_trace import Op, Ref, dense_order
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.matmul_int4 import needs_sums
 from qcompiler.kernels.rows import quantize_rows, reduction
@@ -25,7 +25,7 @@ def dynamic_quantize(calls: Calls, op: Op) -> None:
     x, kind = calls.contiguous(op.args[0], op.label), QType.parse(op.args[1])
     q, scale, zero = op.outputs
     token = kind.granularity == "token"
-    if token and kind.symmetric and kind.element == "int8":
+    if token and kind.symmetric and kind.element == "int8" and q.contiguous:
         _rows(calls, op, kind)
         return
     if kind.granularity not in ("tensor", "token"):
@@ -60,14 +60,13 @@ def dynamic_quantize(calls: Calls, op: Op) -> None:
     writer.store(_column(zero, count), point)
     calls.pointwise(writer, op.label)
 
-    writer = calls.writer((count, width), [])
+    # Over the tensor's own shape: the integers lie in memory as it does, perhaps transposed.
+    writer = calls.writer(q.shape, [], dense_order(q))
     value = writer.step(
-        "quantize", _name(q.dtype), writer.value(flat, FLOAT),
-        writer.value(_column(scale, count), FLOAT),
-        writer.value(_column(zero, count), _name(zero.dtype)),
-        numbers=(float(kind.qmin), float(kind.qmax)),
+        "quantize", _name(q.dtype), writer.value(op.args[0], FLOAT), writer.value(scale, FLOAT),
+        writer.value(zero, _name(zero.dtype)), numbers=(float(kind.qmin), float(kind.qmax)),
     )  # fmt: skip
-    writer.store(Ref(q.storage, q.dtype, q.offset, (count, width), (width, 1)), value)
+    writer.store(q, value)
     calls.pointwise(writer, op.label)
 
 

@@ -38,15 +38,17 @@ ROWS = {
 REDUCE = {
     aten.mean.dim: "mean",
     aten.sum.dim_IntList: "sum",
+    aten.sum.default: "sum",
+    aten.mean.default: "mean",
     aten.amax.default: "max",
     aten.amin.default: "min",
 }
+POOLS = frozenset({aten.max_pool2d_with_indices.default, aten.avg_pool2d.default})
 INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
 # Their kernels end with an expression that elementwise ops may join.
 ANCHORS = frozenset(
     {LINEAR, CONV, ops.attention, cached_attention, aten.scaled_dot_product_attention.default,
-    aten.matmul.default,
-     aten.bmm.default, aten.mm.default, *ROWS, *REDUCE}
+     aten.matmul.default, aten.bmm.default, aten.mm.default, *ROWS, *REDUCE, *POOLS}
 )  # fmt: skip
 
 

@@ -187,7 +187,8 @@ BASIC = frozenset(
         aten._softmax.default, aten.mean.dim, aten.sum.dim_IntList, aten.amax.default,
         aten.amin.default, aten.cat.default, aten.constant_pad_nd.default, aten.full.default,
         aten.index_select.default, aten.embedding.default, aten.bmm.default, aten.mm.default,
-        aten.max_pool2d_with_indices.default, aten.avg_pool2d.default,
+        aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten.sum.default,
+        aten.mean.default,
     }
 )  # fmt: skip
 
@@ -216,6 +217,7 @@ def trace(
 class _Tracer(Interpreter):
     def __init__(self, program: Program, module: torch.fx.GraphModule | None) -> None:
         super().__init__(module or program.exported.graph_module, garbage_collect_values=False)
+        self.extra_traceback = False  # errors say where already
         self.program = program
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = _Recorder(self)
