@@ -128,7 +128,7 @@ def _alias_is_read_later(target: Node, writer: Node) -> bool:
 
 
 def _drop_no_ops(draft: Draft) -> None:
-    count = 0
+    count, moved = 0, False
     for node in draft.calls():
         name = str(node.target).removeprefix("aten.").split(".")[0]
         if name in _DROP:
@@ -136,12 +136,21 @@ def _drop_no_ops(draft: Draft) -> None:
             draft.changed = True
             count += 1
         elif node.args and isinstance(node.args[0], Node) and _is_no_op(node, name):
+            moved = moved or _moves(node.meta["val"], node.args[0].meta["val"])
             draft.swap(node, node.args[0])
             # Dropout counts as impure: dead-code elimination would keep it.
             draft.graph.erase_node(node)
             count += 1
     if count:
         draft.note(f"{count} no-ops dropped")
+    if moved:  # a view takes only some arrangements in memory, which are no longer ensured
+        for node in draft.calls(aten.view.default):
+            node.target = aten.reshape.default
+
+
+def _moves(after: Tensor, before: Tensor) -> bool:
+    """Whether the elements lie in another order, dynamic sizes compared as symbols."""
+    return [str(s) for s in after.stride()] != [str(s) for s in before.stride()]
 
 
 def _is_no_op(node: Node, name: str) -> bool:

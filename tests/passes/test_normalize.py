@@ -397,6 +397,19 @@ def test_no_ops_go_and_constants_are_computed(
     assert sorted(shapes.values()) == [(8,), (8,), (8, 8)]
 
 
+def test_views_outlive_the_copy_that_made_them_possible() -> None:
+    """A view of what was made contiguous becomes a reshape when the copy goes."""
+
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x.transpose(1, 2).contiguous()).view(3, 40)
+
+    module = Turned()
+    program = normalize(capture(module, (X,), {}))
+    assert "contiguous" not in str(program)
+    close_to_eager(program, module, X)
+
+
 def test_assertions_and_dropout_go_with_dynamic_sizes(
     names: Callable[[Program], list[str]],
 ) -> None:
