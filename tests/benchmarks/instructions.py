@@ -1,0 +1,145 @@
+"""What the inner loops of the matrix products are made of, on machines that are not here to time.
+
+    .venv/bin/python tests/benchmarks/instructions.py
+
+Each kernel is compiled for the target; of its innermost loops the one with most multiplications is
+counted. The bound is that of a Cortex-A76 (Arm's Software Optimization Guide, r4p1): four
+instructions a cycle, two of them vector operations, two loads. (Its integer `mla` runs once a
+cycle, not twice: the bound of int8 without dot products is too kind.) A bound is not a measurement.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import tvm
+
+from qcompiler.backends.edge_target import machine
+from qcompiler.kernels import isa as isas
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.expression import Access, Expression, Step
+from qcompiler.kernels.isa import Isa
+from qcompiler.kernels.matmul_float import matmul_float
+from qcompiler.kernels.matmul_int8 import matmul_int8, pack
+from qcompiler.kernels.tiles import Product
+from qcompiler.target import Target
+
+# Multiply-accumulates of an instruction on whole registers, by its name.
+MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "mla": 4, "fmla": 4, "smlal": 4, "smlal2": 4,
+            "umlal": 4, "umlal2": 4}  # fmt: skip
+CASES = (
+    ("tvm:aarch64:dotprod", isas.DOTPROD, "int8"),
+    ("tvm:aarch64", isas.NEON, "int8"),
+    ("tvm:aarch64:dotprod", isas.DOTPROD, "float32"),
+    ("tvm:aarch64", isas.NEON, "float32"),
+)
+SHAPES = ((1, 384, 384), (128, 384, 384))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop.
+
+    Attributes:
+        lines: its instructions.
+        macs: multiply-accumulates of one round.
+        multiplies: instructions that make them.
+        loads: instructions that read memory.
+        stores: that write it.
+    """
+
+    lines: tuple[str, ...]
+    macs: int
+    multiplies: int
+    loads: int
+    stores: int
+
+    @property
+    def cycles(self) -> float:
+        """The fewest of a round on a Cortex-A76."""
+        vectors = sum("v" in line.split(None, 1)[-1][:1] for line in self.lines)
+        return max(vectors / 2, (self.loads + self.stores) / 2, len(self.lines) / 4)
+
+
+def assembly(target: str, isa: Isa, dtype: str, shape: tuple[int, int, int]) -> str:
+    """The text of a product (M, N, K) compiled for a target."""
+    m, n, k = shape
+    size = pack(torch.zeros(n, k, dtype=torch.int8), isa).numel()
+    kind = "int32" if dtype == "int8" else "float32"
+    arguments = [
+        Argument("a", dtype, m * k),
+        Argument("b", dtype, size),
+        Argument("c", kind, m * n),
+    ]
+    expression = Expression(
+        (m, n), (Step("anchor", kind),), ((0, Access(2, kind, 0, (n, 1))),)
+    )  # fmt: skip
+    product = Product(m, n, k, k)
+    if dtype == "int8":
+        made = matmul_int8("product", arguments, product, True, expression, isa)
+    else:
+        made = matmul_float("product", arguments, product, expression, isa)
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        library = tvm.tirx.build(
+            tvm.IRModule({"product": made.function}),
+            target=tvm.target.Target(machine(Target.parse(target)).tvm),
+        )
+    return str(library.inspect_source("s"))
+
+
+def inner_loop(text: str) -> Loop:
+    """The innermost loop of an AArch64 assembly text that multiplies most."""
+    found: list[Loop] = []
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for raw in text.splitlines():
+        line = raw.split("//")[0].strip()
+        label = re.fullmatch(r"(\.L\w+):", line)
+        if label:
+            labels[label[1]] = len(lines)
+            continue
+        if not line or line.startswith((".", "#")) or line.endswith(":"):
+            continue
+        lines.append(line)
+        jump = re.match(r"(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
+        start = labels.get(jump[1]) if jump else None
+        if start is None:
+            continue
+        body = lines[start:]
+        if any(re.match(r"(?:b\.?\w*|cbn?z|tbn?z)\s", other) for other in body[:-1]):
+            continue  # not an innermost one
+        names = [other.split()[0] for other in body]
+        macs = sum(MULTIPLY.get(name, 0) for name in names)
+        found.append(
+            Loop(
+                tuple(body), macs, sum(name in MULTIPLY for name in names),
+                sum(name.startswith("ld") for name in names),
+                sum(name.startswith("st") for name in names),
+            )
+        )  # fmt: skip
+    if not found:
+        raise ValueError("the text has no loop")
+    return max(found, key=lambda loop: loop.macs)
+
+
+def main() -> None:
+    print("| kernel | M | multiplies | loads | stores | all | loads per multiply | MAC per "
+          "instruction | MAC per cycle, at most | of the peak |")  # fmt: skip
+    print("|---|" + "---:|" * 9)
+    for target, isa, dtype in CASES:
+        for shape in SHAPES:
+            loop = inner_loop(assembly(target, isa, dtype, shape))
+            count = len(loop.lines)
+            widest = 16 if any("dot" in line for line in loop.lines) else 4
+            rate = loop.macs / loop.cycles
+            print(
+                f"| {target} {dtype} | {shape[0]} | {loop.multiplies} | {loop.loads} "
+                f"| {loop.stores} | {count} | {loop.loads / max(1, loop.multiplies):.2f} "
+                f"| {loop.macs / count:.1f} | {rate:.1f} | {rate / (2 * widest):.0%} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

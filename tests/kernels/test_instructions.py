@@ -1,0 +1,67 @@
+"""The inner loops for ARM are what they should be: dot products, loads shared, nothing spilled."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qcompiler.kernels import isa as isas
+
+
+@pytest.fixture(scope="module")
+def instructions() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "instructions.py"
+    spec = importlib.util.spec_from_file_location("instructions", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["instructions"] = module  # where its dataclass looks for its own names
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+def test_the_dot_product_is_sdot(instructions: ModuleType, rows: int) -> None:
+    text = instructions.assembly("tvm:aarch64:dotprod", isas.DOTPROD, "int8", (rows, 384, 384))
+    loop = instructions.inner_loop(text)
+    names = {line.split()[0] for line in loop.lines}
+    assert "sdot" in names
+    assert not names & {"mul", "mla", "smull", "smlal", "smlal2", "sshll"}
+    assert loop.macs == 16 * loop.multiplies
+    assert loop.stores == 0  # the accumulators stay in registers
+    assert loop.loads <= loop.multiplies * (1 if rows == 1 else 0.5)
+
+
+def test_without_it_there_is_none(instructions: ModuleType) -> None:
+    text = instructions.assembly("tvm:aarch64", isas.NEON, "int8", (128, 384, 384))
+    assert "sdot" not in text
+    assert instructions.inner_loop(text).stores == 0
+
+
+def test_floats_are_fused(instructions: ModuleType) -> None:
+    text = instructions.assembly("tvm:aarch64", isas.NEON, "float32", (128, 384, 384))
+    loop = instructions.inner_loop(text)
+    assert {line.split()[0] for line in loop.lines} >= {"fmla"}
+    assert loop.stores == 0
+
+
+def test_the_innermost_loop_is_found(instructions: ModuleType) -> None:
+    text = """
+    .LBB0_1:
+        mov x1, #0
+    .LBB0_2:
+        ldr q1, [x2], #16
+        sdot v0.4s, v1.16b, v2.4b[0]   // a comment
+        subs x1, x1, #1
+        b.ne .LBB0_2
+        str q0, [x3]
+        cbnz x4, .LBB0_1
+    """
+    loop = instructions.inner_loop(text)
+    assert (loop.macs, loop.loads, loop.stores, len(loop.lines)) == (16, 1, 0, 4)
+    with pytest.raises(ValueError, match="no loop"):
+        instructions.inner_loop("ret")
