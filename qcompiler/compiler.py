@@ -165,9 +165,11 @@ def quantize(
     if rotates:
         say("untie_weights")
         program = step(untie_weights(program), program)
-    if rotates or activation is not None:
-        # Not for weights alone: a norm's scale in a weight makes its columns uneven, and the shared
-        # scale of a row or group serves them worse.
+    fine = weight is not None and weight.bits >= 8
+    if rotates or activation is not None or fine:
+        # Not for few-bit weights alone: a norm's scale in a weight makes its columns uneven, and
+        # the shared scale of a row or group serves them worse. At 8 bits that is far below what
+        # ONNX Runtime adds when it quantizes the activations, which folding makes even.
         say("fold_norm")
         program = step(fold_norm(program, center=rotates), program)
     if rotates:
