@@ -26,9 +26,12 @@ def tokens(count: int) -> Any:
 
 
 def ours(folder: str) -> tuple[Callable[[int], Any], Callable[[int, int], Any]]:
-    from qcompiler.backends.ort_decode import Decoder
+    from qcompiler.generation import runtime
 
-    decoder = Decoder(Path(folder), THREADS)
+    path = Path(folder)
+    # A float model beside an artifact has no manifest of its own; it is always ONNX Runtime's.
+    target = "ort:cpu" if (path / "model.onnx").is_file() else "tvm:native"
+    decoder = runtime(path, target, THREADS)
 
     def prefill(count: int) -> Any:
         decoder.reset(count)
