@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.audit import Audit, Layer
 from qcompiler.backends import edge_folder, edge_load
 from qcompiler.backends.edge_calls import Call, Calls
 from qcompiler.backends.edge_decoder import (
@@ -30,12 +31,12 @@ from qcompiler.backends.edge_decoder import (
     last_token,
     roles,
 )
-from qcompiler.backends.edge_group import CONV, LINEAR, Constants
+from qcompiler.backends.edge_group import CONV, LINEAR, Constants, nibbles
 from qcompiler.backends.edge_memory import ALIGN, plan
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
 from qcompiler.backends.edge_model import Tensor as Placed
 from qcompiler.backends.edge_target import Machine, machine
-from qcompiler.backends.edge_trace import Ref, Storage, Trace, trace
+from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, trace
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.kernels import isa as isas
 from qcompiler.program import Program
@@ -43,42 +44,6 @@ from qcompiler.target import Target
 
 PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
 SIZES = "sizes.json"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear or convolution and the kernel that computes it.
-
-    Attributes:
-        name: the program's node.
-        path: its module path, where the plan knows it.
-        op: the kernel.
-        kernel: "integer" or "float".
-        reason: why it is not integer; empty for integer kernels.
-    """
-
-    name: str
-    path: str
-    op: str
-    kernel: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was generated, in the terms of the other backends' audits.
-
-    Attributes:
-        layers: linears and convolutions, in order.
-        kernels: how often each kernel runs, for the last (largest) entry.
-        stray: always 0: conversions are part of kernels.
-        broken: promises that were not kept.
-    """
-
-    layers: tuple[Layer, ...]
-    kernels: Mapping[str, int]
-    stray: int = 0
-    broken: tuple[str, ...] = ()
 
 
 @dataclass
@@ -125,7 +90,7 @@ def choose_isa(target: Machine) -> isas.Isa:
     has = set(target.features)
     if target.family == "x86-64":
         if "avx512vnni" in has:
-            return isas.VNNI_BF16 if "avx512bf16" in has else isas.VNNI
+            return isas.VNNI
         return isas.AVX2 if "avx2" in has else isas.SSE
     if target.family == "aarch64":
         return isas.DOTPROD if "dotprod" in has else isas.NEON
@@ -469,22 +434,31 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
-    main = {"matmul_int8", "matmul_float", "depthwise"}
+    main = {"matmul_int8", "matmul_int4", "matmul_float", "depthwise"}
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
         made = by_label.get(label)
+        kind, reason = _kernel(op, op in calls.integer)
         name = made.kind if made is not None else str(op.target)
-        good = op in calls.integer
-        reason = "" if good else "its weight or its input is not a quantized 8-bit tensor"
-        layers.append(
-            Layer(label, planned.get(label, ""), name, "integer" if good else "float", reason)
-        )
+        layers.append(Layer(label, planned.get(label, ""), name, kind, reason))
+    good = {"integer"} if integer else {"integer", "weights only"}
     broken = [
         f"{layer.path or layer.name} was planned as integer and runs in float: {layer.reason}"
         for layer in layers
-        if integer and layer.kernel == "float" and layer.name in planned
+        if layer.kernel not in good and layer.name in planned
     ]
     return Audit(tuple(layers), kernels, 0, tuple(broken))
+
+
+def _kernel(op: Op, integer: bool) -> tuple[str, str]:
+    """Which kind of kernel computes a layer, and why it is not integer."""
+    if integer:
+        return "integer", ""
+    if nibbles(op):
+        return "weights only", "its input is float; 4-bit weights are unpacked in registers"
+    if op.args[1].storage.weight is not None:
+        return "float", "no kernel multiplies its input by this format: stored as float32"
+    return "float", "its weight is not quantized"
 
 
 def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:

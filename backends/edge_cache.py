@@ -43,11 +43,12 @@ def attention_over_cache(calls: Calls, g: Group, op: Op) -> None:
 
     writer = calls.writer((1,), [*base])
     reads_k, reads_v = (_by_head(x, size, writer.argument(x.storage)) for x in (k, v))
+    written = sizes
     calls.add(
-        "write_cache", op.label, (sizes, reads_k, reads_v),
-        lambda name: write_cache(name, first, sizes, reads_k, reads_v), writer, written=2,
+        "write_cache", op.label, (written, reads_k, reads_v),
+        lambda name: write_cache(name, writer.kernel_arguments(), written, reads_k, reads_v),
+        writer, written=2,
     )  # fmt: skip
-    first = writer.kernel_arguments()
 
     end = calls.writer(op.outputs[0].shape, [*base])
     sizes = replace(sizes, q=_by_head(q, size, end.argument(q.storage)))

@@ -12,13 +12,13 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from qcompiler.audit import Audit, Layer
 from qcompiler.backends.ort import MODEL, session
 from qcompiler.backends.ort_cache import JOINED
 
@@ -29,44 +29,6 @@ INTEGER = {
 WEIGHTS = {"MatMulNBits"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv"}
 PAIRS = ("QuantizeLinear", "DequantizeLinear")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One matrix product or convolution of the optimised graph.
-
-    Attributes:
-        name: the program's node.
-        path: its module path, where the plan knows it.
-        op: the operator that runs.
-        kernel: "integer", "weights only" (integer weights, activations quantized inside or float)
-            or "float".
-        reason: why it is not integer; empty for integer kernels.
-    """
-
-    name: str
-    path: str
-    op: str
-    kernel: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The findings.
-
-    Attributes:
-        layers: all products and convolutions, in order.
-        kernels: how often each operator runs.
-        stray: Q/DQ nodes that feed a float kernel or undo each other, instead of being fused.
-        broken: promises that were not kept, for people.
-    """
-
-    layers: tuple[Layer, ...]
-    kernels: Mapping[str, int]
-    stray: int
-    broken: tuple[str, ...] = ()
-    time_share: tuple[tuple[str, float], ...] = field(default=())
 
 
 def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:

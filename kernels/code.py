@@ -36,7 +36,7 @@ class Argument:
 
     Attributes:
         name: in the kernel's source.
-        dtype: numpy's name, or "bfloat16".
+        dtype: numpy's name.
         size: number of elements.
     """
 
@@ -185,7 +185,7 @@ def polynomial(x: Any, coefficients: Sequence[float], lanes: int = LANES) -> Any
 
 
 def exp(x: Any, lanes: int = LANES) -> Any:
-    """e^x in float32, relative error below 2e-7; below −87.3 it gives e^−87.3, not zero.
+    """e^x in float32, relative error below 2.5e-7; below −87.3 it gives e^−87.3, not zero.
 
     x = n·ln 2 + r with |r| ≤ ln 2 / 2, a polynomial of degree 6 for e^r, and 2ⁿ put into the
     exponent (the scheme of Cody and Waite, Software Manual for the Elementary Functions, ch. 6).

@@ -16,22 +16,20 @@ class Isa:
 
     Attributes:
         name: for reports.
-        dot: "vnni" (vpdpbusd on 512 bits), "vnni256", "madd" (vpmaddwd on 16-bit values: exact,
-            where vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
+        dot: "vnni" (vpdpbusd on 512 bits), "madd" (vpmaddwd on 16-bit values: exact, where
+            vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
             multiplication).
         vectors: accumulators of 16 lanes that a tile may hold.
-        prepared: whether float kernels may use AVX512-BF16.
     """
 
     name: str
     dot: str
     vectors: int
-    bfloat16: bool = False
 
     @property
     def depth(self) -> int:
         """Products summed in one step of the integer dot product; weights are packed so."""
-        return {"vnni": 4, "vnni256": 4, "sdot": 4, "madd": 2, "multiply": 1}[self.dot]
+        return {"vnni": 4, "sdot": 4, "madd": 2, "multiply": 1}[self.dot]
 
     @property
     def signed(self) -> bool:
@@ -53,7 +51,6 @@ class Isa:
 
 
 VNNI = Isa("AVX512-VNNI", "vnni", 16)
-VNNI_BF16 = Isa("AVX512-VNNI, BF16", "vnni", 16, bfloat16=True)
 AVX2 = Isa("AVX2", "madd", 6)
 SSE = Isa("SSE", "multiply", 2)
 NEON = Isa("NEON", "multiply", 5)
@@ -76,8 +73,6 @@ def dot(isa: Isa, accumulator: Any, index: int, weights: Any, start: Any, word: 
     match isa.dot:
         case "vnni":
             lanes, name = 16, "llvm.x86.avx512.vpdpbusd.512"
-        case "vnni256":
-            lanes, name = 8, "llvm.x86.avx512.vpdpbusd.256"
         case "sdot":
             lanes, name = 4, "llvm.aarch64.neon.sdot.v4i32.v16i8"
         case "madd":

@@ -1,7 +1,7 @@
 """float32 matrix product with an elementwise expression on its sums.
 
-Weights are packed at compile time, other right-hand sides at run time (`pack_strides`), into panels
-of `isa.panel` columns: [N/panel][K][panel]. Each output is one chain of fused multiply-adds in the
+Weights are packed at compile time, other right-hand sides by a copy at run time, into panels of
+`isa.panel` columns: [N/panel][K][panel]. Each output is one chain of fused multiply-adds in the
 order of k, whatever the machine and the number of threads.
 """
 

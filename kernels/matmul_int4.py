@@ -102,7 +102,7 @@ def matmul_int4(
                 if not integer:
                     _floats(buffers, mine, rows, at)
                 elif isa.dot == "vnni":
-                    _vnni(isa, buffers, mine, rows, at)
+                    _vnni(buffers, mine, rows, at)
                 elif isa.dot == "sdot":
                     _sdot(isa, buffers, mine, rows, at)
                 else:
@@ -143,7 +143,7 @@ def _nibbles(buffers: list[Any], at: Any, lanes: int) -> tuple[Any, Any]:
     return low, code.bind(T.shift_right(packed, T.broadcast(T.uint8(4), lanes)))
 
 
-def _vnni(isa: Isa, buffers: list[Any], sums: list[Any], rows: list[Any], at: Any) -> None:
+def _vnni(buffers: list[Any], sums: list[Any], rows: list[Any], at: Any) -> None:
     for half, weights in enumerate(_nibbles(buffers, at, 64)):
         unsigned = code.bind(code.bits(weights, "int8", 64))
         for total, row in zip(sums, rows, strict=True):

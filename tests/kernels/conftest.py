@@ -31,7 +31,6 @@ from qcompiler.target import Target
 # tiles and packing are their own, and their multiplications exist everywhere.
 BUILT_AS = {
     isas.VNNI: "tvm:x86-64:avx512vnni",
-    isas.VNNI_BF16: "tvm:x86-64:avx512bf16",
     isas.AVX2: "tvm:x86-64-v3",
 }
 PLAIN = "tvm:x86-64"
