@@ -58,6 +58,13 @@ class Draft:
             constants=dict(source.constants),
             verifiers=source.verifiers,
         )
+        signature = self.exported.graph_signature
+        # The signature builds its tables anew each time that it is asked.
+        self._keys: dict[str, str] = {
+            **signature.inputs_to_lifted_tensor_constants,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_parameters,
+        }
         self.changed = False
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
@@ -134,6 +141,7 @@ class Draft:
         spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), key, persistent=True)
         specs.insert(place, spec)
         self.exported.state_dict[key] = value
+        self._keys[node.name] = key
         self.changed = True
         return node
 
@@ -220,15 +228,7 @@ class Draft:
         return self.exported
 
     def _key(self, node: Node) -> str | None:
-        signature = self.exported.graph_signature
-        for table in (
-            signature.inputs_to_parameters,
-            signature.inputs_to_buffers,
-            signature.inputs_to_lifted_tensor_constants,
-        ):
-            if node.name in table:
-                return str(table[node.name])
-        return None
+        return self._keys.get(node.name)
 
     def _store(self, key: str) -> dict[str, Any]:
         exported = self.exported
