@@ -6,7 +6,8 @@ for float x. ONNX Runtime makes the same node of 4-bit weights when a session st
 the model it loads at once, and takes weights of 8 and 2 bits, which it leaves alone otherwise. The
 kernel wants [N, blocks, bytes of a block], unsigned, the first weight in the low bits, and a scale
 for each block; that of a whole channel is repeated. An embedding that is tied to the product reads
-its rows from the same bytes.
+its rows from the same bytes: of a 4-bit table in groups by GatherBlockQuantized, of an 8-bit one by
+standard operators.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Bytes = NDArray[np.uint8]
 def use_nbits(graph: gs.Graph) -> None:
     """Replace each product of a float tensor with a dequantized constant."""
     packed: dict[int, gs.Constant] = {}
+    scale_of: dict[int, gs.Constant] = {}
     for node in [n for n in graph.nodes if n.op == "MatMul"]:
         turn = _maker(node.inputs[1], "Transpose")
         pair = _maker(turn.inputs[0], "DequantizeLinear") if turn is not None else None
@@ -49,9 +51,8 @@ def use_nbits(graph: gs.Graph) -> None:
             _read_rows(graph, weight, packed[id(weight)])
         count = values.shape[1] // block
         scales = _each_block(np.asarray(pair.inputs[1].values, np.float32), len(values), count)
-        inputs = [
-            node.inputs[0], packed[id(weight)], gs.Constant(f"{node.name}_scales", scales),
-        ]  # fmt: skip
+        scale_of[id(weight)] = gs.Constant(f"{node.name}_scales", scales)
+        inputs = [node.inputs[0], packed[id(weight)], scale_of[id(weight)]]
         zero = _zero_points(pair, values, bits, count)
         if zero is not None:
             inputs.append(gs.Constant(f"{node.name}_zero_points", zero))
@@ -65,6 +66,7 @@ def use_nbits(graph: gs.Graph) -> None:
         graph.nodes.append(
             gs.Node("MatMulNBits", node.name, attrs, inputs, outputs, domain=MICROSOFT)
         )
+    _look_up_blocks(graph, packed, scale_of)
 
 
 def blocks(values: Bytes, block: int, bits: int) -> Bytes:
@@ -139,3 +141,40 @@ def _read_rows(graph: gs.Graph, weight: gs.Constant, packed: gs.Constant) -> Non
             output = cast.outputs[0]
             cast.outputs.clear()
             graph.nodes.append(gs.Node("Sub", f"{output.name}_sub", {}, [floats, middle], [output]))
+
+
+def _look_up_blocks(
+    graph: gs.Graph, packed: dict[int, gs.Constant], scale_of: dict[int, gs.Constant]
+) -> None:
+    """DequantizeLinear(Gather(4-bit table), Gather(scales)) → GatherBlockQuantized."""
+    for gather in [n for n in graph.nodes if n.op == "Gather"]:
+        table, ids = gather.inputs
+        readers = list(gather.outputs[0].outputs) if gather.outputs else []
+        if getattr(table, "element", "") != "int4" or int(gather.attrs.get("axis", 0)) != 0:
+            continue
+        if len(readers) != 1 or readers[0].op != "DequantizeLinear":
+            continue
+        (pair,) = readers
+        own = _maker(pair.inputs[1], "Gather")
+        if own is None or not isinstance(own.inputs[0], gs.Constant) or own.inputs[1] is not ids:
+            continue
+        values, block = np.asarray(table.values), int(pair.attrs["block_size"])
+        name, output = gather.name, pair.outputs[0]
+        if id(table) not in packed:
+            packed[id(table)] = gs.Constant(
+                f"{table.name}_blocks", blocks(_unsigned(values, 4), block, 4)
+            )
+            scale_of[id(table)] = own.inputs[0]
+        flat = gs.Variable(f"{name}_bytes", np.uint8)
+        shape = gs.Constant(f"{name}_bytes_shape", np.array([len(values), -1], np.int64))
+        attrs = {"bits": 4, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        for node in (gather, own, pair):
+            node.outputs.clear()
+            graph.nodes.remove(node)
+        graph.nodes += [
+            gs.Node("Reshape", f"{name}_rows", {}, [packed[id(table)], shape], [flat]),
+            gs.Node(
+                "GatherBlockQuantized", name, attrs, [flat, ids, scale_of[id(table)]], [output],
+                domain=MICROSOFT,
+            ),
+        ]  # fmt: skip

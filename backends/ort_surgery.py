@@ -49,6 +49,7 @@ def operate(graph: gs.Graph, fused: bool, layers: Mapping[str, str] | None = Non
     if fused:
         name_layers(graph, layers or {})
         use_nbits(graph)
+    widen_lookups(graph)
     turn_weights(graph)
     merge_pads(graph)
     drop_clips(graph)
@@ -130,6 +131,14 @@ def unpack_weights(graph: gs.Graph) -> None:
 
 # ONNX Runtime's kernels read 4-bit tensors, not smaller ones; the integers stay the same.
 STORED = {"int2": "int4", "uint2": "uint4", "int3": "int4", "uint3": "uint4"}
+
+
+def widen_lookups(graph: gs.Graph) -> None:
+    """Rows that are still looked up by Gather come from bytes: it reads no 4-bit tensors."""
+    for node in [n for n in graph.nodes if n.op == "Gather"]:
+        if hasattr(node.inputs[0], "element"):
+            table = node.inputs[0]
+            node.inputs[0] = gs.Constant(f"{table.name}_bytes", np.asarray(table.values))
 
 
 def _marked(name: str, values: np.ndarray, element: str) -> gs.Constant:

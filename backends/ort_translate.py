@@ -78,6 +78,9 @@ def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> A
         # One scale for each row: DequantizeLinear has no such form.
         signed = q.dtype == ir.DataType.INT8  # symmetric, so its zero point is 0
         return op.Mul(op.Cast(q, to=1) if signed else _centred(q, zero_point), scale)
+    if group and not len(zero_point.shape):  # ONNX wants a zero point for each scale, or none
+        assert q.dtype == ir.DataType.INT8
+        return op.DequantizeLinear(q, scale, axis=axis, block_size=group)
     return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=group)
 
 

@@ -1,7 +1,7 @@
 """Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
 
-Linears: the weight, and what the linear reads. Embeddings: the table, one scale a row; a head that
-is tied to it has the same integers.
+Linears: the weight, and what the linear reads. Embeddings: the table, with a scale for each row or
+for groups of it; a head that is tied to it has the same integers.
 Convolutions: the weight and what it reads; ONNX Runtime's integer convolution also writes integers,
 so each value between convolutions (after its ReLU or clip), residual sums and pools of such values
 are quantized where they are made, once for all readers.
@@ -45,14 +45,9 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type
-    if table is not None and (table.bits, table.granularity, table.symmetric) != (
-        8,
-        "channel",
-        True,
-    ):
-        raise UnsupportedError(
-            f"recipe '{recipe.name}': embeddings are int8:channel or uint8:channel, not {table}"
-        )
+    reason = target.table_refusal(table) if table is not None else None
+    if reason:
+        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     if weight is not None and activation is not None and target.saturates:
         weight = QType(
             weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True
@@ -73,10 +68,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         if reason:
             refusals.append(Refusal(place(node), f"stays float: {reason}"))
             continue
-        tied = _tied_format(draft, node, weight, recipe.embedding_type)
+        tied = _tied_format(draft, node, weight, table)
         if node.target is EMBEDDING:
-            if recipe.embedding_type is not None:
-                entries[_site(node, 0)] = Assignment(tied or recipe.embedding_type)
+            if table is not None:
+                entries[_site(node, 0)] = Assignment(tied or _fit_table(draft, node, table))
             continue
         if weight is None:
             continue
@@ -127,7 +122,7 @@ def _obstacle(
     path = module_path(node)
     if any(fnmatch(path, pattern) for pattern in recipe.keep_float):
         return "the recipe keeps it"
-    table = operand(node, 0 if node.target is EMBEDDING else 1)
+    table = _matrix(node)
     if not draft.is_constant(table):
         return "its weight is computed"
     if len(table.users) > 1 and {u.target for u in table.users} != {node.target}:
@@ -151,13 +146,13 @@ def _tied_format(
 ) -> QType | None:
     """The one format of a table that embeddings and linears share; None for other weights.
 
-    Its rows are the linear's output channels, so a scale for each row serves both.
+    Its rows are the linear's output channels, so the scales of a row serve both.
     """
-    constant = operand(node, 0 if node.target is EMBEDDING else 1)
+    constant = _matrix(node)
     if weight is None or table is None or {u.target for u in constant.users} != {EMBEDDING, LINEAR}:
         return None
     fits = (weight.bits, weight.granularity, weight.symmetric) == (8, "channel", True)
-    return weight if fits else table
+    return weight if fits else _fit_table(draft, node, table)
 
 
 def _are_experts(draft: Draft, product: Node) -> bool:
@@ -179,13 +174,24 @@ def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:
         return weight
     if node.target in CONVS:
         return QType("int8", "channel")
-    features = draft.constant(node.args[1]).shape[1]
+    features = draft.constant(_matrix(node)).shape[1]
     group = weight.group
     while features % group and group > 16:
         group //= 2
     if features % group:
         return None
     return QType(weight.element, "group", group, weight.symmetric)
+
+
+def _fit_table(draft: Draft, node: Node, table: QType) -> QType:
+    """The format of a table, with a scale for each row in 8 bits where no group divides it."""
+    return _fit(draft, node, table) or QType("int8", "channel")
+
+
+def _matrix(node: Node) -> Node:
+    """The weight of a linear, or the table of an embedding."""
+    matrix: Node = operand(node, 0 if node.target is EMBEDDING else 1)
+    return matrix
 
 
 def _final(node: Node) -> Node:

@@ -23,6 +23,7 @@ from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
 from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import Draft, rewrite
+from qcompiler.rounding import weight_axis
 
 aten = torch.ops.aten
 
@@ -46,8 +47,9 @@ def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None 
             table = _quantize_table(draft, node, assignment.qtype, own)
             tables |= dict.fromkeys((nodes[s.node] for s in tied), table)
         elif site.operand == 1 and node in tables:
-            q, s, z = tables[node]
-            pair = draft.call(ops.dequantize, q, s, z, 0, 0, before=node)
+            kind = assignment.qtype
+            axis = weight_axis(kind)
+            pair = draft.call(ops.dequantize, *tables[node], axis, kind.group or 0, before=node)
             draft.set_input(node, site.operand, pair)
         elif draft.is_constant(node.args[site.operand]):
             _quantize_weight(draft, node, site, assignment.qtype, rounded.get(site))
@@ -109,7 +111,7 @@ def _quantize_weight(
 ) -> None:
     constant = node.args[site.operand]
     assert isinstance(constant, Node)
-    axis = 1 if kind.group else 0
+    axis = weight_axis(kind)
     if rounded is None:
         scale, zero = weight_scales(draft.constant(constant), kind, axis)
     else:
@@ -141,22 +143,25 @@ def _quantize_table(
     """Look up integers; returns them with scale and zero point, for a linear that is tied."""
     table = node.args[0]
     assert isinstance(table, Node)
+    axis, group = weight_axis(kind), kind.group or 0
     if rounded is None:
-        scale, zero = weight_scales(draft.constant(table), kind, 0)
+        scale, zero = weight_scales(draft.constant(table), kind, axis)
     else:
         scale, zero = rounded.scale, rounded.zero_point
         table = draft.add_constant(f"{node.name}_table_rounded", rounded.weight)
     s = draft.add_constant(f"{node.name}_table_scale", scale)
     z = draft.add_constant(f"{node.name}_table_zero_point", zero)
-    q = draft.call(ops.quantize, table, s, z, 0, 0, kind.qmin, kind.qmax, before=node)
+    q = draft.call(ops.quantize, table, s, z, axis, group, kind.qmin, kind.qmax, before=node)
     q.meta["qtype"] = str(kind)
     rows = draft.call(aten.embedding.default, q, *node.args[1:], before=node)
-    column = draft.add_constant(f"{node.name}_row_scale", scale[:, None].contiguous())
+    # A scale for each row, or one for each group in it.
+    column = draft.add_constant(f"{node.name}_row_scale", scale.reshape(len(scale), -1))
     scales = draft.call(aten.embedding.default, column, node.args[1], before=node)
     middle = draft.add_constant(
         f"{node.name}_row_zero_point", torch.full((), kind.middle, dtype=kind.dtype)
     )
-    draft.swap(node, draft.call(ops.dequantize, rows, scales, middle, 0, 0, before=node))
+    along = -1 if group else 0
+    draft.swap(node, draft.call(ops.dequantize, rows, scales, middle, along, group, before=node))
     return q, s, z
 
 

@@ -113,6 +113,17 @@ class Target:
         """
         return self.runtime == "ort" and CPU_FEATURES[self.effective_feature]
 
+    def table_refusal(self, table: QType) -> str | None:
+        """Why this target cannot look up rows of an embedding table in this format, or None."""
+        if table.bits == 8 and table.granularity == "channel" and table.symmetric:
+            return None
+        rows = "int8:channel or uint8:channel"
+        if table.element != "int4" or not table.group or not table.symmetric:
+            return f"embeddings are {rows}, or int4 in groups (int4:g32), not {table}"
+        if self.runtime == "tvm":
+            return f"embeddings of generated code are {rows}, not {table}"
+        return None
+
     def refusal(
         self,
         weight: QType | None,

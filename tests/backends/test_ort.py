@@ -335,6 +335,25 @@ def test_a_tied_head_and_its_embedding_share_their_bytes(
     assert [i.name for i in large] == [head.input[1]]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["tiny-tied-weights", "tiny-attention-block"])
+def test_rows_of_a_4_bit_table(
+    lowered: Callable[..., Lowered], name: str, fused: bool, tiny: Callable[[str], Any]
+) -> None:
+    """GatherBlockQuantized reads the bytes that a tied head multiplies; else Gather reads int8."""
+    made = lowered(name, "w4a16", fused=fused, embeddings="int4:g16", weights="int4:g16")
+    kinds = {n.op_type for n in made.graph.node}
+    assert ("GatherBlockQuantized" in kinds) == fused
+    if fused and name == "tiny-tied-weights":
+        heads = [n for n in made.graph.node if n.op_type == "MatMulNBits"]
+        (lookup,) = [n for n in made.graph.node if n.op_type == "GatherBlockQuantized"]
+        (flat,) = [n for n in made.graph.node if n.output[0] == lookup.input[0]]
+        assert flat.input[0] in {n.input[1] for n in heads}
+    for batch in tiny(name).batches[:2]:
+        expected = made.compiled.quantized.run(batch)
+        assert lowest(expected, made.run(*batch)) > 25  # products quantize what they read in blocks
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [

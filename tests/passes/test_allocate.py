@@ -115,6 +115,8 @@ def test_tied_and_computed_weights(formula: Any, captured: Any, tiny: Callable[[
     assert reasons(plan) == [
         "linear_1 (head): int8:channel instead of int4:g32: its weight is the embedding"
     ]
+    plan = plan_of(program, weights="int4:g16", activations=None, embeddings="int4:g32")
+    assert formats(plan)["embedding[0]"] == formats(plan)["linear_1[1]"] == "int4:g32"
     plan = plan_of(program, keep_float=("head",))
     assert not {"embedding[0]", "linear_1[1]"} & set(formats(plan))
     assert "embedding (embedding): stays float: its table is tied to linear_1 (head)" in reasons(
@@ -133,9 +135,21 @@ def test_embeddings_follow_their_own_format(tiny: Callable[[str], Any]) -> None:
     program = tiny("tiny-attention-block").normalized
     assert formats(plan_of(program))["embedding[0]"] == "int8:channel"
     assert "embedding[0]" not in formats(plan_of(program, embeddings=None))
-    for bad in ("int8:tensor", "int8:channel:affine", "int4:channel", "int4:g32"):
+    assert formats(plan_of(program, embeddings="int4:g16"))["embedding[0]"] == "int4:g16"
+    for bad in ("int8:tensor", "int8:channel:affine", "int4:channel", "int4:g32:affine"):
         with pytest.raises(UnsupportedError, match=r"embeddings are int8:channel or uint8:channel"):
             plan_of(program, embeddings=bad)
+    with pytest.raises(UnsupportedError, match=r"embeddings of generated code are int8:channel"):
+        plan_of(program, target=Target.parse("tvm:x86-64"), embeddings="int4:g16")
+
+
+def test_a_group_that_does_not_divide_a_table(captured: Any) -> None:
+    """It shrinks, and a row gets one scale in 8 bits where nothing divides it."""
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    for width, kind in ((48, "int4:g16"), (21, "int8:channel")):
+        program = captured(nn.Embedding(7, width), ids)
+        plan = plan_of(program, "w4a16", embeddings="int4:g32")
+        assert formats(plan) == {"embedding[0]": kind}
 
 
 def test_values_between_convolutions_are_quantized_where_they_are_made(
