@@ -31,7 +31,7 @@ from qcompiler.backends.edge_decoder import (
     last_token,
     roles,
 )
-from qcompiler.backends.edge_group import CONV, LINEAR, Constants, nibbles
+from qcompiler.backends.edge_group import CONV, LINEAR, Constants
 from qcompiler.backends.edge_memory import ALIGN, plan
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
 from qcompiler.backends.edge_model import Tensor as Placed
@@ -434,11 +434,11 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
-    main = {"matmul_int8", "matmul_int4", "matmul_float", "depthwise"}
+    main = {"matmul_int8", "matmul_packed", "matmul_float", "depthwise"}
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
         made = by_label.get(label)
-        kind, reason = _kernel(op, op in calls.integer)
+        kind, reason = _kernel(op, calls)
         name = made.kind if made is not None else str(op.target)
         layers.append(Layer(label, planned.get(label, ""), name, kind, reason))
     good = {"integer"} if integer else {"integer", "weights only"}
@@ -450,12 +450,13 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
     return Audit(tuple(layers), kernels, 0, tuple(broken))
 
 
-def _kernel(op: Op, integer: bool) -> tuple[str, str]:
+def _kernel(op: Op, calls: Calls) -> tuple[str, str]:
     """Which kind of kernel computes a layer, and why it is not integer."""
-    if integer:
+    if op in calls.integer:
         return "integer", ""
-    if nibbles(op):
-        return "weights only", "its input is float; 4-bit weights are unpacked in registers"
+    if op in calls.packings:
+        bits = calls.packings[op].bits
+        return "weights only", f"its input is float; {bits}-bit weights are unpacked in registers"
     if op.args[1].storage.weight is not None:
         return "float", "no kernel multiplies its input by this format: stored as float32"
     return "float", "its weight is not quantized"

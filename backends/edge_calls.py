@@ -26,17 +26,18 @@ from qcompiler.backends.edge_group import (
     Grouping,
     Writer,
     group,
-    nibbles,
     quantized_operand,
 )
+from qcompiler.backends.edge_packed import packed_product, packing
 from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import attention, matmul_float, matmul_int4, matmul_int8
+from qcompiler.kernels import attention, matmul_float, matmul_int8
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.expression import Access
 from qcompiler.kernels.isa import Isa, zero_shift
+from qcompiler.kernels.matmul_packed import Packing
 from qcompiler.kernels.rows import reduction, rows
 from qcompiler.kernels.tiles import Product
 from qcompiler.qtype import QType
@@ -67,13 +68,27 @@ class Call:
     writes: list[Storage]
 
 
-def integer_layers(trace: Trace) -> list[Op]:
-    """Linears and convolutions that read a quantized input and a quantized weight as integers."""
-    return [
-        op for op in trace.ops
-        if op.target in (LINEAR, CONV) and _integer_input(op) is not None
-        and (_integer_weight(op) or (nibbles(op) and _token_input(op) is not None))
-    ]  # fmt: skip
+def layers(trace: Trace, isa: Isa) -> tuple[list[Op], dict[Op, Packing]]:
+    """Linears and convolutions that read a quantized input as integers; how weights are packed.
+
+    Layers with a weight per channel of 8 bits and a quantized input are of the first kind alone.
+    """
+    integer, packings = [], {}
+    for op in trace.ops:
+        if op.target not in (LINEAR, CONV):
+            continue
+        plain = _integer_weight(op) and _integer_input(op) is not None
+        form = packing(op, True, isa) if _token_input(op) is not None else None
+        if form is not None and (form.bits < 8 or not plain):
+            packings[op] = form
+            integer.append(op)
+        elif plain:
+            integer.append(op)
+        else:
+            form = packing(op, False, isa)
+            if form is not None:
+                packings[op] = form
+    return integer, packings
 
 
 def _integer_weight(op: Op) -> bool:
@@ -133,7 +148,8 @@ class Calls:
         self.calls: list[Call] = []
         self.sums: dict[int, Storage] = {}  # of groups of activations, by the activations
         self.states: list[Storage] = []
-        self.integer = {op: _integer_input(op) for op in integer_layers(trace)}
+        integer, self.packings = layers(trace, isa)
+        self.integer = {op: _integer_input(op) for op in integer}
         skipped = self._bypassed()
         kept = Trace(trace.inputs, trace.outputs, tuple(o for o in trace.ops if o not in skipped))
         self.grouping: Grouping = group(kept, self.integer)
@@ -283,8 +299,11 @@ class Calls:
 
     def _linear(self, g: Group, op: Op) -> None:
         x, weight, bias = op.args[0], op.args[1], op.args[2] if len(op.args) > 2 else None
-        if nibbles(op):
-            self._grouped(g, op, x, weight.storage.weight, bias)
+        if op in self.packings:
+            source = self._quantized(op) if op in self.integer else None
+            rows_of = self.contiguous(source.args[0] if source is not None else x, op.label)
+            count = prod(op.out.shape[:-1])
+            packed_product(self, g, op, rows_of, count, self.packings[op], bias, source)
             return
         if op in self.integer:
             source = self._quantized(op)
@@ -303,39 +322,10 @@ class Calls:
         product = Product(prod(x.shape[:-1]), n, k, k, x.offset)
         self.float_product(g, op, x.storage, packed.storage, product, bias)
 
-    def _grouped(self, g: Group, op: Op, x: Ref, weight: Weight, bias: Ref | None) -> None:
-        """A linear with 4-bit weights in groups."""
-        isa, (n, k), group_size = self.isa, weight.q.shape, weight.group
-        integer = op in self.integer
-        source = self._quantized(op) if integer else None
-        rows_of = self.contiguous(source.args[0] if source is not None else x, op.label)
-        self.constants.held.append(weight)
-        packed = self.constant(
-            (id(weight.q), "nibbles"), lambda: matmul_int4.pack(weight.q, group_size)
-        )
-        scales = self.constant(
-            (id(weight.q), "group scales"),
-            lambda: matmul_int4.pack_scales(weight.scale.reshape(n, k // group_size).float()),
-        )
-        arguments = [rows_of.storage, packed.storage, scales.storage]
-        if integer and matmul_int4.needs_sums(isa):
-            arguments.append(self.sums[id(rows_of.storage)])
-        writer = self.writer(op.out.shape, arguments)
-        value = writer.step("anchor", "float32")
-        if source is not None:
-            value = writer.step("mul", "float32", value, writer.value(source.args[1], "float32"))
-        if bias is not None:
-            value = writer.step("add", "float32", value, writer.value(bias, "float32"))
-        writer.keep(op.out, value)
-        writer.members(g, self.stored)
-        product = Product(prod(op.out.shape[:-1]), n, k, k, rows_of.offset)
-        expression = writer.expression()
-        self.add(
-            "matmul_int4", op.label, (product, group_size, integer, expression, isa),
-            lambda name: matmul_int4.matmul_int4(
-                name, writer.kernel_arguments(), product, group_size, integer, expression, isa
-            ), writer,
-        )  # fmt: skip
+    @staticmethod
+    def order(op: Op) -> tuple[int, ...] | None:
+        """The order in which a layer's kernel goes over the output's dimensions."""
+        return (0, 2, 3, 1) if op.target is CONV else None
 
     def packed(self, weight: Ref) -> Ref:
         """A constant weight as the float product reads it."""
@@ -350,8 +340,7 @@ class Calls:
         self, g: Group, op: Op, left: Storage, right: Storage, product: Product, bias: Ref | None
     ) -> None:
         """A float matrix product and what follows it."""
-        order = (0, 2, 3, 1) if op.target is CONV else None
-        writer = self.writer(op.out.shape, [left, right], order)
+        writer = self.writer(op.out.shape, [left, right], self.order(op))
         value = writer.step("anchor", "float32")
         if bias is not None:
             value = writer.step("add", "float32", value, writer.value(bias, "float32"))
@@ -380,8 +369,7 @@ class Calls:
             (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(matrix, isa)
         )
         self.constants.held.append(weight)
-        order = (0, 2, 3, 1) if len(op.out.shape) == 4 and op.target is CONV else None
-        writer = self.writer(op.out.shape, [q.storage, packed.storage], order)
+        writer = self.writer(op.out.shape, [q.storage, packed.storage], self.order(op))
         scaled = self.scaled(writer, matrix, weight, bias, source, q.dtype == torch.int8)
         writer.keep(op.out, scaled)
         writer.members(g, self.stored)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler.backends.edge_group import Group
+from qcompiler.backends.edge_packed import packed_product
 from qcompiler.backends.edge_trace import Op, Ref, dense_order
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.depthwise import EXACT_TAPS, Window, depthwise
@@ -47,7 +48,9 @@ def convolution(calls: Calls, g: Group, op: Op) -> None:
     if groups == 1:
         rows = _rows(calls, x, filter_, blank, op.label)
         count = op.out.shape[0] * op.out.shape[2] * op.out.shape[3]
-        if source is not None:
+        if op in calls.packings:
+            packed_product(calls, g, op, rows, count, calls.packings[op], _spread(bias), None)
+        elif source is not None:
             calls.integer_product(g, op, rows, count, weight.storage.weight, bias, source)
         else:
             _float_product(calls, g, op, rows, count, weight, bias)
@@ -117,10 +120,14 @@ def _float_product(
     packed = calls.packed(flat)
     depth = matrix.shape[1]
     product = Product(count, matrix.shape[0], depth, depth, rows.offset)
-    shaped = None
-    if bias is not None:
-        shaped = Ref(bias.storage, bias.dtype, bias.offset, (*bias.shape, 1, 1), (1, 0, 0))
-    calls.float_product(g, op, rows.storage, packed.storage, product, shaped)
+    calls.float_product(g, op, rows.storage, packed.storage, product, _spread(bias))
+
+
+def _spread(bias: Ref | None) -> Ref | None:
+    """One number for each channel, in the shape that broadcasts over images."""
+    if bias is None:
+        return None
+    return Ref(bias.storage, bias.dtype, bias.offset, (*bias.shape, 1, 1), (1, 0, 0))
 
 
 def _depthwise(
@@ -169,8 +176,8 @@ def _depthwise(
         writer = calls.writer(op.out.shape, [x.storage, taps.storage], LAST)
         value = writer.step("anchor", "float32")
         if bias is not None:
-            shaped = Ref(bias.storage, bias.dtype, bias.offset, (*bias.shape, 1, 1), (1, 0, 0))
-            value = writer.step("add", "float32", value, writer.value(shaped, "float32"))
+            shaped = writer.value(_spread(bias), "float32")
+            value = writer.step("add", "float32", value, shaped)
     writer.keep(op.out, value)
     writer.members(g, calls.stored)
     expression = writer.expression()

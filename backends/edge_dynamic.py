@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler import ops
-from qcompiler.backends.edge_group import nibbles
 from qcompiler.backends.edge_trace import Op, Ref, dense_order
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels.matmul_int4 import needs_sums
 from qcompiler.kernels.rows import quantize_rows, reduction
 from qcompiler.qtype import QType
 
@@ -71,17 +69,18 @@ def dynamic_quantize(calls: Calls, op: Op) -> None:
 
 
 def _rows(calls: Calls, op: Op, kind: QType) -> None:
-    """Rows with a scale each, in one kernel; with the sums that 4-bit products read."""
+    """Rows with a scale each, in one kernel; with the sums that products in groups read."""
     x, (q, scale, zero) = op.args[0], op.outputs
     zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
-    groups = {
-        layer.args[1].storage.weight.group
+    forms = [
+        calls.packings[layer]
         for reader in q.storage.readers
         if reader.target is ops.dequantize
         for layer in reader.out.storage.readers
-        if layer in calls.integer and nibbles(layer)
-    }
-    group = groups.pop() if groups and needs_sums(calls.isa) else 0
+        if layer in calls.integer and layer in calls.packings
+    ]
+    groups = {form.group for form in forms if form.needs_sums}
+    group = groups.pop() if groups else 0
     arguments = [q.storage, scale.storage]
     if group:
         if groups:

@@ -23,7 +23,6 @@ from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.expression import Access, Expression, Step
-from qcompiler.kernels.matmul_int4 import BLOCK
 
 aten = torch.ops.aten
 
@@ -97,25 +96,6 @@ def quantized_operand(ref: Ref, rows: bool = False) -> Op | None:
     if rows and scale.shape == (*maker.out.shape[:-1], 1) and zero.shape == scale.shape:
         return maker
     return maker if scale.numel == 1 and zero.numel == 1 else None
-
-
-def nibbles(op: Op) -> bool:
-    """Whether the layer's weight is one that `matmul_int4` reads: symmetric, in groups."""
-    ref = op.args[1]
-    weight = ref.storage.weight
-    return (
-        op.target is LINEAR
-        and weight is not None
-        and weight.q.dtype == torch.int8
-        and weight.group > 0
-        and weight.group % BLOCK == 0
-        and weight.axis % 2 == 1
-        and weight.q.shape[1] % weight.group == 0
-        and not bool(weight.zero_point.any())
-        and -8 <= int(weight.q.min()) <= int(weight.q.max()) <= 7
-        and ref.contiguous
-        and ref.offset == 0
-    )
 
 
 def group(trace: Trace, integer: Iterable[Op]) -> Grouping:

@@ -137,7 +137,7 @@ def quantize_rows(
             source reads.
         source: gives x.
         bounds: low and high.
-        group: also store −8 · the sum of each group of that many integers, as 4-bit products read
+        group: also store the sum of each group of that many integers, as products in groups read
             them; a multiple of 16, or 0.
     """
     width = source.width
@@ -179,7 +179,7 @@ def quantize_rows(
                         both = code.load(total, 0, step) + code.load(total, step, step)
                         code.store(total, 0, both, step)
                         step //= 2
-                    value = code.load(total, 0, 1) * code.integer(-8, 1)
+                    value = code.load(total, 0, 1)
                     code.store(buffers[2], row * (width // group) + g, value, 1)
     return made
 

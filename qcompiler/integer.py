@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qcompiler import ops
+from qcompiler import ops, qtype
 from qcompiler.program import Batch, Program
 from qcompiler.rewrite import operand
 
@@ -89,7 +89,7 @@ def _layer(node: Node, values: dict[Node, Any]) -> Tensor | None:
     q, scale, zero, _, group = left
     weight, steps, weight_zero, weight_axis, weight_group = right
     rows = scale.numel() == 1 or scale.shape == (*q.shape[:-1], 1)
-    if group or not rows or bool(weight_zero.any()):
+    if group or not rows or (bool(weight_zero.any()) and not weight_group):
         return None
     centred = q.double() - zero.double()
     bias = operand(node, 2)
@@ -97,7 +97,8 @@ def _layer(node: Node, values: dict[Node, Any]) -> Tensor | None:
     if node.target is LINEAR and weight_group:
         if weight_axis % 2 != 1 or weight.shape[1] % weight_group:
             return None
-        total, factor = _grouped(centred, weight, steps, weight_group), scale
+        zeros = qtype.broadcast(weight_zero, weight, weight_axis, weight_group)
+        total, factor = _grouped(centred, weight.int() - zeros.int(), steps, weight_group), scale
     elif weight_group or (steps.numel() > 1 and weight_axis != 0):
         return None
     elif node.target is LINEAR:

@@ -81,7 +81,7 @@ def test_four_bit_weights_and_eight_bit_activations(tmp_path: Path) -> None:
         spec, target="tvm:native", recipe=load_recipe("w4a8", settings), out=tmp_path / "a",
         buckets={"tokens": [4, 16], "capacity": [64]},
     )  # fmt: skip
-    assert artifact.manifest["audit"]["kernels"]["matmul_int4"] > 10
+    assert artifact.manifest["audit"]["kernels"]["matmul_packed"] > 10
     lowering = [row["sqnr_db"] for row in artifact.manifest["errors"]["lowering"]]
     assert min(lowering) > 25, lowering
     decoder = Decoder(tmp_path / "a", 1)

@@ -1,4 +1,4 @@
-"""Our matrix products beside ONNX Runtime's: int8 × int8 and 4-bit weights × int8, one thread.
+"""Our matrix products beside ONNX Runtime's: int8 × int8 and few-bit weights × int8, one thread.
 
     python tests/benchmarks/products.py [--realtime]
 
@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TVM_NUM_THREADS", "1")
@@ -30,17 +31,16 @@ from qcompiler.backends.edge import choose_isa
 from qcompiler.backends.edge_target import machine
 from qcompiler.kernels.code import Argument, Kernel
 from qcompiler.kernels.expression import Access, Expression, Step
-from qcompiler.kernels.matmul_int4 import matmul_int4, needs_sums, pack_scales
-from qcompiler.kernels.matmul_int4 import pack as pack4
 from qcompiler.kernels.matmul_int8 import matmul_int8
 from qcompiler.kernels.matmul_int8 import pack as pack8
+from qcompiler.kernels.matmul_packed import matmul_packed, pack, pack_groups, packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.target import Target
 
 MINILM = [(128, 384, 384), (128, 1536, 384), (128, 384, 1536)]
 SMOLLM2 = [(1, 576, 576), (1, 1536, 576), (1, 576, 1536), (128, 1536, 576), (1, 49152, 576)]
 INT8 = [*MINILM, *SMOLLM2[:4], (1024, 1024, 1024)]
-INT4 = [(m, n, k) for n, k in ((1536, 576), (576, 1536), (4096, 4096)) for m in (1, 16, 128, 512)]
+PACKED = [(m, n, k) for n, k in ((1536, 576), (576, 1536), (4096, 4096)) for m in (1, 16, 128, 512)]
 GROUP = 32
 SECONDS = 1.0  # for each shape
 NATIVE = machine(Target.parse("tvm:native"))
@@ -100,25 +100,31 @@ def int8(m: int, n: int, k: int) -> dict[str, Callable[[], Any]]:
     return {"ours": built(ours, *given), "MatMulInteger": lambda: peer.run(None, feed)}
 
 
-def int4(m: int, n: int, k: int) -> dict[str, Callable[[], Any]]:
-    x = torch.randint(-127, 128, (m, k)).to(torch.int8)
-    w = torch.randint(-8, 8, (n, k)).to(torch.int8)
+def packed(
+    m: int, n: int, k: int, bits: int = 4, integer: bool = True
+) -> dict[str, Callable[[], Any]]:
+    x = torch.randint(-127, 128, (m, k)).to(torch.int8 if integer else torch.float32)
+    w = torch.randint(0, 1 << bits, (n, k))
     scale, out = torch.rand(n, k // GROUP), torch.zeros(m * n)
-    sums = (-8 * x.reshape(m, -1, GROUP).int().sum(-1)).int().reshape(-1)
-    more = (sums,) if needs_sums(ISA) else ()
-    given = (x.reshape(-1), pack4(w, GROUP), pack_scales(scale), *more, out)
+    form = packing(bits, GROUP, 1 << (bits - 1), integer, ISA)
+    more = []
+    if form.needs_sums:
+        more.append(x.reshape(m, -1, GROUP).int().sum(-1).int().reshape(-1))
+    given = (x.reshape(-1), pack(w, form), pack_groups(scale), *more, out)
     store = Access(len(given) - 1, "float32", 0, (n, 1))
     expression = Expression((m, n), (Step("anchor", "float32"),), ((0, store),))
     product = Product(m, n, k, k)
-    ours = matmul_int4("g", arguments(*given), product, GROUP, True, expression, ISA)
-    stored = (w.int() + 8).numpy().astype(np.uint8).reshape(n, k // GROUP, GROUP)
-    nibbles = stored[..., 0::2] | stored[..., 1::2] << 4
+    ours = matmul_packed("g", arguments(*given), product, form, expression, ISA)
+    # ONNX Runtime has 4-bit blocks for the formats below.
+    stored = w.numpy().astype(np.uint8).reshape(n, k // GROUP, GROUP)
+    peer_bits = max(bits, 4)
+    blob = stored if bits == 8 else stored[..., 0::2] | stored[..., 1::2] << 4
     nbits = helper.make_node(
-        "MatMulNBits", ["A", "B", "S"], ["C"], domain="com.microsoft", K=k, N=n, bits=4,
+        "MatMulNBits", ["A", "B", "S"], ["C"], domain="com.microsoft", K=k, N=n, bits=peer_bits,
         block_size=GROUP, accuracy_level=4,
     )  # fmt: skip
     kind = {"A": (TensorProto.FLOAT, [m, k])}
-    peer = session([nbits], kind, (TensorProto.FLOAT, [m, n]), {"B": nibbles, "S": scale.numpy()})
+    peer = session([nbits], kind, (TensorProto.FLOAT, [m, n]), {"B": blob, "S": scale.numpy()})
     feed = {"A": np.random.default_rng(0).standard_normal((m, k), np.float32)}
     return {"ours": built(ours, *given), "MatMulNBits": lambda: peer.run(None, feed)}
 
@@ -147,10 +153,17 @@ def main() -> None:
     parser.add_argument("--realtime", action="store_true", help="go before all other processes")
     realtime = parser.parse_args().realtime
     torch.manual_seed(0)
-    for title, shapes, make in (
-        ("int8 × int8 against MatMulInteger", INT8, int8),
-        ("4-bit weights × int8, group 32, against MatMulNBits (level 4)", INT4, int4),
-    ):
+    few = [
+        (
+            f"{bits}-bit weights × {'int8' if integer else 'float'}, group 32, against MatMulNBits"
+            f" ({max(bits, 4)} bits, level 4)",
+            PACKED if bits == 4 and integer else PACKED[-4:],
+            partial(packed, bits=bits, integer=integer),
+        )
+        for integer in (True, False)
+        for bits in (4, 3, 2, 8)
+    ]
+    for title, shapes, make in (("int8 × int8 against MatMulInteger", INT8, int8), *few):
         rows = []
         for m, n, k in shapes:
             calls = make(m, n, k)
