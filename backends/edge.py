@@ -90,9 +90,11 @@ def choose_isa(target: Machine) -> isas.Isa:
     has = set(target.features)
     if target.family == "x86-64":
         if "avx512vnni" in has:
-            return isas.VNNI
+            return isas.VNNI_BF16 if "avx512bf16" in has else isas.VNNI
         return isas.AVX2 if "avx2" in has else isas.SSE
     if target.family == "aarch64":
+        if "bf16" in has:
+            return isas.DOTPROD_BF16
         return isas.DOTPROD if "dotprod" in has else isas.NEON
     return isas.ARMV7 if target.family == "armv7" else isas.SCALAR
 
@@ -364,7 +366,8 @@ def _entry(
     def number_of(storage: Storage) -> int:
         if id(storage) not in numbers:
             space, at = fixed.get(id(storage), ("arena", offsets.get(id(storage), 0)))
-            dtype = str(storage.dtype).removeprefix("torch.")
+            narrow = storage.dtype == torch.bfloat16
+            dtype = "uint16" if narrow else str(storage.dtype).removeprefix("torch.")
             numbers[id(storage)] = len(tensors)
             shape: tuple[int, ...] = (storage.size,)
             for ref in (*traced.inputs, *outputs):
@@ -434,12 +437,12 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
-    main = {"matmul_int8", "matmul_packed", "matmul_float", "depthwise"}
+    main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise"}
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
         made = by_label.get(label)
-        kind, reason = _kernel(op, calls)
         name = made.kind if made is not None else str(op.target)
+        kind, reason = _kernel(op, calls)
         layers.append(Layer(label, planned.get(label, ""), name, kind, reason))
     good = {"integer"} if integer else {"integer", "weights only"}
     broken = [
@@ -454,6 +457,8 @@ def _kernel(op: Op, calls: Calls) -> tuple[str, str]:
     """Which kind of kernel computes a layer, and why it is not integer."""
     if op in calls.integer:
         return "integer", ""
+    if op in calls.narrow:
+        return "bfloat16", ""
     if op in calls.packings:
         bits = calls.packings[op].bits
         return "weights only", f"its input is float; {bits}-bit weights are unpacked in registers"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qcompiler import ops
-from qcompiler.backends import edge_steps
+from qcompiler.backends import edge_bf16, edge_steps
 from qcompiler.backends.edge_cache import attention_over_cache
 from qcompiler.backends.edge_convolution import convolution
 from qcompiler.backends.edge_decoder import Decoding
@@ -19,6 +19,7 @@ from qcompiler.backends.edge_group import (
     CONV,
     LINEAR,
     POOLS,
+    PRODUCTS,
     REDUCE,
     ROWS,
     Constants,
@@ -36,6 +37,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention, matmul_float, matmul_int8
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.expression import Access
+from qcompiler.kernels.heads import Heads
 from qcompiler.kernels.isa import Isa, zero_shift
 from qcompiler.kernels.matmul_packed import Packing
 from qcompiler.kernels.rows import reduction, rows
@@ -44,7 +46,6 @@ from qcompiler.qtype import QType
 
 aten = torch.ops.aten
 ATTENTION = frozenset({ops.attention, aten.scaled_dot_product_attention.default})
-PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 
 
 @dataclass(eq=False)
@@ -152,7 +153,9 @@ class Calls:
         self.integer = {op: _integer_input(op) for op in integer}
         skipped = self._bypassed()
         kept = Trace(trace.inputs, trace.outputs, tuple(o for o in trace.ops if o not in skipped))
-        self.grouping: Grouping = group(kept, self.integer)
+        self.narrow = edge_bf16.narrow_products(trace, isa)
+        direct = dict.fromkeys(self.integer, (0,)) | self.narrow
+        self.grouping: Grouping = group(kept, direct)
         home = {
             id(op.out.storage): number
             for number, g in enumerate(self.grouping.groups)
@@ -190,7 +193,10 @@ class Calls:
         found = []
         for ref in op.refs():
             maker = ref.storage.maker
-            if op in self.integer and ref is op.args[0]:
+            converted = [op.args[i] for i in self.narrow.get(op, ())]
+            if maker is not None and any(ref is c for c in converted):
+                found += [r.storage for r in maker.refs()]
+            elif op in self.integer and ref is op.args[0]:
                 q = self._quantized(op)
                 found += [r.storage for r in q.refs()]
             elif maker is not None and maker in self.grouping.inlined:
@@ -208,6 +214,8 @@ class Calls:
         op = g.anchor
         if op is None:
             self._elementwise(g)
+        elif op in self.narrow:
+            (edge_bf16.linear if op.target is LINEAR else edge_bf16.product)(self, g, op)
         elif op.target is LINEAR:
             self._linear(g, op)
         elif op.target in PRODUCTS:
@@ -364,7 +372,7 @@ class Calls:
         n, k = matrix.shape
         deep = -(-k // isa.depth) * isa.depth
         if deep != k and q.shape[-1] != deep:
-            q = self._padded(q, count, k, deep, op.label)
+            q = self.lengthened(q, count, k, deep, op.label)
         packed = self.constant(
             (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(matrix, isa)
         )
@@ -437,7 +445,7 @@ class Calls:
             value = writer.step("add", "float32", value, writer.value(shaped, "float32"))
         return value
 
-    def _padded(self, q: Ref, count: int, k: int, deep: int, label: str) -> Ref:
+    def lengthened(self, q: Ref, count: int, k: int, deep: int, label: str) -> Ref:
         """Rows made longer, so that the dot product's steps come out even."""
         rows_of = Ref(q.storage, q.dtype, q.offset, (count, k), (k, 1))
         made = self.temporary(q.dtype, (count, deep))
@@ -451,6 +459,12 @@ class Calls:
         if ref.contiguous and ref.storage.weight is None:
             return ref
         made = self.temporary(ref.dtype, ref.shape)
+        self.copy(ref, made, label)
+        return made
+
+    def _widened(self, ref: Ref, label: str) -> Ref:
+        """A float32 copy."""
+        made = self.temporary(torch.float32, ref.shape)
         self.copy(ref, made, label)
         return made
 
@@ -500,6 +514,9 @@ class Calls:
             q, k, v, mask, heads, kv_heads, scale, causal = op.args
             batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
             size, value_size = q.shape[2] // heads, v.shape[2] // kv_heads
+            narrow = self.isa.narrow and size % self.isa.narrow_depth == 0
+            if q.dtype == torch.bfloat16 and not narrow:
+                q, k, v = (self._widened(ref, op.label) for ref in (q, k, v))
 
             def split(ref: Ref, count: int, width: int) -> tuple[int, ...]:
                 return (ref.strides[0], width * ref.strides[2], ref.strides[1], ref.strides[2])
@@ -526,7 +543,7 @@ class Calls:
             rolled.append((ref, (*step[:3], 1)))
         writer = self.writer(op.out.shape, [])
         reads_q, reads_k, reads_v = (
-            Access(writer.argument(ref.storage), "float32", ref.offset, step)
+            Access(writer.argument(ref.storage), edge_steps.NAMES[ref.dtype], ref.offset, step)
             for ref, step in rolled
         )
         hidden = None
@@ -538,7 +555,7 @@ class Calls:
             hidden = Access(
                 writer.argument(mask.storage), edge_steps.NAMES[mask.dtype], mask.offset, steps
             )
-        sizes = attention.Heads(
+        sizes = Heads(
             batch, heads, kv_heads, queries, keys, size, value_size, reads_q, reads_k, reads_v,
             hidden, float(scale), bool(causal), merged,
         )  # fmt: skip

@@ -9,7 +9,7 @@ each reader computes them on the fly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from qcompiler.kernels.expression import Access, Expression, Step
 
 aten = torch.ops.aten
 
+HELD = {torch.bool: "uint8", torch.bfloat16: "uint16"}  # what kernels declare, for their bits
 LINEAR = aten.linear.default
 CONV = aten.conv2d.default
 ROWS = {
@@ -42,12 +43,13 @@ REDUCE = {
     aten.amax.default: "max",
     aten.amin.default: "min",
 }
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 POOLS = frozenset({aten.max_pool2d_with_indices.default, aten.avg_pool2d.default})
 INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
 # Their kernels end with an expression that elementwise ops may join.
 ANCHORS = frozenset(
     {LINEAR, CONV, ops.attention, cached_attention, aten.scaled_dot_product_attention.default,
-     aten.matmul.default, aten.bmm.default, aten.mm.default, *ROWS, *REDUCE, *POOLS}
+     *PRODUCTS, *ROWS, *REDUCE, *POOLS}
 )  # fmt: skip
 
 
@@ -98,9 +100,13 @@ def quantized_operand(ref: Ref, rows: bool = False) -> Op | None:
     return maker if scale.numel == 1 and zero.numel == 1 else None
 
 
-def group(trace: Trace, integer: Iterable[Op]) -> Grouping:
-    """Find the groups; `integer` are the layers that read quantized operands themselves."""
-    reads_integers = set(integer)
+def group(trace: Trace, direct: Mapping[Op, Sequence[int]]) -> Grouping:
+    """Find the groups.
+
+    Args:
+        trace: the ops.
+        direct: ops that read what a conversion converts, at these operands.
+    """
     final = {id(ref.storage) for ref in trace.outputs}
     inlined: set[Op] = set()
     home: dict[Op, int] = {}
@@ -109,12 +115,15 @@ def group(trace: Trace, integer: Iterable[Op]) -> Grouping:
     def cheap(op: Op) -> bool:
         if op.target not in INLINE or not edge_steps.writes(op) or id(op.out.storage) in final:
             return False
+        if op.out.dtype == torch.bfloat16:  # what products read
+            return False
         if op.target is aten._to_copy.default and not whole(
             Ref(op.out.storage, op.out.dtype, 0, op.args[0].shape, op.args[0].strides), op.out
         ):
             return False
         for reader in op.out.storage.readers:
-            if reader in reads_integers and reader.args[0].storage is op.out.storage:
+            own = [reader.args[i].storage for i in direct.get(reader, ())]
+            if any(storage is op.out.storage for storage in own):
                 continue
             mine = [r for r in reader.refs() if r.storage is op.out.storage]
             fits = edge_steps.writes(reader) or reader.target in ROWS or reader.target in REDUCE
@@ -292,7 +301,7 @@ class Writer:
     def kernel_arguments(self) -> list[Argument]:
         """The arguments as the kernel declares them."""
         return [
-            Argument(f"a{i}", "uint8" if s.dtype == torch.bool else NAMES[s.dtype], s.size)
+            Argument(f"a{i}", HELD.get(s.dtype, NAMES[s.dtype]), s.size)
             for i, s in enumerate(self.arguments)
         ]
 

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 NAMES = {
     torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
     torch.int64: "int64",
     torch.int32: "int32",
     torch.int8: "int8",
@@ -82,6 +83,10 @@ def writes(op: Op) -> bool:
         return False
     if op.target is aten.index_select.default:
         return bool(op.args[1] % op.args[0].numel == 0 if op.args[0].shape else False)
+    if op.target not in (aten._to_copy.default, aten.clone.default) and any(
+        ref.dtype == torch.bfloat16 for ref in (op.out, *op.refs())
+    ):
+        return False
     if op.target in (ops.quantize, ops.dequantize):
         group = op.args[5 if op.target is ops.quantize else 4] if len(op.args) > 4 else 0
         return group == 0 or not isinstance(group, int)

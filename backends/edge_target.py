@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import UnsupportedError
-from qcompiler.target import Target
+from qcompiler.target import Target, cpu_flags
 
 _V2 = ("sse4.2", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
@@ -166,19 +164,4 @@ def host_family() -> str:
 def missing(features: tuple[str, ...]) -> list[str]:
     """Those of the features that this machine lacks."""
     names = _LINUX.get(host_family(), {})
-    return [name for name in features if names.get(name, name) not in _flags()]
-
-
-@cache
-def _flags() -> frozenset[str]:
-    """Linux's names of this CPU's features; none on other systems, where nothing runs natively."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(
-        word
-        for line in lines
-        if line.partition(":")[0].strip() in ("flags", "Features")
-        for word in line.partition(":")[2].split()
-    )
+    return [name for name in features if names.get(name, name) not in cpu_flags()]

@@ -1,61 +1,30 @@
-"""Attention over heads in float32: softmax(q kᵀ · scale + mask) v, one head at a time.
+"""Attention over heads: softmax(q kᵀ · scale + mask) v, one head at a time.
 
 For a head, the keys are packed into panels once; then a few rows of queries at a time make their
 scores, the softmax, and the weighted sum of the values, all in memory that stays in the first-level
 cache. Scores are not written for a whole head, and nothing is transposed in the graph.
+
+Queries, keys and values are float32, or bfloat16 (`attention_bf16`); all else is float32.
 
 Source: Vaswani et al. 2017, Attention Is All You Need, eq. 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels import code
+from qcompiler.kernels import bfloat16, code
+from qcompiler.kernels.attention_bf16 import NarrowProducts
 from qcompiler.kernels.code import LANES, Argument
-from qcompiler.kernels.expression import Access, Emitter, Expression
+from qcompiler.kernels.expression import Emitter, Expression
+from qcompiler.kernels.heads import NEVER, NOWHERE, Heads, Products, place, write_scores
 from qcompiler.kernels.isa import Isa
-
-NEVER = -3.0e38  # the score of a position that is masked
-NOWHERE = -3.4e38  # and of lanes past the last key: nothing even where every position is masked
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Sizes and layout of an attention.
-
-    Attributes:
-        batch, heads, kv_heads: numbers of each.
-        queries, keys: sequence lengths.
-        size, value_size: of a head.
-        q, k, v: accesses over (batch, head, position, element); element by element contiguous.
-        mask: over (batch, head, query, key), bool (True: attend) or float (added), or None.
-        scale: what scores are multiplied by.
-        causal: whether query i sees keys up to i + keys − queries.
-        merged: whether the output is (batch, position, head · element), not (batch, head, position,
-            element).
-    """
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    size: int
-    value_size: int
-    q: Access
-    k: Access
-    v: Access
-    mask: Access | None
-    scale: float
-    causal: bool
-    merged: bool
 
 
 def reference(
@@ -77,76 +46,55 @@ def attention(
     name: str, arguments: Sequence[Argument], heads: Heads, expression: Expression, isa: Isa
 ) -> Any:
     """The kernel; the expression goes on from the output, its value 0."""
-    size, wide = heads.size, -(-heads.value_size // LANES) * LANES
-    keys = -(-heads.keys // LANES) * LANES
+    wide, keys = heads.width, heads.padded
     across = max(1, min(isa.vectors // 8, 2))  # vectors of scores, or of values, in a tile
-    high = max(1, isa.vectors // across)
-    high = min(high, heads.queries)
+    high = min(max(1, isa.vectors // across), heads.queries)
     group = heads.heads // heads.kv_heads
-    straight = heads.value_size % LANES == 0
-    with code.kernel(name, arguments) as (made, buffers):
+    around = bfloat16.available(isa) if heads.narrow else nullcontext()
+    with code.kernel(name, arguments) as (made, buffers), around:
         emitter = Emitter(expression, buffers)
-
-        def at(access: Access, batch: Any, head: Any, position: Any) -> Any:
-            a, b, c, _ = access.strides
-            return access.offset + batch * a + head * b + position * c
 
         with code.parallel(heads.batch * heads.heads) as task:
             batch, head = task // heads.heads, task % heads.heads
-            shared = head // group
-            packed = code.scratch(keys * size, "float32")
+            products: Products
+            if heads.narrow:
+                products = NarrowProducts(buffers, heads, isa, batch, head // group, high)
+            else:
+                products = _FloatProducts(buffers, heads, batch, head // group)
             scores = code.scratch(high * keys, "float32")
-            _pack_keys(buffers, heads, packed, at(heads.k, batch, shared, 0))
-            values, row_of_values = buffers[heads.v.argument], heads.v.strides[2]
-            first_value = at(heads.v, batch, shared, 0)
-            if not straight:
-                values = _pad_values(buffers, heads, first_value, wide)
-                first_value, row_of_values = 0, wide
+
+            def finish(first: Any, r: int, column: int, result: Any) -> None:
+                """One vector of the output."""
+                if heads.merged:
+                    spot, base = [batch, first + r], head * heads.value_size
+                else:
+                    spot, base = [batch, head, first + r], 0
+                left = min(LANES, heads.value_size - column)
+                if left == LANES:
+                    emitter.vector(spot, base + column, LANES, code.bind(result))
+                    return
+                held = code.scratch(LANES, "float32")
+                code.store(held, 0, result)
+                with code.loop(left) as lane:
+                    one = code.bind(code.load(held, lane, 1))
+                    emitter.vector(spot, base + column + lane, 1, one)
 
             def rows(first: Any, height: int) -> None:
-                _scores(buffers, heads, packed, scores, at(heads.q, batch, head, first),
-                        keys, height, across)  # fmt: skip
-                factors = []
-                for r in range(height):
-                    factors.append(
-                        _softmax(buffers, heads, scores, r, keys, batch, head, first + r)
-                    )
-                for c in range(0, wide, across * LANES):
-                    count = min(across, (wide - c) // LANES)
-                    sums = [code.scratch(LANES, "float32") for _ in range(height * count)]
-                    for total in sums:
-                        code.store(total, 0, code.number(0.0))
-                    with code.loop(heads.keys) as t:
-                        parts = [
-                            code.bind(
-                                code.load(values, first_value + t * row_of_values + c + v * LANES)
-                            )
-                            for v in range(count)
-                        ]
-                        for r in range(height):
-                            weight = code.spread(code.bind(code.load(scores, r * keys + t, 1)))
-                            for v in range(count):
-                                total = sums[r * count + v]
-                                code.store(
-                                    total, 0, code.fma(weight, parts[v], code.load(total, 0))
-                                )
+                start = place(heads.q, batch, head, first)
+                _tiles(keys // LANES, across, lambda p, count: products.scores(
+                    scores, start, p, height, count))  # fmt: skip
+                factors = [
+                    _softmax(buffers, heads, scores, r, keys, batch, head, first + r)
+                    for r in range(height)
+                ]
+                products.weigh(scores, height)
+                for column in range(0, wide, across * LANES):
+                    count = min(across, (wide - column) // LANES)
+                    sums = products.weighted(scores, column, height, count)
                     for r in range(height):
                         for v in range(count):
                             result = code.load(sums[r * count + v], 0) * code.spread(factors[r])
-                            column = c + v * LANES
-                            if heads.merged:
-                                place, base = [batch, first + r], head * heads.value_size
-                            else:
-                                place, base = [batch, head, first + r], 0
-                            left = min(LANES, heads.value_size - column)
-                            if left == LANES:
-                                emitter.vector(place, base + column, LANES, code.bind(result))
-                            else:
-                                held = code.scratch(LANES, "float32")
-                                code.store(held, 0, result)
-                                with code.loop(left) as lane:
-                                    one = code.bind(code.load(held, lane, 1))
-                                    emitter.vector(place, base + column + lane, 1, one)
+                            finish(first, r, column + v * LANES, result)
 
             if heads.queries // high == 1:
                 rows(0, high)
@@ -158,57 +106,65 @@ def attention(
     return made
 
 
-def _pack_keys(buffers: list[Any], heads: Heads, packed: Any, start: Any) -> None:
-    """(keys, size) rows → panels [keys/16][size][16]; the last panel's lanes beyond stay zero."""
-    source, stride = buffers[heads.k.argument], heads.k.strides[2]
-    whole = heads.keys // LANES
-
-    def panel(p: Any, lanes: int) -> None:
-        if lanes < LANES:
-            with code.loop(heads.size) as d:
-                code.store(packed, (p * heads.size + d) * LANES, code.number(0.0))
-        with code.loop(lanes) as lane, code.loop(heads.size) as d:
-            value = code.load(source, start + (p * LANES + lane) * stride + d, 1)
-            code.store(packed, (p * heads.size + d) * LANES + lane, value, 1)
-
-    if whole:
-        with code.loop(whole) as p:
-            panel(p, LANES)
-    if heads.keys % LANES:
-        panel(whole, heads.keys % LANES)
+def _tiles(panels: int, across: int, tile: Callable[[Any, int], None]) -> None:
+    if panels // across:
+        with code.loop(panels // across) as i:
+            tile(i * across, across)
+    if panels % across:
+        tile(panels // across * across, panels % across)
 
 
-def _pad_values(buffers: list[Any], heads: Heads, start: Any, wide: int) -> Any:
-    padded = code.scratch(heads.keys * wide, "float32")
-    with code.loop(heads.keys) as t:
-        for c in range(0, wide, LANES):
-            code.store(padded, t * wide + c, code.number(0.0))
-        with code.loop(heads.value_size) as d:
-            value = code.load(buffers[heads.v.argument], start + t * heads.v.strides[2] + d, 1)
-            code.store(padded, t * wide + d, value, 1)
-    return padded
+class _FloatProducts:
+    """In float32."""
 
+    def __init__(self, buffers: list[Any], heads: Heads, batch: Any, shared: Any) -> None:
+        self.buffers, self.heads = buffers, heads
+        self.packed = code.scratch(heads.padded * heads.size, "float32")
+        self._pack_keys(place(heads.k, batch, shared, 0))
+        self.values, self.stride = buffers[heads.v.argument], heads.v.strides[2]
+        self.first = place(heads.v, batch, shared, 0)
+        if heads.value_size % LANES:
+            self.values = self._padded_values()
+            self.first, self.stride = 0, heads.width
 
-def _scores(
-    buffers: list[Any],
-    heads: Heads,
-    packed: Any,
-    scores: Any,
-    start: Any,
-    keys: int,
-    height: int,
-    across: int,
-) -> None:
-    """scores[r][t] = q[r] · k[t] · scale for `height` rows of queries."""
-    source, stride = buffers[heads.q.argument], heads.q.strides[2]
+    def _pack_keys(self, start: Any) -> None:
+        """(keys, size) rows → panels [keys/16][size][16]; lanes beyond the last key are zero."""
+        heads, packed = self.heads, self.packed
+        source, stride = self.buffers[heads.k.argument], heads.k.strides[2]
+        whole = heads.keys // LANES
 
-    def tile(p: Any, count: int) -> None:
-        sums = [code.scratch(LANES, "float32") for _ in range(height * count)]
-        for total in sums:
-            code.store(total, 0, code.number(0.0))
+        def panel(p: Any, lanes: int) -> None:
+            if lanes < LANES:
+                with code.loop(heads.size) as d:
+                    code.store(packed, (p * heads.size + d) * LANES, code.number(0.0))
+            with code.loop(lanes) as lane, code.loop(heads.size) as d:
+                value = code.load(source, start + (p * LANES + lane) * stride + d, 1)
+                code.store(packed, (p * heads.size + d) * LANES + lane, value, 1)
+
+        if whole:
+            with code.loop(whole) as p:
+                panel(p, LANES)
+        if heads.keys % LANES:
+            panel(whole, heads.keys % LANES)
+
+    def _padded_values(self) -> Any:
+        heads, wide = self.heads, self.heads.width
+        padded = code.scratch(heads.keys * wide, "float32")
+        with code.loop(heads.keys) as t:
+            for c in range(0, wide, LANES):
+                code.store(padded, t * wide + c, code.number(0.0))
+            with code.loop(heads.value_size) as d:
+                value = code.load(self.values, self.first + t * self.stride + d, 1)
+                code.store(padded, t * wide + d, value, 1)
+        return padded
+
+    def scores(self, scores: Any, start: Any, panel: Any, height: int, count: int) -> None:
+        heads = self.heads
+        source, stride = self.buffers[heads.q.argument], heads.q.strides[2]
+        sums = _zeros(height * count)
         with code.loop(heads.size) as d:
             parts = [
-                code.bind(code.load(packed, ((p + v) * heads.size + d) * LANES))
+                code.bind(code.load(self.packed, ((panel + v) * heads.size + d) * LANES))
                 for v in range(count)
             ]
             for r in range(height):
@@ -216,17 +172,30 @@ def _scores(
                 for v in range(count):
                     total = sums[r * count + v]
                     code.store(total, 0, code.fma(value, parts[v], code.load(total, 0)))
-        for r in range(height):
-            for v in range(count):
-                result = code.load(sums[r * count + v], 0) * code.number(heads.scale)
-                code.store(scores, r * keys + (p + v) * LANES, result)
+        write_scores(heads, scores, sums, panel, height, count)
 
-    panels = keys // LANES
-    if panels // across:
-        with code.loop(panels // across) as i:
-            tile(i * across, across)
-    if panels % across:
-        tile(panels // across * across, panels % across)
+    def weigh(self, scores: Any, height: int) -> None:
+        """The scores are read as they are."""
+
+    def weighted(self, scores: Any, column: int, height: int, count: int) -> list[Any]:
+        sums = _zeros(height * count)
+        with code.loop(self.heads.keys) as t:
+            start = self.first + t * self.stride + column
+            parts = [code.bind(code.load(self.values, start + v * LANES)) for v in range(count)]
+            for r in range(height):
+                weight = code.load(scores, r * self.heads.padded + t, 1)
+                weight = code.spread(code.bind(weight))
+                for v in range(count):
+                    total = sums[r * count + v]
+                    code.store(total, 0, code.fma(weight, parts[v], code.load(total, 0)))
+        return sums
+
+
+def _zeros(count: int) -> list[Any]:
+    sums = [code.scratch(LANES, "float32") for _ in range(count)]
+    for total in sums:
+        code.store(total, 0, code.number(0.0))
+    return sums
 
 
 def _softmax(

@@ -16,9 +16,9 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels import code
-from qcompiler.kernels.attention import NEVER
 from qcompiler.kernels.code import LANES, Argument
 from qcompiler.kernels.expression import Access, Emitter, Expression
+from qcompiler.kernels.heads import NEVER
 from qcompiler.kernels.isa import Isa
 
 

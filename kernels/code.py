@@ -145,6 +145,11 @@ def intrinsic(name: str, dtype: str, *values: Any) -> Any:
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *values, dtype=dtype)
 
 
+def extern(name: str, dtype: str, *values: Any) -> Any:
+    """A function without effects, known by its name alone."""
+    return T.call_pure_extern(dtype, name, *values)
+
+
 def fma(a: Any, b: Any, c: Any, lanes: int = LANES) -> Any:
     """a·b + c, rounded once."""
     return intrinsic("llvm.fma", named(FLOAT, lanes), a, b, c)
@@ -174,6 +179,25 @@ def round_to_int(value: Any, lanes: int = LANES) -> Any:
 def round_half_even(value: Any, lanes: int = LANES) -> Any:
     """The nearest whole float, half to even."""
     return intrinsic("llvm.rint", named(FLOAT, lanes), value)
+
+
+def round_bfloat16(value: Any, lanes: int = LANES) -> Any:
+    """The nearest bfloat16 number, half to even, as a float32; NaN stays NaN."""
+    have = bind(bits(value, "int32", lanes))
+    odd = (have >> integer(16, lanes)) & integer(1, lanes)
+    rounded = have + (odd + integer(0x7FFF, lanes))
+    kept = T.Select(value == value, rounded, have | integer(0x400000, lanes))
+    return bits(bind(kept & integer(-0x10000, lanes)), FLOAT, lanes)
+
+
+def narrow(value: Any, lanes: int = LANES) -> Any:
+    """float32 numbers that are bfloat16 ones → their 16 bits, uint16."""
+    return cast(bits(value, "int32", lanes) >> integer(16, lanes), "uint16", lanes)
+
+
+def widen(value: Any, lanes: int = LANES) -> Any:
+    """The inverse of `narrow`."""
+    return bits(cast(value, "int32", lanes) << integer(16, lanes), FLOAT, lanes)
 
 
 def polynomial(x: Any, coefficients: Sequence[float], lanes: int = LANES) -> Any:

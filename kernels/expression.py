@@ -20,6 +20,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
 
 FLOAT = code.FLOAT
+NARROW = "bfloat16"  # in memory 16 bits, declared as uint16; in registers a float32
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class Emitter:
             value = code.load(buffer, start, lanes, stride)
         if access.dtype == "bool":
             return T.NE(value, code.spread(T.uint8(0), lanes))
-        return value
+        return code.widen(value, lanes) if access.dtype == NARROW else value
 
     def vector(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> None:
         """Compute and store `lanes` elements from (row, column); `anchor` is value 0."""
@@ -262,6 +263,10 @@ class Emitter:
                 value = _select(
                     value, code.spread(T.uint8(1), lanes), code.spread(T.uint8(0), lanes)
                 )
+            elif dtype == NARROW:
+                if have != dtype:
+                    value = code.round_bfloat16(code.bind(value), lanes)
+                value = code.narrow(value, lanes)
             elif have != dtype or dtype in ("int8", "uint8"):
                 value = code.cast(value, dtype, lanes)
             stride = access.strides[-1] if access.strides else 1
@@ -287,7 +292,7 @@ class Emitter:
         if step.op == "lookup" and access is not None:
             return self._lookup(step, access, row, column, lanes)
         if step.op == "constant":
-            if step.dtype == FLOAT:
+            if step.dtype in (FLOAT, NARROW):
                 return code.number(step.numbers[0], lanes)
             if step.dtype == "bool":
                 return _truth(bool(step.numbers[0]), lanes)
@@ -308,6 +313,10 @@ class Emitter:
     def _cast(self, step: Step, value: Any, lanes: int) -> Any:
         have = self.expression.steps[step.values[0]].dtype
         want = "int32" if step.dtype in ("int8", "uint8") else step.dtype
+        if have == NARROW:
+            have = FLOAT
+        if want == NARROW and have == FLOAT:
+            return code.round_bfloat16(value, lanes)
         if have == "bool":
             one, zero = (code.spread(T.Cast(want, T.int32(n)), lanes) for n in (1, 0))
             return _select(value, one, zero)

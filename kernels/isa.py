@@ -20,16 +20,24 @@ class Isa:
             vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
             multiplication).
         vectors: accumulators of 16 lanes that a tile may hold.
+        narrow: how bfloat16 numbers are multiplied: "dpbf16" (AVX512-BF16), "bfmmla" (ARM's), or
+            not at all.
     """
 
     name: str
     dot: str
     vectors: int
+    narrow: str = ""
 
     @property
     def depth(self) -> int:
         """Products summed in one step of the integer dot product; weights are packed so."""
         return {"vnni": 4, "sdot": 4, "madd": 2, "multiply": 1}[self.dot]
+
+    @property
+    def narrow_depth(self) -> int:
+        """Products of bfloat16 numbers summed in one step."""
+        return {"dpbf16": 2, "bfmmla": 4}[self.narrow]
 
     @property
     def signed(self) -> bool:
@@ -51,10 +59,12 @@ class Isa:
 
 
 VNNI = Isa("AVX512-VNNI", "vnni", 16)
+VNNI_BF16 = Isa("AVX512-VNNI and BF16", "vnni", 16, "dpbf16")
 AVX2 = Isa("AVX2", "madd", 6)
 SSE = Isa("SSE", "multiply", 2)
 NEON = Isa("NEON", "multiply", 5)
 DOTPROD = Isa("NEON dotprod", "sdot", 6)
+DOTPROD_BF16 = Isa("NEON dotprod and BF16", "sdot", 6, "bfmmla")
 ARMV7 = Isa("ARMv7 NEON", "multiply", 2)
 SCALAR = Isa("scalar", "multiply", 1)
 

@@ -8,6 +8,7 @@ they pass. Nothing is summed across threads, so results do not depend on their n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -56,15 +57,19 @@ def tiled(
     isa: Isa,
     dtype: str,
     fill: Fill,
+    around: AbstractContextManager[None] | None = None,
 ) -> Any:
-    """The kernel: `fill` makes the accumulators of a tile, the expression goes on from them."""
+    """The kernel: `fill` makes the accumulators of a tile, the expression goes on from them.
+
+    `around` is entered for the kernel's body.
+    """
     vectors = isa.panel // LANES
     columns, rows = product.columns, product.rows
     panels = -(-columns // isa.panel)
     whole = panels if columns % isa.panel == 0 else panels - 1
     block = min(rows, ROWS)
     high, wide = isa.tile(block)
-    with code.kernel(name, arguments) as (made, buffers):
+    with code.kernel(name, arguments) as (made, buffers), around or nullcontext():
         emitter = Emitter(expression, buffers)
 
         def line(tile: list[Any], row: Any, r: Any, panel: Any, tail: bool) -> None:

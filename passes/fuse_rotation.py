@@ -39,7 +39,7 @@ from qcompiler.regions import (
     concrete_shape,
     find_regions,
 )
-from qcompiler.rewrite import Draft, operand, place, rewrite
+from qcompiler.rewrite import Draft, following, operand, place, rewrite
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
@@ -308,20 +308,12 @@ def _rotate_inputs(draft: Draft, streams: list[Region], rotated: set[Node]) -> N
         rotation, left, right = factors.of(concrete_shape(source)[-1])
         if source not in shared:
             shared[source] = draft.call(
-                ops.rotate, source, left, right, before=_behind(source), like=source
+                ops.rotate, source, left, right, before=following(source), like=source
             )
         draft.set_input(writer, 0, shared[source])
         _change(draft, _weight(writer), rotation.apply)
     for size, (rotation, _, _) in factors.known.items():
         _say(draft, "R4", rotation, f"inputs of {size} channels, computed when it runs")
-
-
-def _behind(source: Node) -> Node:
-    """The node before which a call that reads `source` may stand."""
-    node: Node = source.next
-    while node.op == "placeholder":
-        node = node.next
-    return node
 
 
 def _rotate_keys(draft: Draft) -> None:
@@ -341,7 +333,7 @@ def _rotate_keys(draft: Draft) -> None:
             _, left, right = factors.of(size)
             if source not in shared:
                 shared[source] = draft.call(
-                    ops.rotate, source, left, right, before=_behind(source), like=source
+                    ops.rotate, source, left, right, before=following(source), like=source
                 )
             draft.set_input(reader, position, shared[source])
     for size, (rotation, _, _) in factors.known.items():

@@ -11,7 +11,7 @@ Models", section 2.2; Jacob 2018, section 2.2).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from qcompiler import ops
 from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
 from qcompiler.regions import CONVS, LINEAR
-from qcompiler.rewrite import Draft, rewrite
+from qcompiler.rewrite import Draft, following, rewrite
 from qcompiler.rounding import weight_axis
 
 aten = torch.ops.aten
@@ -58,18 +58,12 @@ def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None 
             assert isinstance(source, Node)
             key = (source, assignment)
             if key not in shared:
-                shared[key] = _pair(draft, source, assignment, before=_after(draft, source))
+                shared[key] = _pair(draft, source, assignment, before=following(source))
             draft.set_input(node, site.operand, shared[key])
     for node in draft.calls(*CONVS):
         _quantize_bias(draft, node)
     if plan:
         draft.note(f"{len(plan)} sites quantized")
-
-
-def _after(draft: Draft, source: Node) -> Node:
-    """The node before which a call that reads `source` may stand."""
-    nodes: Iterable[Node] = draft.graph.nodes if source.op == "placeholder" else [source.next]
-    return next(n for n in nodes if n.op != "placeholder")
 
 
 def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> Node:
@@ -95,7 +89,7 @@ def _pair(draft: Draft, source: Node, assignment: Assignment, before: Node) -> N
 
 def _quantize_value(draft: Draft, node: Node, assignment: Assignment) -> None:
     readers = list(node.users)
-    float_side = _pair(draft, node, assignment, before=_after(draft, node))
+    float_side = _pair(draft, node, assignment, before=following(node))
     for reader in readers:
         if reader.target is not aten.sym_size.int:
             reader.replace_input_with(node, float_side)

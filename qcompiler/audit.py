@@ -14,9 +14,9 @@ class Layer:
         name: the program's node.
         path: its module path, where the plan knows it.
         op: the operator or kernel that runs.
-        kernel: "integer", "weights only" (integer weights, activations quantized inside or float)
-            or "float".
-        reason: why it is not integer; empty for integer kernels.
+        kernel: "integer", "weights only" (integer weights, activations quantized inside or
+            float), "bfloat16" (both operands; sums in float32) or "float".
+        reason: why it is not integer; empty for integer and bfloat16 kernels.
     """
 
     name: str

@@ -447,7 +447,10 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
             fitting = [
                 preset
                 for preset, (_, recipe) in PRESETS.items()
-                if target.refusal(recipe.weight_type, recipe.activation_type) is None
+                if target.refusal(
+                    recipe.weight_type, recipe.activation_type, products=recipe.products
+                )
+                is None
             ]
             found.append({"name": name, "description": target.meaning, "recipes": fitting})
         _list(found, as_json, ("name", "description", "recipes"))

@@ -5,7 +5,7 @@
     qc::dynamic_quantize  float → integers, scale and zero point computed from the tensor itself
     qc::unpack            packed 2-, 3- and 4-bit weights → int8
     qc::attention         softmax(q kᵀ · scale + mask) v over the heads of
-                          (batch, sequence, heads · size) tensors
+                          (batch, sequence, heads · size) tensors; bfloat16 ones give float32
     qc::rotate            x · (left ⊗ right) along the last axis
     qc::cache_round_trip  keys or values as a quantized cache would give them back
     qc::cache_attention   attention that reads the newest tokens in float, older ones quantized
@@ -88,6 +88,11 @@ def _attention(
         heads: Tensor = x.unflatten(-1, (count, x.shape[-1] // count))
         return heads.transpose(1, 2)
 
+    if q.dtype == torch.bfloat16:
+        found = _narrow_attention(
+            split(q, heads), split(k, kv_heads), split(v, kv_heads), mask, scale, causal
+        )
+        return found.transpose(1, 2).flatten(2)
     out = torch.nn.functional.scaled_dot_product_attention(
         split(q, heads),
         split(k, kv_heads),
@@ -98,6 +103,28 @@ def _attention(
         enable_gqa=heads != kv_heads,
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _narrow_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Attention of bfloat16 operands, summed in float32.
+
+    The exponentials are rounded to bfloat16 before they weigh the values; their sum is not.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1).float(), v.repeat_interleave(repeat, 1).float()
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        hidden = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if hidden else scores + mask
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(~seen.tril(), float("-inf"))
+    scores = scores.clamp(min=torch.finfo(torch.float32).min)  # nothing seen: not NaN
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    shares = powers.bfloat16().float() @ v
+    return shares / powers.sum(-1, keepdim=True)
 
 
 def _cache_round_trip(x: Tensor, text: str) -> Tensor:
@@ -194,7 +221,8 @@ def _fake_attention(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads])
+    dtype = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
+    return q.new_empty([*q.shape[:-1], v.shape[-1] // kv_heads * heads], dtype=dtype)
 
 
 def _fake_cache_round_trip(x: Tensor, text: str) -> Tensor:

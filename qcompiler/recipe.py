@@ -86,6 +86,11 @@ class Recipe(BaseModel):
     fused: bool = Field(
         True, description="ONNX Runtime's own fused attention; off: standard ONNX operators only"
     )
+    products: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="arithmetic of matrix products and attention that stay float; bfloat16 rounds "
+        "their operands and sums in float32",
+    )
     merge_linears: bool = Field(
         False, description="linears that share an input become one product and slices of it"
     )
@@ -211,6 +216,16 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
             name="w4a4kv4", weights="int4:channel", activations="int4:token", rounding="gptq",
             clip=True, keys="uint4:token:affine", values="uint4:token:affine", rotation="hadamard",
             smooth=False,
+        ),
+    ),
+    "fp32": (
+        "float32 throughout: what the passes and the backend make of the model as it is",
+        Recipe(name="fp32", weights=None, embeddings=None, min_sqnr=60.0),
+    ),
+    "bf16": (
+        "bfloat16 operands, float32 sums: half the time of fp32 where the CPU has such products",
+        Recipe(
+            name="bf16", weights=None, embeddings=None, products="bfloat16", min_sqnr=20.0
         ),
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ RANGES = (
     "smallest and largest channel. A tensor has one scale, so one long whisker to the right "
     "takes resolution from all other channels. Smoothing moves such channels into the weights."
 )
-KERNELS = {"integer": "good", "float": "mild", "weights only": "plain"}
+KERNELS = {"integer": "good", "float": "mild", "weights only": "plain", "bfloat16": "plain"}
 
 
 def render(manifest: Mapping[str, Any]) -> str:

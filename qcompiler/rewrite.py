@@ -265,6 +265,14 @@ def operand(node: Node, index: int) -> Any:
     return node.args[index] if index < len(node.args) else None
 
 
+def following(source: Node) -> Node:
+    """The node before which a call that reads `source` may stand."""
+    node: Node = source.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
 def evaluate(node: Node, args: Any, kwargs: Any) -> Any:
     """What the op of a call gives for other operands."""
     op: Any = node.target

@@ -30,6 +30,8 @@ from qcompiler.qtype import QType
 
 # Feature → whether u8 × s8 products are summed in pairs in saturating int16 there (vpmaddubsw).
 CPU_FEATURES = {"vnni": False, "avx2": True, "arm64": False}
+# Our name of a feature that brings bfloat16 products → Linux's in /proc/cpuinfo.
+BFLOAT16 = {"avx512bf16": "avx512_bf16", "bf16": "bf16"}
 # Runtime → device → feature → what it means, for people. The feature "" is the device as such.
 DEVICES: dict[str, dict[str, dict[str, str]]] = {
     "ort": {
@@ -129,6 +131,7 @@ class Target:
         weight: QType | None,
         activation: QType | None,
         cache: tuple[QType | None, QType | None] = (None, None),
+        products: str = "float32",
     ) -> str | None:
         """Why this target has no kernel for the formats, or None.
 
@@ -136,7 +139,16 @@ class Target:
             weight: of linears.
             activation: of what they read.
             cache: of cached keys and values.
+            products: arithmetic of products that stay float: float32 or bfloat16.
         """
+        if products == "bfloat16" and not self.multiplies_bfloat16:
+            able = [t for t in known_targets() if Target.parse(t).feature in BFLOAT16]
+            why = (
+                "ONNX Runtime's CPU kernels have no bfloat16 products"
+                if self.runtime == "ort"
+                else "it has no bfloat16 products"
+            )
+            return f"{why}; use --set products=float32, or {' or '.join(able)}"
         if any(cache) and self.runtime != "torch":
             return (
                 "nothing here reads a quantized key-value cache yet; leave it in float "
@@ -149,6 +161,13 @@ class Target:
         if self.quantizes_itself(weight, activation):
             activation = None
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether it has an instruction for products of bfloat16 numbers (or needs none)."""
+        if self.device == "native":
+            return bool(set(BFLOAT16.values()) & cpu_flags())
+        return self.runtime == "torch" or self.feature in BFLOAT16
 
     def quantizes_itself(self, weight: QType | None, activation: QType | None) -> bool:
         """Whether its kernel for such weights quantizes float activations on its own.
@@ -208,16 +227,26 @@ def _tvm_refusal(weight: QType | None, activation: QType | None) -> str | None:
 
 
 @cache
-def cpu_feature() -> str:
-    """This machine's entry in `CPU_FEATURES`."""
-    machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):
-        return "arm64"
+def cpu_flags() -> frozenset[str]:
+    """Linux's names of this CPU's features; none on other systems."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: assume the CPU that needs care
-        return "avx2"
-    return "vnni" if "avx512_vnni" in flags or "avx_vnni" in flags else "avx2"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(
+        word
+        for line in lines
+        if line.partition(":")[0].strip() in ("flags", "Features")
+        for word in line.partition(":")[2].split()
+    )
+
+
+@cache
+def cpu_feature() -> str:
+    """This machine's entry in `CPU_FEATURES`; where it is unknown, the CPU that needs care."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "arm64"
+    return "vnni" if {"avx512_vnni", "avx_vnni"} & cpu_flags() else "avx2"
 
 
 def known_targets() -> list[str]:

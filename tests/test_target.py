@@ -163,6 +163,31 @@ def test_refusals(
         assert reason in refusal
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("ort:cpu", "ONNX Runtime's CPU kernels have no bfloat16"),
+        ("tvm:x86-64-v3", "tvm:x86-64:avx512bf16 or tvm:aarch64:bf16"),
+        ("tvm:aarch64:i8mm", "no bfloat16"),
+        ("tvm:aarch64:bf16", None),
+        ("tvm:x86-64:avx512bf16", None),
+        ("torch:cpu", None),
+    ],
+)
+def test_bfloat16_products(target: str, reason: str | None) -> None:
+    refusal = Target.parse(target).refusal(None, None, products="bfloat16")
+    assert refusal is None if reason is None else reason in str(refusal)
+    assert Target.parse(target).refusal(None, None) is None
+
+
+@pytest.mark.parametrize(("flags", "able"), [({"avx512_bf16"}, True), ({"avx512f"}, False)])
+def test_bfloat16_of_this_machine(
+    flags: set[str], able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcompiler.target.cpu_flags", lambda: frozenset(flags))
+    assert Target.parse("tvm:native").multiplies_bfloat16 is able
+
+
 def test_an_artifact_warns_on_a_cpu_where_it_would_saturate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def test_native_is_the_richest_entry_that_runs_here() -> None:
 
 def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(edge_target, "_flags", lambda: frozenset({"asimd", "asimddp"}))
+    monkeypatch.setattr(edge_target, "cpu_flags", lambda: frozenset({"asimd", "asimddp"}))
     assert edge_target.missing(("neon", "dotprod", "i8mm")) == ["i8mm"]
     assert edge_target.native() == "tvm:aarch64:dotprod"
     monkeypatch.setattr(platform, "machine", lambda: "s390x")

@@ -31,14 +31,20 @@ from qcompiler.target import Target
 # tiles and packing are their own, and their multiplications exist everywhere.
 BUILT_AS = {
     isas.VNNI: "tvm:x86-64:avx512vnni",
+    isas.VNNI_BF16: "tvm:x86-64:avx512bf16",
     isas.AVX2: "tvm:x86-64-v3",
 }
+HELD = {torch.bool: torch.uint8, torch.bfloat16: torch.uint16}  # what kernels declare
 PLAIN = "tvm:x86-64"
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a tensor without gaps."""
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _held(dtype: torch.dtype) -> str:
+    return str(HELD.get(dtype, dtype)).removeprefix("torch.")
 
 
 class Writer:
@@ -95,11 +101,7 @@ class Writer:
 
     @property
     def arguments(self) -> list[Argument]:
-        names = [str(t.dtype).removeprefix("torch.") for t in self.tensors]
-        return [
-            Argument(f"a{i}", "uint8" if name == "bool" else name, t.numel())
-            for i, (name, t) in enumerate(zip(names, self.tensors, strict=True))
-        ]
+        return [Argument(f"a{i}", _held(t.dtype), t.numel()) for i, t in enumerate(self.tensors)]
 
 
 @pytest.fixture(scope="session")
@@ -126,18 +128,12 @@ def run() -> Callable[..., list[Tensor]]:
         if not machine(Target.parse(target)).here:
             pytest.skip(f"this CPU does not run code for {target}")
         held = [
-            tvm.runtime.tensor(
-                t.reshape(-1).view(torch.uint8).numpy() if t.dtype == torch.bool
-                else t.reshape(-1).numpy()
-            )
+            tvm.runtime.tensor(t.reshape(-1).view(HELD.get(t.dtype, t.dtype)).numpy())
             for t in given.tensors
-        ]  # fmt: skip
+        ]
         build([made], target)[made.name](*held)
         found = [torch.from_numpy(held[i].numpy().copy()) for i in given.outputs]
-        return [
-            f.view(torch.bool) if given.tensors[i].dtype == torch.bool else f
-            for f, i in zip(found, given.outputs, strict=True)
-        ]
+        return [f.view(given.tensors[i].dtype) for f, i in zip(found, given.outputs, strict=True)]
 
     return call
 
@@ -156,7 +152,7 @@ def emulate(tmp_path: Path) -> Callable[..., list[list[Tensor]]]:
         for made, given in cases:
             numbers = []
             for i, tensor in enumerate(given.tensors):
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtype = "bool" if tensor.dtype == torch.bool else _held(tensor.dtype)
                 numbers.append(len(tensors))
                 if i in given.outputs:
                     tensors.append(Placed("output", len(outputs), dtype, (tensor.numel(),)))

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompiler import ops
 from qcompiler.kernels import isa as isas
-from qcompiler.kernels.attention import Heads, attention, reference
+from qcompiler.kernels.attention import attention, reference
 from qcompiler.kernels.code import Kernel
+from qcompiler.kernels.heads import Heads
 from qcompiler.kernels.isa import Isa
 
 Run = Callable[..., Any]
@@ -47,12 +49,14 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made(writer: Any, c: Case, isa: Isa, name: str = "a") -> tuple[Kernel, Any, Tensor]:
+def made(
+    writer: Any, c: Case, isa: Isa, name: str = "a", dtype: torch.dtype = torch.float32
+) -> tuple[Kernel, Any, Tensor]:
     """The kernel, its tensors, and what it should give."""
     value_size = c.value_size or c.size
-    q = normal(c.batch, c.queries, c.heads * c.size, seed=1)
-    k = normal(c.batch, c.keys, c.kv_heads * c.size, seed=2)
-    v = normal(c.batch, c.keys, c.kv_heads * value_size, seed=3)
+    q = normal(c.batch, c.queries, c.heads * c.size, seed=1).to(dtype)
+    k = normal(c.batch, c.keys, c.kv_heads * c.size, seed=2).to(dtype)
+    v = normal(c.batch, c.keys, c.kv_heads * value_size, seed=3).to(dtype)
     shape = (c.batch, c.queries, c.heads * value_size)
     if not c.merged:
         shape = (c.batch, c.heads, c.queries, value_size)
@@ -137,6 +141,45 @@ def test_an_epilogue(writer: Any, run: Run) -> None:
     (found,) = run(made_, e, isas.VNNI)
     want = (real / 0.01).round().add(128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(found, want)
+
+
+NARROW = [name for name, c in CASES.items() if c.size % 4 == 0]
+
+
+def narrow_close(found: Tensor, given: Any, case: Case, want: Tensor) -> None:
+    """Exponentials rounded to bfloat16 (2⁻⁹ of each), so weighted means to 2⁻⁹ of the values."""
+    bound = 2**-9 * float(given.tensors[2].float().abs().max()) + 2e-6
+    torch.testing.assert_close(found.reshape(want.shape).double(), want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_bfloat16(writer: Any, run: Run, case: str) -> None:
+    isa = isas.VNNI_BF16
+    kernel, given, want = made(writer, CASES[case], isa, dtype=torch.bfloat16)
+    (found,) = run(kernel, given, isa)
+    narrow_close(found, given, CASES[case], want)
+    if CASES[case].merged:  # and as the dialect defines it, but for the order of sums
+        c = CASES[case]
+        q, k, v, *rest = given.tensors
+        mask = (
+            rest[0].reshape(c.batch, -1, c.queries if c.mask == "full" else 1, c.keys)
+            if c.mask
+            else None
+        )
+        if c.causal and c.queries != c.keys:
+            return
+        exact = ops.attention(q, k, v, mask, c.heads, c.kv_heads, c.size**-0.5, c.causal)
+        torch.testing.assert_close(found.reshape(exact.shape), exact, rtol=0, atol=2e-3)
+
+
+def test_bfloat16_on_arm(writer: Any, emulate: Run) -> None:
+    isa = isas.DOTPROD_BF16
+    built = [
+        made(writer, CASES[name], isa, f"a{i}", torch.bfloat16) for i, name in enumerate(NARROW)
+    ]
+    results = emulate("tvm:aarch64:bf16", [(kernel, given) for kernel, given, _ in built])
+    for name, (found,), (_, given, want) in zip(NARROW, results, built, strict=True):
+        narrow_close(found, given, CASES[name], want)
 
 
 @pytest.mark.parametrize(

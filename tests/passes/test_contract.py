@@ -24,6 +24,7 @@ from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.quantize_cache import quantize_cache
+from qcompiler.passes.round_products import round_products
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.untie_weights import untie_weights
@@ -122,6 +123,8 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     plan, _ = plan_for(program, "w4a16", model.batches)
     quantized = check_contract(insert_qdq, program, checks, idempotent=False, plan=plan)
     check_contract(pack_weights, quantized, checks)
+
+    check_contract(round_products, program, checks)
 
 
 def test_every_pass_is_checked_here() -> None:
