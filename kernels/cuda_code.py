@@ -1,0 +1,149 @@
+"""CUDA kernels through TVM's IR builder: the launch, shared memory, and the device functions.
+
+Loops, indices, buffers and the launch are TIR. What TIR has no form for (tensor core instructions,
+asynchronous copies into shared memory, unpacking nibbles in three-input logic) are device functions
+of a few lines of PTX (`cuda_device`), which TIR calls by name.
+
+    with cuda_kernel("name", arguments, blocks, threads, shared) as (
+        made, buffers, block, thread, memory,
+    ): ...
+
+gives a `CudaKernel`; `generate` makes CUDA C++ of several, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_device import DEVICE
+
+WARP = 32
+MAX_SHARED = 232_448 - 1024  # bytes a block may use on sm_90 (227 KiB), less what the driver keeps
+
+_SIGNATURE = re.compile(r'extern "C" __global__ void \S*\s*(\w+)_kernel\(([^)]*)\);')
+
+
+class CudaKernel:
+    """A kernel with its launch.
+
+    Attributes:
+        name: of the function in CUDA C++.
+        arguments: in the order of the launch.
+        blocks, threads: extents of the grid and of a block, (x, y, z) and x.
+        shared: bytes of dynamic shared memory.
+        resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
+        shared: int, resident: int = 0,
+    ) -> None:  # fmt: skip
+        self.name, self.arguments = name, tuple(arguments)
+        x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
+        self.blocks = x, y, z
+        self.threads, self.shared, self.resident = threads, shared, resident
+        self.function: Any = None
+        self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
+
+
+@contextmanager
+def cuda_kernel(
+    name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
+    shared: int = 0, resident: int = 0,
+) -> Iterator[tuple[CudaKernel, list[Any], list[Any], Any, Any]]:  # fmt: skip
+    """Open a kernel; what is written inside runs once in each thread.
+
+    Args:
+        name: of the function.
+        arguments: flat buffers in global memory.
+        blocks: extents of the grid.
+        threads: of a block.
+        shared: bytes of dynamic shared memory.
+        resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
+
+    Yields:
+        The kernel, its buffers, the block's indices, the thread's index, and shared memory as
+        a buffer of bytes (None without).
+
+    A kernel must call `qc_after_previous` before it touches what other kernels write.
+    """
+    made = CudaKernel(name, arguments, blocks, threads, shared, resident)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        buffers = [T.arg(a.name, T.buffer((max(a.size, 1),), a.dtype)) for a in arguments]
+        frames = [T.launch_thread(f"blockIdx.{d}", n) for d, n in zip("xyz", blocks, strict=False)]
+        frames.append(T.launch_thread("threadIdx.x", threads))
+        indices = [frame.__enter__() for frame in frames]
+        memory = T.alloc_buffer((shared,), "uint8", scope="shared.dyn") if shared else None
+        yield made, buffers, indices[:-1], indices[-1], memory
+        for frame in reversed(frames):
+            frame.__exit__(None, None, None)
+    made.function = builder.get()
+
+
+def call(name: str, *arguments: Any) -> None:
+    """A device function, as a statement."""
+    T.evaluate(value(name, *arguments))
+
+
+def value(name: str, *arguments: Any) -> Any:
+    """What a device function returns."""
+    result, source = DEVICE[name]
+    return cuda_func_call(name, *arguments, source_code=source + "\n", return_type=result)
+
+
+def registers(size: int, dtype: str) -> Any:
+    """An array of a thread's own; every index into it must be known when it is compiled."""
+    return T.alloc_buffer((size,), dtype, scope="local")
+
+
+def address(buffer: Any, index: Any = 0, size: int = 1) -> Any:
+    """Where `size` elements lie; TVM gives a thread's array no more room than accesses name."""
+    if buffer.scope() == "local":
+        return buffer.access_ptr("rw", offset=index, extent=size)
+    return T.address_of(buffer[index])  # in shared memory an access_ptr would add barriers
+
+
+def sync() -> None:
+    """Wait for the block's other threads."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
+    """The CUDA C++ of several kernels.
+
+    Args:
+        kernels: of different names; each is told the order of the generated function's parameters
+            (arguments that it never touches are left out).
+        arch: such as "sm_90".
+    """
+    module = tvm.IRModule({k.name: k.function for k in kernels})
+    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        library = tvm.tirx.build(module, target=target)
+    source = "\n".join(m.inspect_source("cuda") for m in library.imports)
+    # Swizzled units want 1024 bytes; TVM aligns to 64.
+    source = source.replace("__shared__ __align__(64)", "__shared__ __align__(1024)")
+    parameters = dict(_SIGNATURE.findall(source))
+    for kernel in kernels:
+        names = re.findall(r"(\w+)_ptr\b", parameters[kernel.name])
+        if kernel.resident:  # TVM's attribute for it is lost on the way to the device function
+            bounds = f"__launch_bounds__({kernel.threads}"
+            found = f"{bounds}) {kernel.name}_kernel("
+            source = source.replace(found, f"{bounds}, {kernel.resident}) {kernel.name}_kernel(")
+        order = {name: number for number, name in enumerate(names)}
+        kernel.order = tuple(
+            sorted((i for i, a in enumerate(kernel.arguments) if a.name in order),
+                   key=lambda i: order[kernel.arguments[i].name])
+        )  # fmt: skip
+    return source

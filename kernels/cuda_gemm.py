@@ -1,0 +1,286 @@
+"""Many tokens times 4- or 8-bit weights on a GPU's tensor cores.
+
+    out[m, n] = Σ_k x[m, k] · float16(scale[n, k's group] · weight[n, k])
+
+A block computes `warps` · `tiles` · 16 rows of the weight by `tokens` of its own. Packed weights
+and activations come through a ring of stages in shared memory; each warp unpacks its own rows in
+registers (no other warp needs them) and multiplies them with all the block's tokens. Where there
+are fewer tiles than processors, columns are shared out among blocks too (split-K): each leaves its
+sums in a workspace, and the last one to finish adds them in order, so that results don't depend on
+the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_code import (
+    MAX_SHARED,
+    WARP,
+    CudaKernel,
+    address,
+    call,
+    cuda_kernel,
+    registers,
+    sync,
+    value,
+)
+from qcompiler.kernels.cuda_weights import ROWS, Weights
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product is shared out.
+
+    Attributes:
+        tiles: of 16 rows that a warp multiplies.
+        warps: of a block, each with rows of its own.
+        tokens: of a block, a multiple of 8.
+        ring: stages under way.
+        splits: blocks that share out the columns of one piece of the output.
+    """
+
+    tiles: int
+    warps: int
+    tokens: int
+    ring: int
+    splits: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return self.tiles * self.warps * ROWS
+
+    def slot(self, form: Weights) -> int:
+        """Bytes of a stage."""
+        return self.tiles * self.warps * form.stage_bytes + self.tokens * form.stage * 2
+
+    def shared(self, form: Weights) -> int:
+        """Bytes of shared memory."""
+        return max(self.ring * self.slot(form), self.tokens * (self.rows + 8) * 2)
+
+    def grid(self, tokens: int, form: Weights) -> tuple[int, int, int]:
+        """Blocks along rows, tokens and columns of the weight."""
+        return -(-form.rows // self.rows), -(-tokens // self.tokens), self.splits
+
+    def workspace(self, tokens: int, form: Weights) -> int:
+        """float32 numbers of the workspace."""
+        rows, columns, splits = self.grid(tokens, form)
+        return rows * columns * splits * self.rows * self.tokens if splits > 1 else 0
+
+
+def gemm(
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Blocks
+) -> CudaKernel:
+    """The kernel.
+
+    Args:
+        name: of the function.
+        arguments: x (M·K float16), packed weights (uint8), out (M·N float16); without groups the
+            rows' scales (N float32); with splits the workspace (float32) and counters (int32, one
+            for each piece of the output, zero before and after).
+        tokens: M.
+        form: of the weights.
+        how: the partition.
+    """
+    tiles, warps, ring, splits = how.tiles, how.warps, how.ring, how.splits
+    columns = how.tokens // 8
+    slot, threads = how.slot(form), warps * WARP
+    wide = warps * tiles * form.stage_bytes
+    pieces = form.stage * 2 // 16
+    groups = form.stage // form.group if form.group else 1
+    steps = form.stage // 16 // groups
+    words = form.bits // 4
+    turns = -(-form.stages // splits)
+    grid = how.grid(tokens, form)
+    with cuda_kernel(name, arguments, grid, threads, how.shared(form)) as (
+        made, buffers, (row_block, token_block, split), thread, memory,
+    ):  # fmt: skip
+        x, packed, out = buffers[:3]
+        lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
+        first_token = T.Bind(token_block * how.tokens)
+        total = registers(tiles * columns * 4, "float32")
+        held = registers(tiles * 4, "int32")
+        a, b = registers(tiles * 8, "int32"), registers(4, "int32")
+
+        def each(count: int, body: Any) -> None:
+            """body(i) for i below count, shared out among the threads."""
+            for first in range(0, count, threads):
+                if first + threads <= count:
+                    body(thread + first)
+                else:
+                    with T.If(thread + first < count), T.Then():
+                        body(thread + first)
+
+        def weights(turn: Any, place: Any) -> None:
+            stage = T.Bind(split * turns + turn)
+            size = form.stage_bytes // 16
+
+            def piece(at: Any) -> None:
+                row = T.min(row_block * (warps * tiles) + at // size, form.tiles - 1)
+                start = (T.cast(row, "int64") * form.stages + stage) * form.stage_bytes
+                call("qc_copy16", address(memory, place * slot + at * 16),
+                     address(packed, start + at % size * 16), 1)  # fmt: skip
+
+            with T.If(stage < form.stages), T.Then():
+                each(warps * tiles * size, piece)
+
+        def activations(turn: Any, place: Any) -> None:
+            stage = T.Bind(split * turns + turn)
+
+            def piece(at: Any) -> None:
+                token, chunk = T.Bind(at // pieces), T.Bind(at % pieces)
+                k = T.Bind(stage * form.stage + chunk * 8)
+                row = T.Bind(first_token + token)
+                valid = T.Bind(T.And(k < form.depth, row < tokens))
+                start = T.Select(valid, T.cast(row, "int64") * form.depth + k, T.int64(0))
+                to = place * slot + wide + token * (form.stage * 2)
+                call("qc_copy16", address(memory, to + T.bitwise_xor(chunk, token % 8) * 16),
+                     address(x, start), T.cast(valid, "int32"))  # fmt: skip
+
+            with T.If(stage < form.stages), T.Then():
+                each(how.tokens * pieces, piece)
+
+        def multiply(place: Any) -> None:
+            base = T.Bind(place * slot + warp * (tiles * form.stage_bytes))
+            source = T.Bind(place * slot + wide)
+            for pair in range(form.stage // 32):  # an ldmatrix brings tokens for two steps
+                for step in (2 * pair, 2 * pair + 1):
+                    for tile in range(tiles):
+                        if step * words % 4 == 0:
+                            at = base + tile * form.stage_bytes + step * words // 4 * 512
+                            call(
+                                "qc_move16",
+                                address(held, tile * 4, 4),
+                                address(memory, at + lane * 16),
+                            )
+                        into = (step % 2 * tiles + tile) * 4
+                        call(
+                            f"qc_unpack{form.bits}",
+                            address(a, into, 4),
+                            address(held, tile * 4 + step * words % 4, words),
+                        )
+                        if form.group:
+                            at = base + tile * form.stage_bytes + form.weight_bytes
+                            at = at + (step // steps * 8 + lane // 4) * 4
+                            call("qc_scale_rows", address(a, into, 4), address(memory, at))
+                for column in range(columns):
+                    token = column * 8 + lane % 8
+                    chunk = T.bitwise_xor(pair * 4 + lane // 8, lane % 8)
+                    call(
+                        "qc_ldmatrix",
+                        address(b, 0, 4),
+                        address(memory, source + token * (form.stage * 2) + chunk * 16),
+                    )
+                    for step in range(2):
+                        for tile in range(tiles):
+                            call(
+                                "qc_mma_f16",
+                                address(total, (tile * columns + column) * 4, 4),
+                                address(a, (step * tiles + tile) * 4, 4),
+                                address(b, step * 2, 2),
+                            )
+
+        call("qc_let_next")
+        for i in range(tiles * columns * 4):
+            T.buffer_store(total, T.float32(0), [i])
+        for early in range(min(ring - 1, turns)):
+            weights(early, early)
+        call("qc_after_previous")
+        for early in range(ring - 1):
+            if early < turns:
+                activations(early, early)
+            call("qc_commit")
+        with T.serial(0, turns) as turn:
+            call("qc_wait", ring - 2)
+            sync()
+            ahead = T.Bind(turn + (ring - 1))
+            with T.If(ahead < turns), T.Then():
+                weights(ahead, ahead % ring)
+                activations(ahead, ahead % ring)
+            call("qc_commit")
+            with T.If(split * turns + turn < form.stages), T.Then():
+                multiply(turn % ring)
+        call("qc_wait", 0)
+        sync()
+
+        def finish() -> None:
+            """Turn the sums round in shared memory, [token][row], and store whole rows."""
+            stride = how.rows + 8
+            held = T.decl_buffer((how.shared(form) // 2,), "float16", data=memory.data,
+                                 scope="shared.dyn")  # fmt: skip
+            for tile in range(tiles):
+                for half in range(2):
+                    row = T.Bind((warp * tiles + tile) * ROWS + lane // 4 + half * 8)
+                    scale: Any = T.float32(1)
+                    if not form.group:
+                        n = T.Bind(T.min(row_block * how.rows + row, form.rows - 1))
+                        scale = T.Bind(buffers[3][n])
+                    for column in range(columns):
+                        for i in range(2):
+                            found = total[(tile * columns + column) * 4 + half * 2 + i]
+                            token = column * 8 + lane % 4 * 2 + i
+                            T.buffer_store(
+                                held, T.cast(found * scale, "float16"), [token * stride + row]
+                            )
+            sync()
+            wide = 8 if form.rows % 8 == 0 else 1
+
+            def piece(at: Any) -> None:
+                token = T.Bind(at // (how.rows // wide))
+                row = T.Bind(at % (how.rows // wide) * wide)
+                m, n = T.Bind(first_token + token), T.Bind(row_block * how.rows + row)
+                with T.If(T.And(m < tokens, n < form.rows)), T.Then():
+                    to = T.cast(m, "int64") * form.rows + n
+                    if wide == 1:
+                        T.buffer_store(out, held[token * stride + row], [to])
+                    else:
+                        call("qc_move16", address(out, to), address(held, token * stride + row))
+
+            each(how.tokens * how.rows // wide, piece)
+
+        if splits == 1:
+            finish()
+        else:
+            workspace, counters = buffers[-2], buffers[-1]
+            count = tiles * columns  # of 16 bytes
+            piece_of = T.Bind(token_block * grid[0] + row_block)
+
+            def place_of(part: Any, i: int) -> Any:
+                start = T.cast(piece_of * splits + part, "int64") * (count * threads)
+                return (start + i * threads + thread) * 4
+
+            for i in range(count):
+                call("qc_move16", address(workspace, place_of(split, i)), address(total, i * 4, 4))
+            with T.If(value("qc_is_last", address(counters, piece_of), splits) != 0), T.Then():
+                for i in range(count * 4):
+                    T.buffer_store(total, T.float32(0), [i])
+                with T.serial(0, splits) as part:
+                    for i in range(count):
+                        call(
+                            "qc_add16",
+                            address(total, i * 4, 4),
+                            address(workspace, place_of(part, i)),
+                        )
+                finish()
+    return made
+
+
+def choose_blocks(tokens: int, form: Weights, processors: int = 132) -> Blocks:
+    """A partition that gives every processor a block."""
+    wide = 32 if tokens <= 32 else 64 if tokens <= 64 else 128
+    tiles = 2 if wide == 128 else 1
+    warps = 8
+    ring = 4
+    found = Blocks(tiles, warps, wide, ring)
+    while found.shared(form) > MAX_SHARED:
+        ring -= 1
+        found = Blocks(tiles, warps, wide, ring)
+    rows, columns, _ = found.grid(tokens, form)
+    splits = max(1, min(processors // (rows * columns), form.stages // 4, 8))
+    return Blocks(tiles, warps, wide, ring, splits)

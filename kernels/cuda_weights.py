@@ -1,0 +1,117 @@
+"""Weights of float16 products on a GPU, packed into the order in which tensor cores read them.
+
+A warp multiplies 16 rows of the weight (A, row-major) by 8 tokens (B) with mma.m16n8k16. There
+lane l = 4g + t holds of A: rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9. So the weights are
+stored lane by lane: no shuffle, no ldmatrix, 16-byte copies alone.
+
+    stream[tile][stage] = weights [16 bytes][lane][16 bytes], then scales [group][g][row g, g + 8]
+
+A tile is 16 rows, a stage 64 or 128 columns. Integers are stored with an offset, 8 or 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # of a tile
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Form of a packed weight.
+
+    Attributes:
+        rows: N, outputs.
+        depth: K, inputs; a multiple of 8.
+        bits: 4 or 8.
+        group: columns that share a scale, 32, 64 or 128; 0 where a row has one scale, which then
+            is an argument of its own.
+    """
+
+    rows: int
+    depth: int
+    bits: int = 4
+    group: int = 128
+
+    @property
+    def stage(self) -> int:
+        """Columns of a stage."""
+        return 128 if self.group == 128 or self.depth % 128 == 0 or self.depth > 2048 else 64
+
+    @property
+    def stages(self) -> int:
+        """Stages of a tile; the last one is filled up with zeros."""
+        return -(-self.depth // self.stage)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles; the last one is filled up with zeros."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in a stage of a tile."""
+        return ROWS * self.stage * self.bits // 8
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage of a tile."""
+        scales = 2 * ROWS * (self.stage // self.group) if self.group else 0
+        return self.weight_bytes + scales
+
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        return self.tiles * self.stages * self.stage_bytes
+
+
+def pack(weight: Tensor, scale: Tensor | None, form: Weights) -> Tensor:
+    """Pack a weight.
+
+    Args:
+        weight: (N, K) int8, −8…7 or −128…127.
+        scale: (N, K / group), float; None where a row has one scale.
+        form: sizes.
+
+    Returns:
+        Flat uint8 of `form.nbytes`.
+    """
+    n, k, wide = form.tiles * ROWS, form.stages * form.stage, form.stage
+    whole = torch.zeros(n, k, dtype=torch.int32, device=weight.device)
+    whole[: form.rows, : form.depth] = weight
+    whole += 1 << (form.bits - 1)
+    # [tile][row half][g][stage][step][column half][t][pair]
+    parts = whole.reshape(form.tiles, 2, 8, form.stages, wide // 16, 2, 4, 2)
+    # → [tile][stage][step][g][t][column half][row half][pair]: registers a0 … a3 of each lane
+    parts = parts.permute(0, 3, 4, 2, 6, 5, 1, 7)
+    lanes = parts.reshape(form.tiles, form.stages, wide // 16, 32, 4, 2)
+    if form.bits == 4:  # register r: its first number in nibble r, its second in nibble r + 4
+        shifts = torch.tensor([[0, 16], [4, 20], [8, 24], [12, 28]], device=weight.device)
+        words = (lanes.long() << shifts).sum((-1, -2)).unsqueeze(-1)
+    else:
+        shifts = torch.tensor([[0, 8], [16, 24]], device=weight.device)
+        words = (lanes.reshape(*lanes.shape[:4], 2, 2, 2).long() << shifts).sum((-1, -2))
+    # [step][lane][words] → [16 bytes][lane][4 words]
+    per = words.shape[-1]
+    words = words.reshape(form.tiles, form.stages, wide // 16 * per // 4, 4 // per, 32, per)
+    words = words.permute(0, 1, 2, 4, 3, 5).reshape(form.tiles, form.stages, -1)
+    packed = (words & 0xFFFFFFFF).to(torch.uint32).view(torch.uint8)
+    packed = packed.reshape(form.tiles, form.stages, form.weight_bytes)
+    if form.group:
+        assert scale is not None
+        held = torch.zeros(n, k // form.group, dtype=torch.float16, device=weight.device)
+        held[: form.rows, : scale.shape[1]] = scale
+        groups = held.reshape(form.tiles, 2, 8, form.stages, wide // form.group)
+        groups = groups.permute(0, 3, 4, 2, 1).contiguous()
+        scales = groups.reshape(form.tiles, form.stages, -1).view(torch.uint8)
+        packed = torch.cat([packed, scales], -1)
+    return packed.contiguous().reshape(-1)
+
+
+def reference(activation: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """(M, K), (N, K) int8, (N, groups) → (M, N) in float64; scales as float16 stores them."""
+    wide = scale.half().double().repeat_interleave(-(-weight.shape[1] // scale.shape[1]), 1)
+    return activation.double() @ (weight.double() * wide[:, : weight.shape[1]]).T
