@@ -1,0 +1,175 @@
+"""int8 × int8 products on Hopper's tensor cores, with a scale per token and one per output.
+
+    out[m, n] = float16(token_scale[m] · scale[n] · Σ_k x[m, k] · weight[n, k])
+
+Sums are exact in int32. Both operands come as units (`cuda_units`); a block computes 128 tokens by
+`columns` outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_code import (
+    WARP,
+    CudaKernel,
+    address,
+    call,
+    cuda_kernel,
+    registers,
+)
+from qcompiler.kernels.cuda_hopper import GROUP, Ring
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+
+READERS = 2  # warpgroups that multiply, each 64 tokens
+TOKENS = READERS * UNIT_ROWS  # of a block
+
+
+@dataclass(frozen=True)
+class Product8:
+    """Sizes of an int8 product and how it is shared out.
+
+    Attributes:
+        tokens, rows, depth: M, N, K.
+        columns: outputs of a block, 64, 128 or 256.
+        ring: stages under way.
+        band: blocks of tokens that share weights in the cache: they run side by side.
+    """
+
+    tokens: int
+    rows: int
+    depth: int
+    columns: int = 256
+    ring: int = 4
+    band: int = 16
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a stage."""
+        return (TOKENS + self.columns) * UNIT_BYTES
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring, its barriers, the outputs' scales."""
+        return self.ring * (self.slot + 16) + self.columns * 4
+
+
+def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> CudaKernel:
+    """The kernel.
+
+    Args:
+        name: of the function.
+        arguments: x and the weight as units (uint8), scales of tokens (M float32) and of outputs
+            (N float32), out (M·N float16).
+        product: sizes.
+    """
+    p = product
+    stages = -(-p.depth // UNIT_BYTES)
+    down, across = -(-p.tokens // TOKENS), -(-p.rows // p.columns)
+    units_down, units_across = -(-p.tokens // UNIT_ROWS), -(-p.rows // UNIT_ROWS)
+    threads = (READERS + 1) * GROUP
+    with cuda_kernel(name, arguments, (down * across,), threads, p.shared, resident=1) as (
+        made, buffers, (block,), thread, memory,
+    ):  # fmt: skip
+        x, weight, token_scale, scale, out = buffers
+        # Bands of blocks: all outputs for `band` blocks of tokens, then the next.
+        whole = T.Bind(block // (p.band * across))
+        height = T.Bind(T.min(down - whole * p.band, p.band))
+        rest = T.Bind(block % (p.band * across))
+        token_block = T.Bind(whole * p.band + rest % height)
+        row_block = T.Bind(rest // height)
+        group = T.Bind(thread // GROUP)
+        ring = Ring(memory, p.ring * p.slot, p.ring)
+        scales = p.ring * (p.slot + 16)
+        ring.start(thread, READERS)
+        with T.If(thread < p.columns), T.Then():
+            n = T.Bind(T.min(row_block * p.columns + thread, p.rows - 1))
+            call("qc_move4", address(memory, scales + thread * 4), address(scale, n))
+        call("qc_sync")
+
+        def copy(source: Any, first: Any, count: int, last: int, at: Any, stage: Any,
+                 slot: Any) -> None:  # fmt: skip
+            for unit in range(count):
+                row = T.cast(T.min(first + unit, last - 1), "int64")
+                call(
+                    "qc_bulk_copy",
+                    address(memory, at + unit * UNIT),
+                    address(source, (row * stages + stage) * UNIT),
+                    UNIT,
+                    ring.full(slot),
+                )
+
+        def produce() -> None:
+            call("qc_registers_dec_40")
+            with T.If(thread == READERS * GROUP), T.Then():
+                # The previous kernel made the activations, but not the weights.
+                early = min(p.ring, stages)
+                for stage in range(early):
+                    call("qc_barrier_expect", ring.full(stage), p.slot)
+                    bring_weights(stage, stage)
+                call("qc_let_next")
+                call("qc_after_previous")
+                for stage in range(early):
+                    bring_activations(stage, stage)
+                with T.serial(0, stages - early) as later:
+                    stage = T.Bind(later + early)
+                    slot = T.Bind(stage % p.ring)
+                    call("qc_barrier_wait", ring.free(slot), (stage // p.ring + 1) % 2)
+                    call("qc_barrier_expect", ring.full(slot), p.slot)
+                    bring_activations(stage, slot)
+                    bring_weights(stage, slot)
+
+        def bring_activations(stage: Any, slot: Any) -> None:
+            copy(x, token_block * READERS, READERS, units_down, slot * p.slot, stage, slot)
+
+        def bring_weights(stage: Any, slot: Any) -> None:
+            copy(weight, row_block * (p.columns // UNIT_ROWS), p.columns // UNIT_ROWS,
+                 units_across, slot * p.slot + READERS * UNIT, stage, slot)  # fmt: skip
+
+        def multiply() -> None:
+            call("qc_registers_inc_232")
+            total = registers(p.columns // 2, "int32")
+            for i in range(p.columns // 2):
+                T.buffer_store(total, T.int32(0), [i])
+            with T.serial(0, stages) as stage:
+                slot = T.Bind(stage % p.ring)
+                call("qc_barrier_wait", ring.full(slot), stage // p.ring % 2)
+                call("qc_wgmma_begin")
+                for step in range(UNIT_BYTES // 32):
+                    mine = slot * p.slot + step * 32
+                    call(f"qc_wgmma_s8_{p.columns}", address(total, 0, p.columns // 2),
+                         address(memory, mine + group * UNIT),
+                         address(memory, mine + READERS * UNIT))  # fmt: skip
+                call("qc_wgmma_commit")
+                # The stage before is used up once no more than this one is under way.
+                call("qc_wgmma_wait", 1)
+                with T.If(T.And(stage > 0, thread % GROUP == 0)), T.Then():
+                    call("qc_barrier_arrive", ring.free((stage + p.ring - 1) % p.ring))
+            call("qc_settle", address(total, 0, p.columns // 2), p.columns // 2)
+            call("qc_after_previous")
+            lane = T.Bind(thread % WARP)
+            first = T.Bind(token_block * TOKENS + thread // WARP * 16 + lane // 4)
+            for half in range(2):
+                m = T.Bind(first + half * 8)
+                with T.If(m < p.tokens), T.Then():
+                    mine = T.Bind(token_scale[m])
+                    for column in range(p.columns // 8):
+                        n = T.Bind(row_block * p.columns + column * 8 + lane % 4 * 2)
+                        at = scales + (column * 8 + lane % 4 * 2) * 4
+                        i = column * 4 + half * 2
+                        to = T.cast(m, "int64") * p.rows + n
+                        with T.If(n < p.rows), T.Then():
+                            call("qc_store_scaled", address(out, to), address(total, i, 2), mine,
+                                 address(memory, at))  # fmt: skip
+
+        with T.If(group == READERS):
+            with T.Then():
+                produce()
+            with T.Else():
+                multiply()
+    return made
