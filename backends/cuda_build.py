@@ -1,0 +1,75 @@
+"""CUDA kernels → machine code, by nvcc; needs no GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcompiler.backends.cuda_driver import Launch
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.cuda_code import CudaKernel, generate
+
+NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
+STANDARD = "c++17"
+# "variable was declared but never referenced", "set but never used": TVM names every index.
+QUIET = "177,550"
+
+
+def compiler() -> str:
+    """The command of NVIDIA's compiler.
+
+    Raises:
+        UnsupportedError: where it is not installed.
+    """
+    for name in NVCC:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise UnsupportedError(
+        "GPU targets need NVIDIA's compiler, and 'nvcc' was not found; install CUDA's toolkit, "
+        "12.3 or later (no GPU is needed)"
+    )
+
+
+def architecture(capability: int) -> str:
+    """What nvcc calls it; 9.0 with the instructions that later GPUs don't have."""
+    return "90a" if capability == 90 else str(capability)
+
+
+def build(
+    kernels: Sequence[CudaKernel], capabilities: Sequence[int]
+) -> tuple[bytes, dict[str, Launch]]:
+    """Compile kernels into one fat binary.
+
+    Args:
+        kernels: of different names.
+        capabilities: compute capabilities, such as 90.
+
+    Returns:
+        The fat binary, and how each kernel is launched, by its name.
+
+    Raises:
+        UnsupportedError: if nvcc is missing or refuses.
+    """
+    command = [compiler(), f"-std={STANDARD}", f"-diag-suppress={QUIET}", "-fatbin"]
+    for capability in capabilities:
+        name = architecture(capability)
+        command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+    source = generate(kernels, f"sm_{architecture(max(capabilities))}")
+    with tempfile.TemporaryDirectory() as folder:
+        text, image = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
+        text.write_text(source)
+        done = subprocess.run(
+            [*command, "-o", str(image), str(text)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            first = (done.stderr.strip().splitlines() or ["no message"])[0]
+            raise UnsupportedError(f"nvcc refused the kernels: {first}")
+        data = image.read_bytes()
+    launches = {
+        k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order) for k in kernels
+    }
+    return data, launches

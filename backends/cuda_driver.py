@@ -1,0 +1,199 @@
+"""CUDA's driver API through ctypes: modules, launches, graphs. Nothing but the driver is needed.
+
+It works in the device's primary context, which torch uses too where it is there, so that tensors
+and streams are shared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from qcompiler.errors import UnsupportedError
+
+DRIVER = 12_000  # CUDA 12: cuLaunchKernelEx with programmatic launches
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        name: of the function in the module.
+        blocks: extents of the grid.
+        threads: of a block.
+        shared: bytes of dynamic shared memory.
+        order: which of the call's arguments each parameter is.
+        early: whether it may start while the kernel before still runs: it waits itself before it
+            touches what others write.
+    """
+
+    name: str
+    blocks: tuple[int, int, int]
+    threads: int
+    shared: int
+    order: tuple[int, ...]
+    early: bool = True
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+@cache
+def driver() -> Any:
+    """libcuda, initialised.
+
+    Raises:
+        UnsupportedError: on a machine without a GPU, or where its driver is too old.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UnsupportedError("no GPU: NVIDIA's driver (libcuda.so.1) was not found") from None
+    if library.cuInit(0):
+        raise UnsupportedError("no GPU: NVIDIA's driver finds no device that it can use")
+    version = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    if version.value < DRIVER:
+        raise UnsupportedError(
+            f"the GPU's driver is made for CUDA {_version(version.value)}; "
+            f"{_version(DRIVER)} or later is needed"
+        )
+    return library
+
+
+def driver_version() -> str:
+    """The CUDA version that the driver is made for."""
+    version = ctypes.c_int()
+    driver().cuDriverGetVersion(ctypes.byref(version))
+    return _version(version.value)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def check(code: int, what: str) -> None:
+    """Raise what the driver says went wrong.
+
+    Raises:
+        UnsupportedError: if the code is not 0.
+    """
+    if code:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorName(code, ctypes.byref(text))
+        name = (text.value or b"unknown error").decode()
+        raise UnsupportedError(f"{what}: the GPU's driver answered {name}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its number, its name, its compute capability such as 90, bytes of memory."""
+
+    number: int
+    name: str
+    capability: int
+    memory: int
+
+
+@cache
+def device(number: int = 0) -> Device:
+    """A GPU of this machine, its primary context made current.
+
+    Raises:
+        UnsupportedError: if there is none.
+    """
+    library = driver()
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(library.cuDeviceGet(ctypes.byref(handle), number), f"device {number}")
+    check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "context")
+    check(library.cuCtxSetCurrent(context), "context")
+    name, total = ctypes.create_string_buffer(100), ctypes.c_size_t()
+    library.cuDeviceGetName(name, 100, handle)
+    library.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
+    parts = []
+    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
+        value = ctypes.c_int()
+        library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
+        parts.append(value.value)
+    return Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value)
+
+
+class Module:
+    """Kernels of a cubin or a fatbin, loaded.
+
+    Args:
+        image: the file's contents.
+        number: of the device.
+    """
+
+    def __init__(self, image: bytes, number: int = 0) -> None:
+        device(number)
+        self._library = driver()
+        self._handle = ctypes.c_void_p()
+        code = self._library.cuModuleLoadData(ctypes.byref(self._handle), image)
+        if code == 209:  # CUDA_ERROR_NO_BINARY_FOR_GPU
+            found = device(number)
+            raise UnsupportedError(
+                f"the artifact holds no code for {found.name} (compute capability "
+                f"{found.capability / 10}); compile it with --target "
+                f"tvm:cuda:sm_{found.capability}"
+            )
+        check(code, "loading the kernels")
+        self._functions: dict[str, Any] = {}
+
+    def prepare(self, launch: Launch) -> Any:
+        """The function of a launch, given the shared memory that it needs."""
+        if launch.name not in self._functions:
+            function = ctypes.c_void_p()
+            name = launch.name.encode()
+            check(self._library.cuModuleGetFunction(ctypes.byref(function), self._handle, name),
+                  f"kernel {launch.name}")  # fmt: skip
+            check(
+                self._library.cuFuncSetAttribute(function, _DYNAMIC_SHARED, launch.shared),
+                f"{launch.shared} bytes of shared memory for {launch.name}",
+            )
+            self._functions[launch.name] = function
+        return self._functions[launch.name]
+
+    def run(self, launch: Launch, arguments: Sequence[int], stream: int = 0) -> None:
+        """Launch a kernel.
+
+        Args:
+            launch: how.
+            arguments: device addresses, in the order of the kernel's own arguments.
+            stream: handle.
+
+        Raises:
+            UnsupportedError: if the driver refuses.
+        """
+        function = self.prepare(launch)
+        values = [ctypes.c_void_p(arguments[i]) for i in launch.order]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values)
+        )
+        attribute = _Attribute(_PROGRAMMATIC, 0, (ctypes.c_int * 16)(1))
+        config = _Config(
+            *launch.blocks, launch.threads, 1, 1, launch.shared, stream,
+            ctypes.pointer(attribute), int(launch.early),
+        )  # fmt: skip
+        code = self._library.cuLaunchKernelEx(
+            ctypes.byref(config), function, pointers, ctypes.c_void_p(None)
+        )
+        check(code, f"launching {launch.name}")
