@@ -1,0 +1,249 @@
+"""The GPU kernels that `gpu.py` checks and times: what they compute, inputs and references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.kernels.cuda_units import unit_bytes, units
+from qcompiler.kernels.cuda_weights import Weights, pack
+
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one size.
+
+    Attributes:
+        kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
+            products), int8 (int8 × int8), or rows (norms, quantization).
+        tokens, rows, depth: M, N, K; of `rows` kernels M and K.
+        bits, group: of the weight.
+        timed: whether it is measured, or only checked.
+        variant: of a rows kernel: residual, norm, and the output's form.
+    """
+
+    kind: str
+    tokens: int
+    rows: int
+    depth: int
+    bits: int = 4
+    group: int = 128
+    timed: bool = True
+    variant: tuple[bool, bool, str] = (False, False, "int8")
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        tail = "_".join(str(v) for v in self.variant) if self.kind == "rows" else self.group
+        return f"{self.kind}_{self.tokens}_{self.rows}_{self.depth}_{self.bits}_{tail}".lower()
+
+
+SQUARES = ((4096, 4096), (8192, 8192))
+CASES = (
+    *(Case("skinny", m, n, k) for n, k in (*SQUARES, (28672, 8192)) for m in (1, 4, 8, 16, 32)),
+    Case("skinny", 1, 11008, 4096), Case("skinny", 1, 4096, 11008),
+    Case("skinny", 1, 49152, 576, 8, 0),
+    Case("skinny", 64, 4096, 4096),
+    *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
+    *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
+    *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
+    *(
+        Case("rows", 16384, 0, width, variant=variant)
+        for width, variant in (
+            (8192, (False, False, "int8")), (8192, (False, True, "int8")),
+            (8192, (False, True, "float16")), (4096, (True, True, "int8")),
+            (4096, (True, True, "float16")), (4096, (False, False, "units")),
+        )
+    ),
+    # Tails of every kind.
+    *(
+        Case(kind, m, n, k, bits, group, timed=False)
+        for kind, m, n, k, bits, group in (
+            ("skinny", 1, 1000, 576, 4, 32), ("skinny", 3, 200, 1536, 4, 64),
+            ("skinny", 5, 130, 264, 4, 128), ("skinny", 2, 300, 576, 8, 0),
+            ("skinny", 30, 576, 576, 4, 32), ("skinny", 7, 72, 200, 8, 0),
+            ("gemm", 33, 1000, 576, 4, 32), ("gemm", 100, 200, 1536, 4, 64),
+            ("gemm", 50, 130, 264, 4, 128), ("gemm", 70, 300, 576, 8, 0),
+            ("hopper", 40, 1000, 264, 4, 128), ("hopper", 100, 300, 576, 4, 32),
+            ("hopper", 200, 520, 1536, 4, 64), ("hopper", 90, 300, 576, 8, 0),
+            ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
+        )
+    ),
+    *(
+        Case("rows", rows, 0, width, timed=False, variant=variant)
+        for rows, width, variant in (
+            (70, 576, (True, True, "int8")), (3, 200, (False, True, "units")),
+            (5, 1544, (True, True, "float16")), (130, 264, (False, False, "int8")),
+        )
+    ),
+)  # fmt: skip
+
+
+def kernel(case: Case) -> tuple[Any, dict[str, int]]:
+    """The kernel and the elements of its workspace and counters; needs TVM, no GPU."""
+    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_int8, cuda_rows
+    from qcompiler.kernels import cuda_skinny as few
+    from qcompiler.kernels.code import Argument
+
+    m, n, k = case.tokens, case.rows, case.depth
+    if case.kind == "rows":
+        residual, norm, output = case.variant
+        what = cuda_rows.Rows(m, k, residual, EPSILON if norm else None, output)  # type: ignore[arg-type]
+        given = [Argument("x", "float16", m * k)]
+        given += [Argument(a, "float16", m * k) for a in ("residual", "total") if residual]
+        given += [Argument("gain", "float16", k)] if norm else []
+        size = unit_bytes(m, k, 1 if output == "int8" else 2)
+        given.append(
+            Argument("out", *(("float16", m * k) if output == "float16" else ("uint8", size)))
+        )
+        given += [Argument("scales", "float32", m)] if output == "int8" else []
+        return cuda_rows.cuda_rows(case.name, given, what), {}
+    out = Argument("out", "float16", m * n)
+    scales = Argument("scales", "float32", n)
+    if case.kind == "int8":
+        given = [Argument("x", "uint8", unit_bytes(m, k, 1)),
+                 Argument("weight", "uint8", unit_bytes(n, k, 1)),
+                 Argument("token_scales", "float32", m), scales, out]  # fmt: skip
+        product = cuda_matmul_int8.Product8(m, n, k, *((64, 6) if n < 256 else (256, 4)))
+        return cuda_matmul_int8.matmul_int8(case.name, given, product), {}
+    form = Weights(n, k, case.bits, case.group)
+    x = ("uint8", unit_bytes(m, k, 2)) if case.kind == "hopper" else ("float16", m * k)
+    given = [Argument("x", *x), Argument("weight", "uint8", form.nbytes), out]
+    given += [] if case.group else [scales]
+    if case.kind == "skinny":
+        return few.skinny(case.name, given, m, form, few.choose(m, form)), {}
+    how: Any
+    if case.kind == "gemm":
+        how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
+        pieces = how.grid(m, form)[:2]
+    else:
+        how, make = cuda_gemm_hopper.choose_tall(m, form), cuda_gemm_hopper.gemm_hopper
+        pieces = how.pieces(m, form)
+    extra = {}
+    if how.workspace(m, form):
+        extra = {"workspace": how.workspace(m, form), "counters": pieces[0] * pieces[1]}
+        given += [Argument("workspace", "float32", extra["workspace"]),
+                  Argument("counters", "int32", extra["counters"])]  # fmt: skip
+    return make(case.name, given, m, form, how), extra
+
+
+@dataclass
+class Trial:
+    """Inputs of a case on the GPU, and what is to come out.
+
+    Attributes:
+        arguments: in the kernel's order; the outputs are poisoned.
+        weight: which of them is the weight, read from other places when it is timed; −1: none.
+        outputs: which are outputs.
+        error: how far the outputs are off: ‖out − ref‖ / ‖ref‖ in float64 (NaN where something was
+            not written).
+        moved: bytes that must be read and written once.
+    """
+
+    arguments: list[Tensor]
+    weight: int
+    outputs: tuple[int, ...]
+    error: Callable[[], float]
+    moved: int
+
+
+def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
+    """Fresh random inputs."""
+    if case.kind == "rows":
+        return _rows(case, device)
+    m, n, k, group = case.tokens, case.rows, case.depth, case.group
+    low = 1 << (case.bits - 1)
+    w = torch.randint(-low, low, (n, k), device=device, dtype=torch.int8)
+    scale = torch.rand(n, -(-k // group) if group else 1, device=device) * 0.02 + 0.001
+    out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
+    factors: Any = 1.0
+    if case.kind == "int8":
+        x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
+        token = torch.rand(m, device=device) * 0.01 + 0.001
+        given, at = [units(x), units(w), token, scale.reshape(-1), out], 4
+        factors = token.double()[:, None]
+    else:
+        x = torch.randn(m, k, device=device).half()
+        scale = scale.half() if group else scale
+        packed = pack(w, scale if group else None, Weights(n, k, case.bits, group))
+        given, at = [units(x) if case.kind == "hopper" else x, packed, out], 2
+        given += [] if group else [scale.reshape(-1)]
+        if extra:
+            given.append(torch.full((extra["workspace"],), float("nan"), device=device))
+            given.append(torch.zeros(extra["counters"], device=device, dtype=torch.int32))
+
+    def error() -> float:
+        if bool(out.isnan().any()):
+            return float("nan")
+        some = torch.arange(m, device=device)
+        if m * n * k > 2e10:  # float64 takes long: some of the tokens
+            some = torch.randperm(m, device=device)[:64]
+        wide = scale.double().repeat_interleave(group, 1)[:, :k] if group else scale.double()
+        reference = x[some].double() @ (w.double() * wide).T
+        reference *= factors if isinstance(factors, float) else factors[some]
+        return float((out[some].double() - reference).norm() / reference.norm())
+
+    moved = given[1].numel() + x.numel() * x.element_size() + out.numel() * 2
+    return Trial(given, 1, (at,), error, moved)
+
+
+def _rows(case: Case, device: str) -> Trial:
+    residual, norm, output = case.variant
+    m, k = case.tokens, case.depth
+    x, r = (torch.randn(m, k, device=device).half() for _ in range(2))
+    total = torch.full_like(x, float("nan"))
+    gain = torch.rand(k, device=device).half() + 0.5
+    size = 1 if output == "int8" else 2
+    scales = torch.full((m,), float("nan"), device=device)
+    if output == "float16":
+        out = torch.full((m, k), float("nan"), device=device, dtype=torch.float16)
+    else:
+        out = torch.full((unit_bytes(m, k, size),), 255, device=device, dtype=torch.uint8)
+    given = [x, *([r, total] if residual else []), *([gain] if norm else []), out]
+    outputs = [2] if residual else []
+    outputs.append(len(given) - 1)
+    if output == "int8":
+        outputs.append(len(given))
+        given.append(scales)
+
+    def error() -> float:
+        y = (x.float() + r.float()).half() if residual else x
+        if residual and not torch.equal(total, y):
+            return float("nan")
+        wide = y.double()
+        if norm:
+            wide = wide * (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * gain.double()
+        if output == "int8":
+            found = _rows_of(out, m, k, torch.int8).double() * scales.double()[:, None]
+            # Rounded to the nearest of 255 steps: at most half a step off, and a hair.
+            off = ((found - wide).abs() / scales.double()[:, None]).max()
+            return float(off - 0.5) if off > 0.5 else 0.0
+        found = (out if output == "float16" else _rows_of(out, m, k, torch.float16)).double()
+        return float((found - wide).norm() / wide.norm())
+
+    moved = m * k * (2 + size + (4 if residual else 0))
+    return Trial(given, -1, tuple(outputs), error, moved)
+
+
+def _rows_of(stored: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `units`."""
+    size = torch.empty((), dtype=dtype).element_size()
+    down, across = -(-rows // 64), -(-width * size // 128)
+    pieces = stored.reshape(down, across, 64, 8, 16)
+    order = torch.arange(8, device=stored.device)[None] ^ (
+        torch.arange(64, device=stored.device)[:, None] % 8
+    )
+    pieces = pieces.gather(3, order.reshape(1, 1, 64, 8, 1).expand_as(pieces))
+    whole = pieces.transpose(1, 2).reshape(down * 64, across * 128).contiguous().view(dtype)
+    return whole[:rows, :width]
+
+
+def described(case: Case) -> dict[str, Any]:
+    """The case as data."""
+    return asdict(case)

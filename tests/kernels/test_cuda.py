@@ -1,0 +1,157 @@
+"""GPU kernels: packing against the layout that PTX documents; compiled here, run on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from qcompiler.backends import cuda_build, cuda_driver
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.cuda_code import MAX_SHARED, generate
+from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
+from qcompiler.kernels.cuda_weights import Weights, pack
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def cases() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("gpu_cases", BENCHMARKS / "gpu_cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_cases"] = module  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_cases"]
+
+
+def fragment(form: Weights, packed: Tensor, tile: int, stage: int, step: int, lane: int) -> Tensor:
+    """The eight integers that a lane holds of a 16 x 16 step, read as the kernels read them."""
+    start = (tile * form.stages + stage) * form.stage_bytes
+    words = packed[start : start + form.weight_bytes].view(torch.int32).long() & 0xFFFFFFFF
+    per = form.bits // 4
+    place = step * per
+    mine = words[(place // 4) * 128 + lane * 4 + place % 4 :][:per].tolist()
+    if form.bits == 4:
+        nibbles = [mine[0] >> 4 * i & 15 for i in range(8)]
+        return torch.tensor([nibbles[i // 2 + i % 2 * 4] - 8 for i in range(8)])
+    return torch.tensor([(mine[i // 4] >> 8 * (i % 4) & 255) - 128 for i in range(8)])
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, 128), (8, 0)])
+def test_weights_lie_as_fragments_of_a(bits: int, group: int) -> None:
+    """Register r of lane 4g + t: row g + 8 (r mod 2), columns 2t, 2t + 1, + 8 from r = 2 on."""
+    form = Weights(40, 264, bits, group)
+    low = 1 << bits - 1
+    weight = torch.randint(-low, low, (40, 264), dtype=torch.int8)
+    scale = torch.rand(40, -(-264 // group)) if group else None
+    packed = pack(weight, scale, form)
+    assert packed.numel() == form.nbytes
+    whole = torch.zeros(form.tiles * 16, form.stages * form.stage, dtype=torch.int64)
+    whole[:40, :264] = weight
+    for tile, stage, step in ((0, 0, 0), (1, form.stages - 1, 1), (2, 1, form.stage // 16 - 1)):
+        for lane in (0, 3, 13, 31):
+            g, t = lane // 4, lane % 4
+            rows = [tile * 16 + g + 8 * (i // 2 % 2) for i in range(8)]
+            first = stage * form.stage + step * 16 + 2 * t
+            columns = [first + i % 2 + 8 * (i // 4) for i in range(8)]
+            wanted = whole[rows, columns]
+            assert torch.equal(fragment(form, packed, tile, stage, step, lane), wanted)
+
+
+def test_scales_lie_by_row_pairs() -> None:
+    form = Weights(32, 128, 4, 32)
+    scale = torch.rand(32, 4)
+    packed = pack(torch.zeros(32, 128, dtype=torch.int8), scale, form)
+    tile = packed[form.stage_bytes :][form.weight_bytes : form.stage_bytes].view(torch.float16)
+    for group, g, half in ((0, 0, 0), (3, 7, 1), (2, 4, 1)):
+        assert tile[(group * 8 + g) * 2 + half] == scale[16 + g + 8 * half, group].half()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_units_are_swizzled_rows(dtype: torch.dtype) -> None:
+    matrix = torch.randint(-100, 100, (70, 200)).to(dtype)
+    size = matrix.element_size()
+    stored = units(matrix)
+    assert stored.numel() == unit_bytes(70, 200, size)
+    across = -(-200 * size // 128)
+    for row, column in ((0, 0), (5, 17), (69, 199), (64, 130), (13, 63)):
+        byte = column * size
+        piece = (byte % 128 // 16) ^ (row % 8)
+        at = (row // 64 * across + byte // 128) * UNIT + row % 64 * 128 + piece * 16 + byte % 16
+        assert stored[at : at + size].view(dtype)[0] == matrix[row, column]
+
+
+def test_every_kernel_has_room(cases: ModuleType) -> None:
+    for case in cases.CASES:
+        made, _ = cases.kernel(case)
+        assert made.shared <= MAX_SHARED
+        assert made.threads <= 1024
+
+
+def test_source_is_made_without_a_gpu(cases: ModuleType) -> None:
+    case = cases.Case("skinny", 3, 200, 576, 4, 32)
+    made, _ = cases.kernel(case)
+    source = generate([made], "sm_80")
+    assert f"{case.name}_kernel(" in source
+    assert "cp.async.cg.shared.global" in source
+    assert sorted(made.order) == [0, 1, 2]
+
+
+nvcc = pytest.mark.skipif(
+    not any(shutil.which(name) for name in cuda_build.NVCC), reason="nvcc is not installed"
+)
+
+
+@nvcc
+def test_kernels_compile(cases: ModuleType) -> None:
+    """One of each kind, for the GPUs that it is for."""
+    few, many = cases.Case("skinny", 3, 200, 576, 4, 32), cases.Case("gemm", 50, 130, 264)
+    image, launches = cuda_build.build([cases.kernel(c)[0] for c in (few, many)], [80, 89, 90])
+    assert image[:4] == b"\x50\xed\x55\xba"  # a fat binary
+    assert launches[few.name].threads == 256
+    hopper = [
+        cases.Case("hopper", 40, 1000, 264), cases.Case("int8", 70, 300, 200, 8, 0),
+        cases.Case("rows", 5, 0, 576, variant=(True, True, "int8")),
+    ]  # fmt: skip
+    _, launches = cuda_build.build([cases.kernel(c)[0] for c in hopper], [90])
+    assert [*launches] == [c.name for c in hopper]
+
+
+@nvcc
+def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
+    made, _ = cases.kernel(cases.Case("int8", 70, 300, 200, 8, 0))
+    with pytest.raises(UnsupportedError, match="nvcc refused"):
+        cuda_build.build([made], [80])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line() -> None:
+    with pytest.raises(UnsupportedError, match="no GPU: ") as raised:
+        cuda_driver.device()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+def test_kernels_agree_with_float64(cases: ModuleType) -> None:
+    """The tails of every kind on the GPU; `tests/benchmarks/gpu.py` goes through all sizes."""
+    checked = [case for case in cases.CASES if not case.timed]
+    made = [cases.kernel(case) for case in checked]
+    image, launches = cuda_build.build([k for k, _ in made], [90])
+    module = cuda_driver.Module(image)
+    for case, (_, extra) in zip(checked, made, strict=True):
+        trial = cases.trial(case, extra)
+        module.run(launches[case.name], [a.data_ptr() for a in trial.arguments])
+        torch.cuda.synchronize()
+        assert trial.error() < 1e-3, case
