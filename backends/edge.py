@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def lower(
     buckets: Mapping[str, Sequence[int]] | None = None,
     padding_mask: str = "",
     planned: Mapping[str, str] | None = None,
-    integer: bool = False,
+    integer: Collection[str] = (),
     say: Callable[[str], None] = lambda step: None,
 ) -> Audit:
     """Write `program` into `folder` as a library, a runner and their weights.
@@ -125,7 +125,7 @@ def lower(
         buckets: size's name → the sizes to compile for.
         padding_mask: the input that masks padding: sizes of its last dimension are padded up.
         planned: the layers with quantized weights: node → module path.
-        integer: whether their activations are quantized too, so that integer kernels are promised.
+        integer: those of them whose inputs are quantized too, so that integer kernels are promised.
         say: told of each step.
 
     Raises:
@@ -183,7 +183,7 @@ def _lower_decoder(
     folder: Path,
     buckets: Mapping[str, Sequence[int]],
     planned: Mapping[str, str],
-    integer: bool,
+    integer: Collection[str],
     say: Callable[[str], None],
 ) -> Audit:
     """A language model: chunks of tokens, the cache in the model's state."""
@@ -430,7 +430,7 @@ def _build(functions: Mapping[str, Any], where: Machine) -> bytes:
         return path.read_bytes()
 
 
-def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
+def _audit(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -> Audit:
     layers: list[Layer] = []
     kernels = dict(Counter(call.kind for call in calls.calls))
     computed = {
@@ -444,11 +444,11 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: bool) -> Audit:
         name = made.kind if made is not None else str(op.target)
         kind, reason = _kernel(op, calls)
         layers.append(Layer(label, planned.get(label, ""), name, kind, reason))
-    good = {"integer"} if integer else {"integer", "weights only"}
     broken = [
         f"{layer.path or layer.name} was planned as integer and runs in float: {layer.reason}"
         for layer in layers
-        if layer.kernel not in good and layer.name in planned
+        if layer.name in planned
+        and (layer.kernel == "float" or (layer.kernel != "integer" and layer.name in integer))
     ]
     return Audit(tuple(layers), kernels, 0, tuple(broken))
 

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Nhw
 PAIRS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
+def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) -> Audit:
     """Read the optimised graph of `folder/model.onnx`.
 
     Args:
         folder: the artifact.
         planned: the layers (linears and convolutions) with quantized weights in the plan: node →
             module path.
-        integer: whether their activations are quantized too, so that integer kernels are promised.
+        integer: those of them whose inputs are quantized too, so that integer kernels are promised.
     """
     with tempfile.TemporaryDirectory() as scratch:
         optimised = Path(scratch) / "optimised.onnx"
@@ -65,16 +65,23 @@ def audit(folder: Path, planned: Mapping[str, str], integer: bool) -> Audit:
         elif node.op_type == "QuantizeLinear":
             source = makers.get(node.input[0])
             stray += source is not None and source.op_type == "DequantizeLinear"
-    good = {"integer"} if integer else {"integer", "weights only"}
-    kept = sum(layer.kernel in good for layer in layers)
     broken = []
-    if kept < len(planned):
-        lost = [layer for layer in layers if layer.kernel not in good and layer.name in planned]
-        names = ", ".join(layer.path or layer.name for layer in lost[:5]) or "see the list"
-        kind = "integer kernels" if integer else "kernels that read the integer weights"
-        broken.append(
-            f"{len(planned)} layers were planned for {kind}, {kept} run so (not: {names})"
-        )
+    for promise, good, names in (
+        ("integer kernels", {"integer"}, [n for n in planned if n in integer]),
+        (
+            "kernels that read the integer weights",
+            {"integer", "weights only"},
+            [n for n in planned if n not in integer],
+        ),
+    ):
+        kept = {layer.name for layer in layers if layer.kernel in good}
+        lost = [name for name in names if name not in kept]
+        if lost:
+            named = ", ".join(planned[name] or name for name in lost[:5])
+            broken.append(
+                f"{len(names)} layers were planned for {promise}, {len(names) - len(lost)} run so "
+                f"(not: {named})"
+            )
     counts = Counter(node.op_type for node in graph.node)
     return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
 

@@ -130,7 +130,10 @@ def unpack_weights(graph: gs.Graph) -> None:
 
 
 # ONNX Runtime's kernels read 4-bit tensors, not smaller ones; the integers stay the same.
-STORED = {"int2": "int4", "uint2": "uint4", "int3": "int4", "uint3": "uint4"}
+STORED = {
+    "int2": "int4", "uint2": "uint4", "int3": "int4", "uint3": "uint4",
+    "int6": "int8", "uint6": "uint8",
+}  # fmt: skip
 
 
 def widen_lookups(graph: gs.Graph) -> None:

@@ -75,6 +75,7 @@ def efficientnet_lite0() -> ModelSpec:
         held_out=lambda: synthetic_batches(16, CROP, seed=1),
         calibration_note="synthetic images; give --calibration FOLDER with photographs of your own",
         output_names=("logits",),
+        logits=True,
         encode=encode,
     )
 

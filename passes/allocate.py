@@ -1,5 +1,7 @@
 """Decide which tensor gets which number format: an analysis, Program × Recipe × Target → Plan.
 
+Each layer has the recipe's formats, or its own where the recipe names it.
+
 Linears: the weight, and what the linear reads. Embeddings: the table, with a scale for each row or
 for groups of it; a head that is tied to it has the same integers.
 Convolutions: the weight and what it reads; ONNX Runtime's integer convolution also writes integers,
@@ -12,6 +14,7 @@ something else, convolutions whose output goes to float operators, what the targ
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -19,51 +22,49 @@ import torch
 from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.format import Format
 from qcompiler.plan import Assignment, Plan, Site
 from qcompiler.program import Program, Refusal
 from qcompiler.qtype import QType
 from qcompiler.recipe import Recipe
-from qcompiler.regions import ADDS, CONVS, LINEAR, MOVES
+from qcompiler.regions import ADDS, CONVS, LINEAR, MOVES, PADS
 from qcompiler.rewrite import Draft, module_path, operand, place
 from qcompiler.target import Target
 
 aten = torch.ops.aten
 CLIPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
 POOLS = (aten.adaptive_avg_pool2d.default, aten.max_pool2d.default)
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 EMBEDDING = aten.embedding.default
 
 
 def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
-    """One format for every layer of a kind, as the recipe says.
+    """The formats that the recipe gives, as far as the target has kernels for them.
 
     Raises:
-        UnsupportedError: if the target has no kernel for the recipe's formats.
+        UnsupportedError: if the target has no kernel for one of the recipe's formats.
     """
-    weight, activation = recipe.weight_type, recipe.activation_type
-    reason = target.refusal(weight, activation, recipe.cache_types)
-    if reason:
-        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    own = [Format.parse(text) for text in recipe.formats.values()]
+    pairs = [(wanted.weight, wanted.activation) for wanted in own]
+    for weight, activation in [(recipe.weight_type, recipe.activation_type), *pairs]:
+        reason = target.refusal(weight, activation, recipe.cache_types)
+        if reason:
+            raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type
     reason = target.table_refusal(table) if table is not None else None
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
-    if weight is not None and activation is not None and target.saturates:
-        weight = QType(
-            weight.element, weight.granularity, weight.group, weight.symmetric, reduced=True
-        )
     draft = Draft(program)
     entries: dict[Site, Assignment] = {}
     refusals: list[Refusal] = []
-    if target.quantizes_itself(weight, activation):
-        reason = f"'{target}' quantizes what {weight} weights read to int8 itself, block by block"
-        refusals.append(Refusal("all activations", reason))
-        activation = None
-    if weight is not None and target.stored_bits(weight) != weight.bits:
-        stored = f"{weight}: '{target}' stores each weight in {target.stored_bits(weight)} bits"
-        refusals.append(Refusal("all weights", stored))
-    chain = _conv_chain(draft) if activation is not None and not activation.dynamic else {}
+    general = recipe.format.activation
+    static = general is not None and not general.dynamic
+    chain = _conv_chain(draft) if static else {}
     for node in draft.calls(LINEAR, EMBEDDING, *CONVS):
+        wanted = recipe.format_of(module_path(node), node.name)
+        for note in _on_target(wanted, target):
+            if note not in refusals:
+                refusals.append(note)
+        weight, activation = _kernels(wanted, target)
         reason = _obstacle(draft, node, recipe, chain, activation)
         if reason:
             refusals.append(Refusal(place(node), f"stays float: {reason}"))
@@ -98,14 +99,36 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
             for value in chain[node]:
                 entries[_site(value, -1)] = Assignment(activation)
     for node in draft.calls(aten.bmm.default, aten.matmul.default):
-        if weight is not None and _are_experts(draft, node):
+        if recipe.weight_type is not None and _are_experts(draft, node):
             reason = "stays float: its weights are those of experts that are chosen when it runs"
             refusals.append(Refusal(place(node), reason))
-    if activation is not None and not activation.dynamic:
-        _join(draft, entries, activation, chain)
+    if general is not None and static:
+        _join(draft, entries, general, chain)
     order = {n.name: i for i, n in enumerate(program.exported.graph.nodes)}
     ordered = dict(sorted(entries.items(), key=lambda e: (order[e[0].node], e[0].operand)))
     return Plan(ordered, tuple(refusals))
+
+
+def _kernels(wanted: Format, target: Target) -> tuple[QType | None, QType | None]:
+    """The formats of a weight and of what it reads, as the target's kernels take them."""
+    weight, activation = wanted.weight, wanted.activation
+    if target.quantizes_itself(weight, activation):
+        return weight, None
+    if weight is not None and activation is not None and target.saturates:
+        weight = replace(weight, reduced=True)
+    return weight, activation
+
+
+def _on_target(wanted: Format, target: Target) -> list[Refusal]:
+    """What the target does otherwise than a format says."""
+    weight, notes = wanted.weight, []
+    if target.quantizes_itself(weight, wanted.activation):
+        reason = f"'{target}' quantizes what {weight} weights read to int8 itself, block by block"
+        notes.append(Refusal("all activations", reason))
+    if weight is not None and target.stored_bits(weight) != weight.bits:
+        stored = f"{weight}: '{target}' stores each weight in {target.stored_bits(weight)} bits"
+        notes.append(Refusal("all weights", stored))
+    return notes
 
 
 def _site(node: Node, operand: int) -> Site:
@@ -174,13 +197,7 @@ def _fit(draft: Draft, node: Node, weight: QType) -> QType | None:
         return weight
     if node.target in CONVS:
         return QType("int8", "channel")
-    features = draft.constant(_matrix(node)).shape[1]
-    group = weight.group
-    while features % group and group > 16:
-        group //= 2
-    if features % group:
-        return None
-    return QType(weight.element, "group", group, weight.symmetric)
+    return weight.fitted(draft.constant(_matrix(node)).shape[1])
 
 
 def _fit_table(draft: Draft, node: Node, table: QType) -> QType:

@@ -21,7 +21,7 @@ from torch.fx import Node
 from qcompiler import ops
 from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
-from qcompiler.regions import CONVS, LINEAR
+from qcompiler.regions import CONVS, LINEAR, PADS
 from qcompiler.rewrite import Draft, following, rewrite
 from qcompiler.rounding import weight_axis
 
@@ -163,10 +163,7 @@ def _quantize_bias(draft: Draft, node: Node) -> None:
     """int32 bias of a convolution whose input and weight are quantized with static scales."""
     bias = node.args[2] if len(node.args) > 2 else None
     data: Any = node.args[0]
-    while isinstance(data, Node) and data.target in (
-        aten.pad.default,
-        aten.constant_pad_nd.default,
-    ):
+    while isinstance(data, Node) and data.target in PADS:
         data = data.args[0]
     weight = node.args[1]
     pairs = [n for n in (data, weight) if isinstance(n, Node) and n.target is ops.dequantize]

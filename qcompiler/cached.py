@@ -54,7 +54,7 @@ def visible(mask: Tensor, new: int, window: int) -> Tensor:
     return allowed & (mask != 0)[:, None, None]
 
 
-def _cached_attention(
+def compute_cached_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -70,6 +70,7 @@ def _cached_attention(
     window: int,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The torch reference of the op; its arguments and results are described above."""
     query, key, value = (
         x.unflatten(-1, (count, x.shape[-1] // count)).transpose(1, 2)
         for x, count in ((q, heads), (k, kv_heads), (v, kv_heads))
@@ -110,6 +111,6 @@ def _fake_cached_attention(
     return torch.empty_like(q), past_key.new_empty(present), past_value.new_empty(present)
 
 
-_library.impl("cached_attention", _cached_attention, "CompositeExplicitAutograd")
+_library.impl("cached_attention", compute_cached_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("qc::cached_attention", _fake_cached_attention)
 cached_attention = torch.ops.qc.cached_attention.default

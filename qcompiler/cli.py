@@ -52,6 +52,8 @@ app = typer.Typer(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and no progress.")]
+MIXED = "Mixed precision (with --recipe mixed)"
+Jobs = Annotated[int, typer.Option(min=1, help="Processes that measure.", rich_help_panel=MIXED)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'compile' wrote.")]
 
 
@@ -91,6 +93,7 @@ def _root(
         "qcompiler compile my_model.py:build --calibration data.py:batches --out build/mine",
         "qcompiler compile minilm --set calibration=percentile --set 'keep_float=pooler*' --out d",
         "qcompiler compile hf:models/bert --calibration sentences.txt --recipe mine.yaml --out d",
+        "qcompiler compile smollm2 --recipe mixed --bits 3.5 --out build/smollm2-3.5",
     ),
 )
 def compile_command(
@@ -146,6 +149,42 @@ def compile_command(
             "an interruption, with the same bits.",
         ),
     ] = False,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Mixed precision: mean bits of a weight.", rich_help_panel=MIXED),
+    ] = None,
+    size: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MB", help="Mixed precision: weights, scales included.", rich_help_panel=MIXED
+        ),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Mixed precision: time, as 0.6x of the float model's.",
+            rich_help_panel=MIXED,
+        ),
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Mixed precision: the cheapest formats whose errors have at most this share of "
+            "the output's power (language models: by which perplexity grows at most), as 0.5%.",
+            rich_help_panel=MIXED,
+        ),
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the study of what formats cost is kept; DIR.study beside --out by default.",
+            rich_help_panel=MIXED,
+        ),
+    ] = None,
+    jobs: Jobs = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -159,12 +198,20 @@ def compile_command(
     with guarded(debug, f"interrupted; nothing was written{kept}"):
         from qcompiler.artifact import REPORT
         from qcompiler.calibration import load_calibration
+        from qcompiler.errors import InputError
         from qcompiler.recipe import load_recipe, parse_buckets, parse_settings
         from qcompiler.summary import summary
         from qcompiler.target import Target
 
         # The cheap checks come first: they need neither torch's compiler nor the model.
-        chosen = load_recipe(recipe, parse_settings(settings or []))
+        budget = {"bits": bits, "size": size, "latency": latency, "max_loss": max_loss}
+        given = {key: value for key, value in budget.items() if value is not None}
+        chosen = load_recipe(recipe, given | parse_settings(settings or []))
+        if recipe == "mixed" and not chosen.mixed:
+            raise InputError(
+                "recipe 'mixed' needs a budget: --bits 3.5, --size MB, --latency 0.6x or "
+                "--max-loss 0.5%"
+            )
         machine = Target.parse(target)
         buckets = parse_buckets(bucket or [])
         _check_out(out, force)
@@ -183,6 +230,8 @@ def compile_command(
                 force=force,
                 resume=resume,
                 buckets=buckets,
+                study=study,
+                jobs=jobs,
                 progress=progress,
                 command=shlex.join(["qcompiler", *sys.argv[1:]]),
             )
@@ -356,6 +405,76 @@ def run(
             print_json(result)
             return
         _show(*_run_table(result))
+
+
+@app.command(
+    epilog=_examples(
+        "qcompiler sensitivity minilm --out build/minilm-study",
+        "qcompiler sensitivity smollm2 --out build/smollm2-study --jobs 2",
+        "qcompiler compile smollm2 --recipe mixed --bits 3 --study build/smollm2-study --out d",
+    ),
+)
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compile.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The folder of the study; gone on with.")
+    ],
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="What will run the model: 'qcompiler targets'.")
+    ] = "ort:cpu",
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE|DIR|FUNCTION", help="As for compile.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one field of the recipe 'mixed'; repeatable."
+        ),
+    ] = None,
+    jobs: Jobs = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what each number format of each layer costs the model: table, plots and JSON.
+
+    An interrupted study goes on where it stopped when the command is given again.
+    """
+    with guarded(debug, f"interrupted; what was measured is kept in {out}"):
+        from qcompiler import cli_mixed
+        from qcompiler.calibration import load_calibration
+        from qcompiler.recipe import load_recipe, parse_settings
+        from qcompiler.target import Target
+
+        chosen = load_recipe("mixed", parse_settings(settings or []))
+        machine = Target.parse(target)
+        with steps(as_json) as progress, unwarned(debug):
+            progress("load the model")
+            source, spec = _load(model)
+            batches = load_calibration(calibration, spec) if calibration else None
+            found = cli_mixed.study(source, machine, chosen, batches, out, jobs, progress)
+        if as_json:
+            print_json(found)
+        else:
+            _show(*cli_mixed.study_table(found))
+
+
+@app.command(epilog=_examples("qcompiler explain build/minilm", "qcompiler explain d --json"))
+def explain(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
+    """Say where the error of an artifact comes from, and what to change.
+
+    Every place that rounds is measured alone, on the data kept with the artifact; the changes that
+    would buy the most are tried.
+    """
+    with guarded(debug):
+        from qcompiler import cli_mixed
+
+        with steps(as_json) as progress:
+            progress("explain")
+            found = cli_mixed.explain(folder, progress)
+        if as_json:
+            print_json(found)
+        else:
+            _show(*cli_mixed.explanation(found))
 
 
 @app.command(

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompiler import artifact as artifacts
+from qcompiler import mixed
 from qcompiler.artifact import Artifact
 from qcompiler.data import Data
 from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
@@ -48,7 +49,7 @@ from qcompiler.verify import Reference, check_exact, compare_sites
 CHECKED = 2  # batches on which exact passes are proven
 CORRECTED = 20  # batches at most, in memory at once, over which biases are corrected
 
-__all__ = ["bench", "compile", "quantize", "verify"]
+__all__ = ["bench", "compile", "quantize", "study", "verify"]
 
 
 def compile(
@@ -63,6 +64,8 @@ def compile(
     force: bool = False,
     resume: bool = False,
     buckets: Mapping[str, Sequence[int]] | None = None,
+    study: str | Path | None = None,
+    jobs: int = 1,
     progress: Progress | None = None,
     command: str = "",
 ) -> Artifact:
@@ -82,6 +85,9 @@ def compile(
             is written, and take from it what an interrupted run left there.
         buckets: size's name → the sizes to generate code for, of `tvm:` targets. Where not given: a
             batch of 1; 16 to 256 for sizes that a mask lets it pad; the example's size otherwise.
+        study: of recipes with a budget: where the study of what formats cost is kept, and taken
+            from by later compilations of the same model; `<out>.study` when not given.
+        jobs: processes that make the study.
         progress: called with the name of each step.
         command: what reproduces this, for the report.
 
@@ -108,15 +114,17 @@ def compile(
     out = Path(out)
     with artifacts.writing(out, force) as folder:
         spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
+        recipe = mixed.prepared(recipe, target, spec) if recipe.mixed else recipe
         say("capture")
         program = model if isinstance(model, Program) else capture(
             spec.module, spec.example_inputs, spec.dynamic_shapes
         )  # fmt: skip
         data = Data(program, spec, recipe)
         journal = out.with_name(f"{out.name}.journal") if resume else None
-        compiled = quantize(program, data, recipe, target, say, journal)
+        kept = Path(study) if study is not None else out.with_name(f"{out.name}.study")
+        compiled = quantize(program, data, recipe, target, say, journal, kept, jobs)
         compiled.seconds = say.seconds
-        deliver(folder, spec, compiled, data, recipe, target, buckets or {}, say, command)
+        deliver(folder, spec, compiled, data, compiled.recipe, target, buckets or {}, say, command)
     if journal is not None:
         shutil.rmtree(journal, ignore_errors=True)
     return Artifact.open(out)
@@ -138,21 +146,29 @@ class _Clock:
             self.progress(step)
 
 
-def quantize(
-    program: Program,
-    data: Data,
-    recipe: Recipe,
-    target: Target,
-    say: Progress,
-    journal: Path | None = None,
-) -> Compiled:
-    """The order of the passes, from the captured program to the quantized one.
+@dataclass(frozen=True)
+class Prepared:
+    """A program in which formats can be allocated.
 
-    Rounded weights are kept in the folder `journal` and taken from it, where it is given.
+    Attributes:
+        program: after the rewrites that keep the function.
+        reference: outputs that exact passes were checked against.
+        factors: how tensors were smoothed.
+        observed: statistics from before that.
     """
+
+    program: Program
+    reference: Reference
+    factors: Mapping[str, Factor]
+    observed: Mapping[str, Statistics]
+
+
+def prepare(
+    program: Program, data: Data, recipe: Recipe, target: Target, say: Progress
+) -> Prepared:
+    """The rewrites before formats are allocated."""
     say("reference")
     reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
-    source = program
 
     def step(after: Program, before: Program) -> Program:
         return (
@@ -200,11 +216,9 @@ def quantize(
         scales = search_awq(program, seen, allocate(program, recipe, target))
         program = step(smooth(program, scales, insert=False), program)
 
-    context = data.spec.generation.context if data.spec.generation else 0
-    # Generated code keeps a cache in place only where the attention over it is one op.
-    fuses = bool(context) and (recipe.fused or target.runtime == "tvm")
+    context = _cached_context(data, recipe, target)
     if not any(recipe.cache_types):  # the cache is quantized where the heads are apart
-        if fuses:
+        if context:
             say("fuse_cache")
             program = step(fuse_cache(program, context), program)
         say("fuse_attention")
@@ -213,6 +227,32 @@ def quantize(
         say("merge_linears")
         program = step(merge_linears(program), program)
 
+    return Prepared(program, reference, factors, before)
+
+
+def quantize(
+    program: Program,
+    data: Data,
+    recipe: Recipe,
+    target: Target,
+    say: Progress,
+    journal: Path | None = None,
+    study: Path | None = None,
+    jobs: int = 1,
+) -> Compiled:
+    """The order of the passes, from the captured program to the quantized one.
+
+    Rounded weights are kept in the folder `journal` and taken from it, where it is given; `study`
+    is the folder of a study of what formats cost, for recipes with a budget.
+    """
+    prepared = prepare(program, data, recipe, target, say)
+    source, reference = program, prepared.reference
+    program, factors, before = prepared.program, prepared.factors, prepared.observed
+    activation = recipe.activation_type
+    choice: dict[str, Any] = {}
+    if recipe.mixed:
+        assert study is not None
+        recipe, choice = mixed.choose(program, data, recipe, target, study, say, jobs)
     say("allocate")
     plan = allocate(program, recipe, target)
     floating = program
@@ -257,8 +297,57 @@ def quantize(
         floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask
     )
     plain = normalize(source)
-    plain = fuse_attention(fuse_cache(plain, context) if fuses else plain)
-    return Compiled(source, plain, floating, quantized, plan, factors, before, after, sites)
+    context = _cached_context(data, recipe, target)
+    plain = fuse_attention(fuse_cache(plain, context) if context else plain)
+    return Compiled(
+        source, plain, floating, quantized, plan, factors, before, after, recipe, sites,
+        choice=choice,
+    )  # fmt: skip
+
+
+def _cached_context(data: Data, recipe: Recipe, target: Target) -> int:
+    """Tokens that attention over a cache is fused for; 0 where it is not."""
+    context = data.spec.generation.context if data.spec.generation else 0
+    # Generated code keeps a cache in place only where the attention over it is one op.
+    return context if recipe.fused or target.runtime == "tvm" else 0
+
+
+def study(
+    model: ModelSpec | torch.nn.Module | Program,
+    example_inputs: Inputs | None = None,
+    *,
+    target: str | Target = "ort:cpu",
+    recipe: str | Recipe = "mixed",
+    calibration: Batches | Iterable[Inputs] | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    out: str | Path,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what each number format of each layer costs a model.
+
+    Args:
+        model, example_inputs, target, calibration, dynamic_shapes, progress: as for `compile`.
+        recipe: its candidates are studied.
+        out: the folder of the study: `study.json`, the Pareto front as JSON and CSV, and each of
+            its points as a recipe. A study that is there is gone on with.
+        jobs: processes that measure.
+
+    Returns:
+        What `study.json` and the front hold.
+    """
+    say = _Clock(progress)
+    target = Target.parse(target) if isinstance(target, str) else target
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
+    recipe = mixed.prepared(recipe, target, spec)
+    say("capture")
+    program = model if isinstance(model, Program) else capture(
+        spec.module, spec.example_inputs, spec.dynamic_shapes
+    )  # fmt: skip
+    data = Data(program, spec, recipe)
+    ready = prepare(program, data, recipe, target, say)
+    return mixed.explore(ready.program, data, recipe, target, Path(out), say, jobs)
 
 
 def _round(

@@ -22,17 +22,18 @@ from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
 from qcompiler import artifact as artifacts
-from qcompiler import integer
+from qcompiler import explaining, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
 from qcompiler.errors import InputError, VerifyError
 from qcompiler.findings import INNER
-from qcompiler.lowering import Run, lower, model_size
+from qcompiler.lowering import Run, integer_layers, lower, model_size
 from qcompiler.observe import Statistics
 from qcompiler.plan import Factor, Plan
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
+from qcompiler.regions import LINEAR
 from qcompiler.rewrite import module_path
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target, cpu_feature
@@ -54,7 +55,9 @@ class Compiled:
         quantized: with packed integers.
         plan, factors: the decisions.
         ranges_before, ranges_after: statistics before and after smoothing.
+        recipe: that made it; of a recipe with a budget, with the formats that were chosen.
         sites: SQNR in dB of each layer's output on held-out batches.
+        choice: how the formats were chosen, for the report; empty without a budget.
         seconds: wall time of the phases.
     """
 
@@ -66,7 +69,9 @@ class Compiled:
     factors: Mapping[str, Factor]
     ranges_before: Mapping[str, Statistics]
     ranges_after: Mapping[str, Statistics]
+    recipe: Recipe
     sites: Mapping[str, float] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,7 +100,7 @@ def deliver(
     inputs = list(spec.input_names or compiled.quantized.inputs)
     calibration = list(itertools.islice(data.calibration(), KEPT))
     held_out = list(itertools.islice(data.held_out(), KEPT))
-    planned = _planned(compiled, recipe.activation_type is not None)
+    planned = _planned(compiled)
     lowered = lower(
         folder, spec, compiled.quantized, compiled.plain, names, planned, recipe, target,
         buckets, held_out[0], say,
@@ -150,7 +155,9 @@ def deliver(
     }  # fmt: skip
     if lowered.outputs is not None:  # the artifact returns less than the module did
         manifest["out_spec"] = ""
-    if not recipe.keep_reference:
+    if recipe.keep_reference:
+        explaining.keep(folder, compiled.floating, compiled.quantized)
+    else:
         shutil.rmtree(folder / REFERENCE)
     manifest["warnings"] = _warnings(manifest) + lowered.notes
     if data.note:
@@ -174,18 +181,15 @@ def _timed(run_float: Run, run: Run, batch: Sequence[torch.Tensor]) -> dict[str,
     }  # fmt: skip
 
 
-def _planned(compiled: Compiled, integer: bool) -> dict[str, str]:
-    """Layers whose weights the plan quantizes, node → module path.
+def _planned(compiled: Compiled) -> dict[str, str]:
+    """Layers that have kernels for their quantized weights, node → module path.
 
     With float activations only linears have such kernels.
     """
     nodes = {n.name: n for n in compiled.floating.exported.graph.nodes}
-    linear = torch.ops.aten.linear.default
-    return {
-        site.node: site.path
-        for site in compiled.plan
-        if site.operand == 1 and (integer or nodes[site.node].target is linear)
-    }
+    layers = {site.node: site.path for site in compiled.plan if site.operand == 1}
+    whole = set(integer_layers(compiled.quantized, layers))
+    return {n: path for n, path in layers.items() if n in whole or nodes[n].target is LINEAR}
 
 
 def _as_module(run: Callable[..., Any], inputs: Sequence[str], spec: Any) -> Callable[..., Any]:
@@ -249,6 +253,7 @@ def _manifest(
         ],
         "out_spec": structure,
         "padding_mask": spec.padding_mask,
+        "logits": spec.logits or spec.generation is not None,
         "generation": asdict(spec.generation) if spec.generation else None,
         "history": [asdict(entry) for entry in program.history],
         "plan": json.loads(compiled.plan.to_json()),
@@ -262,6 +267,7 @@ def _manifest(
         ],
         "ranges": _ranges(compiled, path),
         "sites": [{"node": n, "path": path(n), "sqnr_db": db} for n, db in compiled.sites.items()],
+        "mixed": dict(compiled.choice),
         "seconds": compiled.seconds,
     }  # fmt: skip
 

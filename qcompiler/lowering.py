@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from qcompiler import ops
 from qcompiler.artifact import REFERENCE
 from qcompiler.errors import UnsupportedError
 from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
+from qcompiler.regions import MOVES, PADS
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target
 
@@ -94,6 +97,19 @@ def lower(
             raise UnsupportedError(f"no backend for '{target}'")
 
 
+def integer_layers(quantized: Program, planned: Collection[str]) -> list[str]:
+    """The planned layers whose inputs are quantized, where they are made or on the way."""
+    nodes = {node.name: node for node in quantized.exported.graph.nodes}
+    found = []
+    for name in planned:
+        source = nodes[name].args[0] if name in nodes else None
+        while isinstance(source, Node) and source.target in (*MOVES, *PADS):
+            source = source.args[0]
+        if isinstance(source, Node) and source.target is ops.dequantize:
+            found.append(name)
+    return found
+
+
 def _reference(
     folder: Path, spec: ModelSpec, plain: Program, names: tuple[str, ...], say: Progress
 ) -> Path:
@@ -129,7 +145,7 @@ def _onnx(
     )  # fmt: skip
     reference = _reference(folder, spec, plain, names, say)
     say("audit")
-    audit = ort_audit.audit(folder, planned, recipe.activation_type is not None)
+    audit = ort_audit.audit(folder, planned, integer_layers(quantized, planned))
     inputs = list(spec.input_names or quantized.inputs)
     share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in sample), strict=True)))
     shares = [{"op": op, "share": part} for op, part in share]
@@ -163,7 +179,7 @@ def _edge(
     audit = edge.lower(
         quantized, target, folder, input_names=spec.input_names, output_names=names,
         dynamic_shapes=spec.dynamic_shapes, buckets=buckets, padding_mask=spec.padding_mask,
-        planned=planned, integer=recipe.activation_type is not None, say=say,
+        planned=planned, integer=integer_layers(quantized, planned), say=say,
     )  # fmt: skip
     seconds = time.perf_counter() - since
     reference = _reference(folder, spec, plain, names, say)

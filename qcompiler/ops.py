@@ -16,10 +16,14 @@ An axis and a group size are arguments, as in ONNX (`axis`, `block_size`); `grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompiler import qtype
+from qcompiler.cached import cached_attention, compute_cached_attention
 from qcompiler.hadamard import rotate as _rotate
 from qcompiler.qtype import ELEMENTS, QType
 
@@ -266,3 +270,10 @@ attention = torch.ops.qc.attention.default
 rotate = torch.ops.qc.rotate.default
 cache_round_trip = torch.ops.qc.cache_round_trip.default
 cache_attention = torch.ops.qc.cache_attention.default
+
+# Ops through which torch cannot trace gradients → the same as a composition of ATen ops.
+TRACEABLE: dict[Any, Callable[..., Any]] = {
+    attention: _attention,
+    rotate: _rotate,
+    cached_attention: compute_cached_attention,
+}

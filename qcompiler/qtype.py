@@ -11,7 +11,7 @@ A QType knows no axis: the axis belongs to the use of the tensor and is an argum
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,8 +21,11 @@ from qcompiler.errors import InputError, nearest
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 
-ELEMENTS = {f"{sign}int{bits}": (bits, sign == "") for bits in (2, 3, 4, 8) for sign in ("", "u")}
+ELEMENTS = {
+    f"{sign}int{bits}": (bits, sign == "") for bits in (2, 3, 4, 6, 8) for sign in ("", "u")
+}
 ELEMENTS["int32"] = (32, True)
+SMALLEST = 16  # elements of a group that was made smaller
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,18 @@ class QType:
         q = self.quantize(x, scale, zero, axis)
         return dequantize(q, scale, zero, axis % x.ndim, self.group or 0)
 
+    def fitted(self, size: int) -> QType | None:
+        """This format with the largest group, halved down to 16, that divides an axis of `size`.
+
+        None where none does; a format without groups fits any size.
+        """
+        group = self.group
+        if group is None:
+            return self
+        while size % group and group > SMALLEST:
+            group //= 2
+        return None if size % group else replace(self, group=group)
+
     def bytes_for(self, elements: int, scales: int) -> int:
         """Bytes of storage for that many elements and scales.
 
@@ -224,7 +239,7 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, group: 
 
 
 def pack(q: Tensor, element: str) -> Tensor:
-    """Integers of 2, 3, 4 or 8 bits as a flat uint8 tensor.
+    """Integers of 2, 3, 4, 6 or 8 bits as a flat uint8 tensor.
 
     The bit order is little-endian: element i is at bits [i·b, (i+1)·b). For 4 and 2 bits this is
     the byte layout of ONNX's INT4 and INT2 tensors.

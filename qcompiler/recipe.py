@@ -6,6 +6,7 @@ Presets by name, from a YAML file, or in Python; every field can be set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qcompiler.errors import InputError, nearest
+from qcompiler.format import Format
 from qcompiler.qtype import QType
 
 
@@ -33,6 +35,32 @@ class Recipe(BaseModel):
     )
     embeddings: str | None = Field(
         "int8:channel", description="format of embedding tables, a scale for each row"
+    )
+    formats: dict[str, str] = Field(
+        {},
+        description="formats of single layers, by module path or node name (globs; the last that "
+        "matches counts): 'int4:g32', 'int8:channel/uint8:tensor:affine' or 'float'",
+    )
+    candidates: tuple[str, ...] = Field(
+        (),
+        description="formats that mixed precision chooses from, as in `formats`; when not given, "
+        "those that suit the budget and that the target runs fast",
+    )
+    bits: float | None = Field(
+        None, gt=0, description="budget of mixed precision: mean bits of a weight, scales left out"
+    )
+    size: float | None = Field(
+        None, gt=0, description="budget of mixed precision: MB of the weights, scales included"
+    )
+    latency: float | None = Field(
+        None, gt=0, description="budget of mixed precision: time as a share of the float model's"
+    )
+    max_loss: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="budget of mixed precision: share of the output's power that errors may have "
+        "(language models: growth of perplexity); the cheapest formats within it are taken",
     )
     calibration: Literal["minmax", "percentile", "kl", "mse", "pnorm"] = Field(
         "minmax", description="how a static range is drawn from the calibration data"
@@ -109,6 +137,28 @@ class Recipe(BaseModel):
     def _is_format(cls, value: str | None) -> str | None:
         return None if value in (None, "none", "float", "None") else str(QType.parse(value))
 
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _are_candidates(cls, value: Any) -> Any:
+        texts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(Format.parse(text)) for text in texts)
+
+    @field_validator("latency", "max_loss", mode="before")
+    @classmethod
+    def _is_share(cls, value: Any) -> Any:
+        """`0.6x` and `0.5%` as numbers."""
+        if isinstance(value, str):
+            text = value.strip()
+            if text.endswith("%"):
+                return float(text[:-1]) / 100
+            return float(text.removesuffix("x"))
+        return value
+
+    @field_validator("formats")
+    @classmethod
+    def _are_formats(cls, value: dict[str, str]) -> dict[str, str]:
+        return {pattern: str(Format.parse(text)) for pattern, text in value.items()}
+
     @field_validator("keep_float", mode="before")
     @classmethod
     def _is_list(cls, value: Any) -> Any:
@@ -128,6 +178,24 @@ class Recipe(BaseModel):
     def embedding_type(self) -> QType | None:
         """The parsed embedding format."""
         return QType.parse(self.embeddings) if self.embeddings else None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether formats are to be chosen within a budget."""
+        return not (self.bits is self.size is self.latency is self.max_loss is None)
+
+    @property
+    def format(self) -> Format:
+        """What layers have that `formats` does not name."""
+        return Format(self.weight_type, self.activation_type if self.weights else None)
+
+    def format_of(self, *names: str) -> Format:
+        """The format of the layer with these names (its module path, its node)."""
+        found = self.format
+        for pattern, text in self.formats.items():
+            if any(name and fnmatchcase(name, pattern) for name in names):
+                found = Format.parse(text)
+        return found
 
     @property
     def cache_types(self) -> tuple[QType | None, QType | None]:
@@ -227,6 +295,11 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
         Recipe(
             name="bf16", weights=None, embeddings=None, products="bfloat16", min_sqnr=20.0
         ),
+    ),
+    "mixed": (
+        "a format for each layer, chosen by measured sensitivity within --bits, --size, --latency "
+        "or --max-loss",
+        Recipe(name="mixed", weights="int4:g32", rounding="gptq", clip=True),
     ),
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ MOVES = (
     aten.dropout.default, aten.detach.default, aten.t.default, aten._unsafe_view.default,
     aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
 )  # fmt: skip
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 SCALE_INVARIANT = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default)
 SHAPE_KEEPING = (
     aten.dropout.default,

@@ -16,7 +16,7 @@ beforehand, so that groups stay what they were.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,30 @@ def nearest(weight: Tensor, grid: Grid, kind: QType) -> Rounded:
     return Rounded(dequantize(q, scale, zero, axis, kind.group or 0), scale, zero)
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of a Hessian, for any number of weights and formats.
+
+    Attributes:
+        order: of the inputs, those with the largest H_jj first.
+        upper: (inputs, inputs) float64 in that order; UᵀU = (H + λI)⁻¹.
+        damping: share of the mean diagonal that λ is.
+        silent: inputs that never fired.
+    """
+
+    order: Tensor
+    upper: Tensor
+    damping: float
+    silent: int
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float = DAMPING) -> Factor:
+        """Raises an `InputError` for NaN or infinity in the Hessian."""
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        upper, damping = upper_factor(hessian[order][:, order], damping)
+        return cls(order, upper, damping, int((hessian.diagonal() == 0).sum()))
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -106,6 +130,7 @@ def gptq(
     damping: float = DAMPING,
     block: int = BLOCK,
     grid: Grid | None = None,
+    factor: Factor | None = None,
 ) -> Rounded:
     """Round one weight by GPTQ.
 
@@ -116,6 +141,7 @@ def gptq(
         damping: share of the mean diagonal that is added to it.
         block: columns whose errors are collected before the rest of the weight is updated.
         grid: scale and zero point; those of nearest rounding when not given.
+        factor: of the Hessian, where it is known already.
 
     Returns:
         The weight on its grid, with the damping that was needed.
@@ -128,10 +154,10 @@ def gptq(
     # One scale and zero point for each element, so that columns may come in any order.
     scales = broadcast(scale, weight, axis, group).expand_as(weight).double()
     zeros = broadcast(zero, weight, axis, group).expand_as(weight).double()
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = factor or Factor.of(hessian, damping)
+    order, u = factor.order, factor.upper
     # Inputs first: what is worked on at a time then lies together in memory.
     w, s, z = (t.T.contiguous()[order] for t in (weight.double(), scales, zeros))
-    u, damping = upper_factor(hessian[order][:, order], damping)
     q = torch.empty_like(w)
     columns = len(w)
     for start in range(0, columns, block):
@@ -145,7 +171,7 @@ def gptq(
     integers = torch.empty_like(weight, dtype=torch.float64)
     integers[:, order] = q.T
     on_grid = dequantize(integers.to(kind.dtype), scale, zero, axis, group)
-    return Rounded(on_grid, scale, zero, damping, int((hessian.diagonal() == 0).sum()))
+    return Rounded(on_grid, scale, zero, factor.damping, factor.silent)
 
 
 def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -64,6 +64,8 @@ class ModelSpec:
         padding_mask: name of the input that is 0 where the others hold padding, such as
             "attention_mask". Positions that it masks count neither in calibration nor in error
             measures, for every tensor that begins with the mask's dimensions.
+        logits: whether the first output is logits along its last axis: errors are then measured as
+            Kullback–Leibler divergence of what it predicts. Language models always are so.
         encode: texts or image paths → one batch, for `--calibration` with a text file or a folder
             of images.
         files: what lies beside the compiled model (tokenizer, configuration), by its relative path
@@ -84,6 +86,7 @@ class ModelSpec:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     padding_mask: str = ""
+    logits: bool = False
     encode: Callable[[list[str]], Inputs] | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     generation: Generation | None = None

@@ -11,7 +11,7 @@ above the weights, whatever the number of batches; nothing is computed twice.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.program import Batch, Program
+from qcompiler.program import Batch, Program, Watch
+from qcompiler.rewrite import operand
 
 BUDGET = 1 << 30  # bytes of held values in memory
+Function = Callable[..., Any]
 
 
 class Stages:
@@ -29,11 +31,13 @@ class Stages:
 
     Attributes:
         replaced: linear or convolution → the weight that it uses instead of its own.
+        functions: call → what is computed in place of its op, from the same operands.
     """
 
     def __init__(self, program: Program, batches: Iterable[Batch], budget: int = BUDGET) -> None:
         """Read the batches once; nothing runs before `advance`."""
         self.replaced: dict[Node, Tensor] = {}
+        self.functions: dict[Node, Function] = {}
         self._nodes = list(program.exported.graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._last = {s: self._index[n] for n in self._nodes for s in n.all_input_nodes}
@@ -79,7 +83,7 @@ class Stages:
         for number in range(len(self._held)):
             values = self._load(number)
             for index in range(self._position, end):
-                self._step(index, values)
+                self._step(index, values, self.functions)
             kept = {n: _compact(v) for n, v in values.items() if self._last.get(n, -1) >= end}
             held += sum(v.nbytes for v in kept.values() if isinstance(v, Tensor))
             self._held[number] = kept if held <= self._budget else self._spill(number, kept)
@@ -91,19 +95,62 @@ class Stages:
             return iter([self._shared[node]] * len(self))
         return (self._load(number)[node] for number in range(len(self)))
 
-    def _step(self, index: int, values: dict[Node, Any]) -> None:
+    @torch.no_grad()
+    def outputs(
+        self,
+        functions: Mapping[Node, Function] | None = None,
+        watch: Watch | None = None,
+        first: int = 0,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Run each batch on to the end, as a trial: the program stays where it stands.
+
+        Args:
+            functions: call → what is computed in place of its op, beside `self.functions`.
+            watch: called with every computed node and its value.
+            first: batches before this one are left out.
+
+        Yields:
+            The flat outputs of a batch.
+        """
+        trial = self.functions | dict(functions or {})
+        end = len(self._nodes) - 1  # the output node
+        for number in range(first, len(self._held)):
+            values = self._load(number)
+            for index in range(self._position, end):
+                self._step(index, values, trial, watch)
+            yield tuple(
+                self._value(values, n) if isinstance(n, Node) else n
+                for n in operand(self._nodes[end], 0)
+            )
+
+    def constant(self, node: Node) -> Any:
+        """A parameter's or buffer's value."""
+        return self._shared[node]
+
+    def _value(self, values: dict[Node, Any], source: Node) -> Any:
+        return values[source] if source in values else self._shared[source]
+
+    def _step(
+        self,
+        index: int,
+        values: dict[Node, Any],
+        functions: Mapping[Node, Function],
+        watch: Watch | None = None,
+    ) -> None:
         node = self._nodes[index]
         if node.op != "call_function":
             return
 
         def value(source: Node) -> Any:
-            return values[source] if source in values else self._shared[source]
+            return self._value(values, source)
 
         args = list(torch.fx.node.map_arg(node.args, value))
         if node in self.replaced:
             args[1] = self.replaced[node]
-        function: Any = node.target
+        function: Any = functions.get(node, node.target)
         values[node] = function(*args, **torch.fx.node.map_arg(node.kwargs, value))
+        if watch is not None:
+            watch(node, values[node])
         for source in node.all_input_nodes:
             if self._last[source] == index:
                 values.pop(source, None)

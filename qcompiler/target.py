@@ -185,11 +185,11 @@ class Target:
 
     def stored_bits(self, weight: QType) -> int:
         """Bits that one weight takes there: ONNX Runtime's kernels read 4 and 8."""
-        return max(weight.bits, 4) if self.runtime == "ort" else weight.bits
+        return weight.bits if self.runtime != "ort" else 4 if weight.bits <= 4 else 8
 
 
 def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
-    if weight is not None and weight.bits not in (2, 3, 4, 8):
+    if weight is not None and weight.bits not in (2, 3, 4, 6, 8):
         return (
             f"ONNX has no {weight.element} tensor that ONNX Runtime's kernels read; use 8 bits or "
             "fewer"

@@ -16,18 +16,25 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"errors"},
     {"qtype", "source", "hadamard", "audit"},
-    {"target", "ops", "cached"},
+    {"target", "cached", "format"},
+    {"ops"},
     {"program"},
     {"rewrite"},
     {"integer", "regions", "plan", "recipe", "spec"},
-    {"calibration", "rounding", "stages", "journal"},
-    {"data", "bench"},
+    {"calibration", "rounding", "stages", "journal", "divergence"},
+    {"data", "bench", "study"},
+    {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
+    {"attribution"},
+    {"explaining"},
     {"language"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
-DRIVERS = {"compiler", "deliver", "lowering", "cli", "cli_language", "__init__", "__main__"}
+DRIVERS = {
+    "compiler", "mixed", "deliver", "lowering", "cli", "cli_language", "cli_mixed", "__init__",
+    "__main__",
+}  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Folder → the folders beside it that it may import from, its own not among them.

@@ -284,3 +284,9 @@ def test_bytes() -> None:
     assert QType.parse("int4:g32").bytes_for(1024, 32) == 512 + 32 * 4
     assert QType.parse("uint4:g32:affine").bytes_for(1024, 32) == 512 + 32 * 5
     assert QType.parse("int3").bytes_for(3, 1) == 2 + 4
+
+
+def test_groups_shrink_until_they_divide() -> None:
+    assert str(QType.parse("int4:g64").fitted(48)) == "int4:g16"
+    assert QType.parse("int4:g32").fitted(21) is None
+    assert QType.parse("int8:channel").fitted(21) == QType.parse("int8:channel")

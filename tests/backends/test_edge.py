@@ -104,7 +104,6 @@ def test_tiny_models(tiny: Callable[[str], Any], tmp_path: Path, name: str, reci
         made.spec,
         tmp_path / "a",
         buckets=sizes(batch, made.spec),
-        integer=recipe == "w8a8",
     )
     agree(program.run(batch), run(*batch))  # a batch of 4 on code for 1
     if recipe == "w8a8":

@@ -22,6 +22,7 @@ from qcompiler.data import Data
 from qcompiler.deliver import Compiled
 from qcompiler.errors import UnsupportedError
 from qcompiler.hadamard import randomized
+from qcompiler.lowering import integer_layers
 from qcompiler.models import ZOO
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.normalize import normalize
@@ -92,7 +93,8 @@ def lowered(
                 fused=recipe.fused,
             )
             planned = {s.node: s.path for s in compiled.plan if s.operand == 1}
-            audit = ort_audit.audit(folder, planned, recipe.activation_type is not None)
+            integer = integer_layers(compiled.quantized, planned)
+            audit = ort_audit.audit(folder, planned, integer)
             done[key] = Lowered(folder, compiled, audit, ort.load(folder, 1))
         return done[key]
 

@@ -1,0 +1,396 @@
+"""Measure what each format of each layer costs the model: an analysis, Program → Units.
+
+Unit by unit, with one pass over the data: the program stands still at a unit's first layer (see
+`qcompiler.stages`), its weights are rounded in every format with the Hessian of the inputs that are
+there (float: what other layers lose is left out), and the rest of the program runs once for each
+format with this unit alone changed. So the memory is that of one block, and a unit that was
+measured before is passed over.
+
+The gradients need a pass of their own over whole batches, one at a time (`measure_gradients`).
+
+Units: linears that feed one fused attention and read the same tensor (query, key and value become
+one product there) move together; every other linear is its own. Convolutions and embeddings keep
+the recipe's format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler import ops
+from qcompiler.divergence import Divergence, sampled_loss
+from qcompiler.format import Format
+from qcompiler.observe import Statistics, choose_range
+from qcompiler.plan import Rounded
+from qcompiler.program import Batch, Program, unpadded
+from qcompiler.qtype import QType
+from qcompiler.regions import LINEAR, MOVES
+from qcompiler.rewrite import module_path, operand
+from qcompiler.rounding import Factor, gptq, nearest, nearest_grid, search_grid
+from qcompiler.stages import Function, Stages
+from qcompiler.study import Findings, Option, Unit, with_options
+
+ATTENTIONS = {"qc.attention.default", "qc.cached_attention.default"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a study measures.
+
+    Attributes:
+        gptq: rounding by GPTQ rather than to nearest.
+        clip: search each scale's range.
+        calibration: how static ranges of activations are drawn; see `observe.choose_range`.
+        parameter: its percentile or p.
+        logits: whether the first output is logits.
+        mask: name of the input that is 0 at padding.
+        trials: batches at the end of the data on which divergences are measured.
+    """
+
+    gptq: bool
+    clip: bool
+    calibration: str
+    parameter: float
+    logits: bool
+    mask: str
+    trials: int
+
+
+def find_units(program: Program, fixed: Callable[[Node], bool]) -> list[Unit]:
+    """The linears that may choose, with no options yet.
+
+    Args:
+        program: as it is when formats are allocated.
+        fixed: whether a linear keeps the recipe's format.
+    """
+    constants = program.constants()
+    groups: dict[Any, list[Node]] = {}
+    for node in program.exported.graph.nodes:
+        if node.target is not LINEAR or fixed(node) or operand(node, 1).name not in constants:
+            continue
+        attention = _attention(node)
+        key = (operand(node, 0), attention) if attention is not None else node
+        groups.setdefault(key, []).append(node)
+    units = []
+    for nodes in groups.values():
+        weights = [constants[operand(n, 1).name] for n in nodes]
+        units.append(
+            Unit(
+                tuple(n.name for n in nodes),
+                tuple(module_path(n) for n in nodes),
+                sum(w.numel() for w in weights),
+                tuple((int(w.shape[0]), int(w.shape[1])) for w in weights),
+                float(torch.cat([w.flatten() for w in weights]).double().var()),
+            )
+        )
+    return units
+
+
+def _attention(node: Node) -> Node | None:
+    """The fused attention that alone reads a linear's output, through ops that move elements."""
+    while True:
+        users = list(node.users)
+        if len(users) != 1:
+            return None
+        node = users[0]
+        if str(node.target) in ATTENTIONS:
+            return node
+        if node.target not in MOVES:
+            return None
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    program: Program,
+    units: Sequence[Unit],
+    formats: Sequence[Format],
+    batches: Sequence[Batch],
+    settings: Settings,
+    findings: Findings,
+    stored: Callable[[QType], int],
+    mine: Iterable[int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[int, Unit]:
+    """The units with an option for each format: `error` and `kl`.
+
+    Args:
+        program: as it is when formats are allocated.
+        units: from `find_units`, in graph order.
+        formats: what to try; float is an option of every unit besides.
+        batches: real data; the last `settings.trials` of them are for the divergence, all for the
+            Hessian and the ranges.
+        settings: how to measure.
+        findings: where each unit is kept as soon as it is measured, and taken from.
+        stored: bits that a weight of a type takes on the target.
+        mine: indices of the units to measure; all when not given.
+        say: told of each unit.
+    """
+    found = {i: findings.get(i) for i in (range(len(units)) if mine is None else mine)}
+    open_ = [i for i, unit in found.items() if unit is None]
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    order = {name: i for i, name in enumerate(nodes)}
+    if open_:
+        data = list(batches)
+        masks = [dict(zip(program.inputs, b, strict=True)).get(settings.mask) for b in data]
+        first = len(data) - settings.trials
+        with Stages(program, data) as stages:
+            reference = Divergence([*stages.outputs(first=first)], masks[first:], settings.logits)
+            for index in sorted(open_, key=lambda i: order[units[i].nodes[0]]):
+                unit = units[index]
+                say(unit.name)
+                layers = [nodes[name] for name in unit.nodes]
+                stages.advance(layers[0])
+                unit, weights, ranges = _measured(
+                    program, stages, layers, unit, formats, settings, masks, reference, stored
+                )
+                findings.put(index, unit, weights, ranges)
+                found[index] = unit
+    return {i: unit for i, unit in found.items() if unit is not None}
+
+
+def _measured(
+    program: Program,
+    stages: Stages,
+    layers: list[Node],
+    unit: Unit,
+    formats: Sequence[Format],
+    settings: Settings,
+    masks: list[Tensor | None],
+    reference: Divergence,
+    stored: Callable[[QType], int],
+) -> tuple[Unit, dict[str, list[Rounded]], dict[str, tuple[float, float]]]:
+    constants = program.constants()
+    source = operand(layers[0], 0)
+    matrices = [constants[operand(n, 1).name] for n in layers]
+    hessian: Tensor | None = None
+    seen = Statistics(source.name, -1)
+    ranged = any(f.activation is not None and not f.activation.dynamic for f in formats)
+    for value, mask in zip(stages.values(source), masks, strict=True):
+        rows = unpadded(value, mask).flatten(0, -2)
+        part = 2 * (rows.T @ rows).double()
+        hessian = part if hessian is None else hessian + part
+        if ranged:
+            seen.update(rows)
+    assert hessian is not None
+    factor = Factor.of(hessian) if settings.gptq else None
+    first = len(masks) - settings.trials
+    exact = _signal(stages, layers, first, masks)
+    float_bytes = 4 * unit.weights
+    options = [Option("float", 32, float_bytes, {"error": 0.0, "kl": 0.0})]
+    weights: dict[str, list[Rounded]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    done: dict[str, list[Rounded]] = {}
+    for wanted in formats:
+        assert wanted.weight is not None
+        fits = [wanted.weight.fitted(w.shape[1]) for w in matrices]
+        kinds = [kind for kind in fits if kind is not None]
+        if len(kinds) < len(matrices):
+            continue  # its groups divide no axis
+        key = "|".join(map(str, kinds))
+        if key not in done:  # formats that differ in their activations share the weights
+            done[key] = [
+                _rounded(w, hessian, kind, settings, factor)
+                for w, kind in zip(matrices, kinds, strict=True)
+            ]
+        rounded = weights[str(wanted)] = done[key]
+        kind = wanted.activation
+        if kind is not None and not kind.dynamic:
+            ranges[str(kind)] = choose_range(seen, kind, settings.calibration, settings.parameter)
+        functions = {
+            node: simulated(r.weight, kind, ranges.get(str(kind)))
+            for node, r in zip(layers, rounded, strict=True)
+        }
+        got: dict[Node, list[Tensor]] = {node: [] for node in layers}
+
+        def watch(node: Node, value: Any, got: dict[Node, list[Tensor]] = got) -> None:
+            if node in got:
+                got[node].append(value)
+
+        divergence = reference(list(stages.outputs(functions, watch, first)))
+        signal = noise = 0.0
+        for node, values in got.items():
+            for value, want, mask in zip(values, exact[node], masks[first:], strict=True):
+                signal += float(want.double().square().sum())
+                noise += float((unpadded(value, mask) - want).double().square().sum())
+        size = sum(
+            (w.numel() * stored(k) + 7) // 8 + k.bytes_for(0, r.scale.numel())
+            for w, k, r in zip(matrices, kinds, rounded, strict=True)
+        )
+        measures = {"error": noise / max(signal, 1e-300), "kl": divergence}
+        options.append(Option(str(wanted), wanted.bits, size, measures))
+    return with_options(unit, options), weights, ranges
+
+
+def _signal(
+    stages: Stages, layers: list[Node], first: int, masks: list[Tensor | None]
+) -> dict[Node, list[Tensor]]:
+    """What the layers give in float, for each trial batch, without padding."""
+    found: dict[Node, list[Tensor]] = {}
+    source = operand(layers[0], 0)
+    values = list(stages.values(source))[first:]
+    for node in layers:
+        rest: list[Any] = [stages.constant(n) if isinstance(n, Node) else n for n in node.args[1:]]
+        found[node] = [
+            unpadded(torch.nn.functional.linear(x, *rest), mask)
+            for x, mask in zip(values, masks[first:], strict=True)
+        ]
+    return found
+
+
+def _rounded(
+    weight: Tensor, hessian: Tensor, kind: QType, settings: Settings, factor: Factor | None
+) -> Rounded:
+    grid = search_grid(weight, hessian, kind) if settings.clip else nearest_grid(weight, kind)
+    if factor is not None:
+        return gptq(weight, hessian, kind, grid=grid, factor=factor)
+    return nearest(weight, grid, kind)
+
+
+def simulated(
+    weight: Tensor, activation: QType | None, reach: tuple[float, float] | None = None
+) -> Function:
+    """A linear with another weight, and an input that is rounded as a format says.
+
+    Args:
+        weight: on its grid, float32.
+        activation: format of the input; None: float.
+        reach: the range that a static format covers.
+    """
+    linear = torch.nn.functional.linear
+    if activation is None:
+        return lambda x, _, bias=None: linear(x, weight, bias)
+    if reach is None:
+        text = str(activation)
+
+        def dynamic(x: Tensor, _: Any, bias: Tensor | None = None) -> Tensor:
+            q, scale, zero = ops.dynamic_quantize(x, text)
+            return linear(ops.dequantize(q, scale, zero, 0, 0), weight, bias)
+
+        return dynamic
+    s, z = activation.scale_for(*(torch.tensor(end) for end in reach))
+    bounds = (activation.qmin, activation.qmax)
+
+    def static(x: Tensor, _: Any, bias: Tensor | None = None) -> Tensor:
+        q = ops.quantize(x, s, z, 0, 0, *bounds)
+        return linear(ops.dequantize(q, s, z, 0, 0), weight, bias)
+
+    return static
+
+
+def measure_gradients(
+    program: Program,
+    units: Mapping[int, Unit],
+    batches: Sequence[Batch],
+    settings: Settings,
+    findings: Findings,
+    probes: int = 2,
+) -> dict[int, Unit]:
+    """The units with `first` and `second` on every option.
+
+    Memory: the activations of one batch, and the gradients of all weights.
+
+    Args:
+        program: as for `measure_sensitivity`.
+        units: measured.
+        batches: real data; the last `settings.trials` are used, one at a time.
+        settings: as for `measure_sensitivity`.
+        findings: with the rounded weights.
+        probes: draws of the output for each batch.
+    """
+    constants = program.constants()
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    leaves = {
+        operand(nodes[name], 1).name: constants[operand(nodes[name], 1).name]
+        .detach()
+        .requires_grad_()
+        for unit in units.values()
+        for name in unit.nodes
+    }
+
+    def moved(index: int) -> dict[str, list[Tensor]]:
+        """Ŵ − W of a unit's layers, by format."""
+        exact = [constants[operand(nodes[name], 1).name] for name in units[index].nodes]
+        return {
+            text: [r - w for r, w in zip(rounded, exact, strict=True)]
+            for text, rounded in findings.weights(index).items()
+        }
+
+    squares = dict.fromkeys(units, 0.0)
+    products: dict[tuple[int, str], float] = {}
+    total, count = 0, 0
+    for number, batch in enumerate(batches[-settings.trials :]):
+        mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
+        outputs = [t for t in differentiable(program, batch, leaves) if t.requires_grad]
+        used = outputs[:1] if settings.logits else outputs
+        rows = [unpadded(t, mask) for t in used]
+        count += rows[0].numel() // rows[0].shape[-1] if settings.logits else rows[0].numel()
+        for probe in range(probes):
+            seed = number * probes + probe
+            loss = torch.stack([sampled_loss(t, mask, settings.logits, seed) for t in used]).sum()
+            last = probe == probes - 1
+            gradients = torch.autograd.grad(
+                loss, [*leaves.values()], retain_graph=not last, allow_unused=True
+            )
+            by_name = dict(zip(leaves, gradients, strict=True))
+            for index, unit in units.items():
+                found = [by_name[operand(nodes[name], 1).name] for name in unit.nodes]
+                parts = [torch.zeros(1) if g is None else g for g in found]
+                squares[index] += sum(float(g.double().square().sum()) for g in parts)
+                for text, errors in moved(index).items():
+                    pairs = zip(parts, errors, strict=True)
+                    error = sum(float((g * e).sum(dtype=torch.float64)) for g, e in pairs)
+                    products[index, text] = products.get((index, text), 0.0) + abs(error)
+            total += 1
+    measured = {}
+    for index, unit in units.items():
+        mean = squares[index] / max(1, count * probes)  # tr(F) for each row
+        distances = {
+            text: sum(float(e.double().square().sum()) for e in errors)
+            for text, errors in moved(index).items()
+        }
+        options = []
+        for option in unit.options:
+            measures = {
+                **option.measures,
+                "first": products.get((index, option.format), 0.0) / max(1, total),
+                "second": 0.5 * mean / unit.weights * distances.get(option.format, 0.0),
+            }
+            options.append(replace(option, measures=measures))
+        measured[index] = with_options(unit, options)
+    return measured
+
+
+def differentiable(program: Program, batch: Batch, leaves: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """The outputs for one batch with a graph of gradients behind them.
+
+    Args:
+        program: in float.
+        batch: the inputs.
+        leaves: constants' names → tensors that require a gradient.
+    """
+    values: dict[Node, Any] = {}
+    given = iter(batch)
+    constants = program.constants()
+    with torch.enable_grad():
+        for node in program.exported.graph.nodes:
+            if node.op == "placeholder":
+                known = node.name in constants
+                value = leaves.get(node.name, constants.get(node.name)) if known else next(given)
+                values[node] = value
+            elif node.op == "get_attr":
+                values[node] = getattr(program.exported.graph_module, str(node.target))
+            elif node.op == "output":
+                return tuple(values[n] if isinstance(n, Node) else n for n in operand(node, 0))
+            else:
+                function: Any = ops.TRACEABLE.get(node.target, node.target)
+                args = torch.fx.node.map_arg(node.args, values.__getitem__)
+                values[node] = function(
+                    *args, **torch.fx.node.map_arg(node.kwargs, values.__getitem__)
+                )
+    raise AssertionError("a graph without an output node")

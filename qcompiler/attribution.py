@@ -1,0 +1,421 @@
+"""Where the error of a quantized program comes from.
+
+Every place that rounds (a *source*: a weight, an activation, a cached key or value) is a
+quantize/dequantize pair of the program, and can be bypassed, so that its reader gets the float
+value. With L the divergence of the outputs from the float program (`qcompiler.divergence`):
+
+    alone(s)    = L with all sources but s bypassed
+    share(s)    = alone(s) / Σ alone
+    interaction = L − Σ alone: what the sources do to each other; negative where errors cancel
+    gain(s)     = L − L with s alone bypassed: what leaving s in float would buy
+
+At each layer's output the noise is split into what its own weight and input add (local) and what
+comes from the layers before it (inherited). Beside the noise that is measured there stands the
+bound of arXiv 2411.06084, lemma 7: Π (1 + ε) − 1 with ε = ‖Ŵ − W‖ / ‖W‖ (Frobenius) of each layer
+so far, which knows neither residual paths nor activations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompiler import ops
+from qcompiler.divergence import Divergence
+from qcompiler.program import Batch, Program, unpadded
+from qcompiler.qtype import QType
+from qcompiler.regions import CONVS, LINEAR
+from qcompiler.rewrite import module_path, operand
+from qcompiler.stages import Function, Stages
+
+aten = torch.ops.aten
+CHANGES = 5  # changes of the plan that are measured
+EIGHT = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that rounds.
+
+    Attributes:
+        node: the dequantize or round trip that its readers see.
+        path: module path of the first reader; of the attention for caches.
+        kind: "weight", "activation" or "kv cache".
+        format: of the integers.
+        readers: module paths of the layers that read it.
+    """
+
+    node: str
+    path: str
+    kind: str
+    format: str
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one source does to the outputs; see the module."""
+
+    source: Source
+    alone: float
+    share: float
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """Noise ÷ signal at one layer's output.
+
+    Attributes:
+        node, path: of the layer.
+        total: in the quantized program.
+        weight, activation: what its own weight and its own input add, each alone.
+        inherited: the rest; 0 at least.
+        bound: lemma 7's, as a ratio of norms squared.
+    """
+
+    node: str
+    path: str
+    total: float
+    weight: float
+    activation: float
+    inherited: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the plan that would make the error smaller.
+
+    Attributes:
+        source: what is changed.
+        to: the format that it gets instead.
+        predicted: how much smaller the divergence is expected to be, from `alone`.
+        measured: how much smaller it is with this change alone.
+        settings: the recipe's fields that make the change.
+    """
+
+    source: Source
+    to: str
+    predicted: float
+    measured: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The whole account.
+
+    Attributes:
+        total: divergence of the quantized program from the float one.
+        shares: all sources, largest first.
+        interaction: total less the sum of what the sources do alone, and less what the corrected
+            biases do.
+        bias: what the corrected biases take off the total; negative where they add to it.
+        layers: in graph order.
+        changes: those that would buy the most.
+        batches: on how many batches all of this was measured.
+    """
+
+    total: float
+    shares: tuple[Share, ...]
+    interaction: float
+    bias: float
+    layers: tuple[LayerNoise, ...] = ()
+    changes: tuple[Change, ...] = ()
+    batches: int = 0
+
+    def by_kind(self) -> dict[str, float]:
+        """Sum of the shares of each kind."""
+        found: dict[str, float] = {}
+        for row in self.shares:
+            found[row.source.kind] = found.get(row.source.kind, 0.0) + row.share
+        return found
+
+
+@dataclass
+class _Site:
+    """A source with what bypasses it and what restores it."""
+
+    source: Source
+    start: Node  # the first node that is bypassed
+    bypass: dict[Node, Function]
+    readers: list[Node] = field(default_factory=list)
+    weight: Tensor | None = None  # float, of weights
+
+
+def attribute(
+    floating: Program,
+    quantized: Program,
+    batches: Sequence[Batch],
+    mask: str = "",
+    logits: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Attribution:
+    """Account for the error of `quantized`.
+
+    Args:
+        floating: the program before formats were put in.
+        quantized: the same with quantize/dequantize pairs; layers keep their names.
+        batches: real data.
+        mask: name of the input that is 0 at padding.
+        logits: whether the first output is logits.
+        say: told of each source.
+    """
+    sites = find_sources(floating, quantized)
+    masks = [dict(zip(floating.inputs, b, strict=True)).get(mask) for b in batches]
+    exact = {n.name: n for n in floating.exported.graph.nodes}
+    layers = [
+        n for n in quantized.exported.graph.nodes
+        if n.target in (LINEAR, *CONVS) and n.name in exact
+    ]  # fmt: skip
+    names = {n.name for n in layers}
+    clean: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(node: Node, value: Any) -> None:
+        if node.name in names:
+            clean[node.name].append(value)
+
+    reference = Divergence([floating.run(b, keep) for b in batches], masks, logits)
+    everything = {n: f for site in sites for n, f in site.bypass.items()}
+    biases = _float_biases(floating, layers)
+
+    def noise(seen: Mapping[str, list[Tensor]], name: str) -> float:
+        rows = zip(seen[name], clean[name], masks, strict=True)
+        pairs = [(unpadded(a, m).double(), unpadded(b, m).double()) for a, b, m in rows]
+        signal = sum(float(b.square().sum()) for _, b in pairs)
+        return sum(float((a - b).square().sum()) for a, b in pairs) / max(signal, 1e-300)
+
+    def run(
+        stages: Stages, functions: Mapping[Node, Function], wanted: set[str] | None = None
+    ) -> tuple[float, dict[str, list[Tensor]]]:
+        seen: dict[str, list[Tensor]] = {name: [] for name in wanted or ()}
+
+        def watch(node: Node, value: Any) -> None:
+            if node.name in seen:
+                seen[node.name].append(value)
+
+        return reference(list(stages.outputs(functions, watch))), seen
+
+    own: dict[tuple[str, str], float] = {}  # (layer, kind) → noise of that kind alone
+    alone: dict[str, float] = {}
+    with Stages(quantized, batches) as stages:
+        total, seen = run(stages, {}, names)
+        totals = {name: noise(seen, name) for name in names}
+        uncorrected, _ = run(stages, biases)
+        say("sources alone")
+        stages.functions = {**everything, **biases}
+        index = {n: i for i, n in enumerate(quantized.exported.graph.nodes)}
+        for number, site in enumerate(sorted(sites, key=lambda s: index[s.start]), 1):
+            say(f"source {number}/{len(sites)}")
+            stages.advance(site.start)
+            restored: dict[Node, Function] = {n: _op(n) for n in site.bypass}
+            readers = {n.name for n in site.readers}
+            alone[site.source.node], seen = run(stages, restored, readers)
+            for name in readers:
+                key = (name, site.source.kind)
+                own[key] = own.get(key, 0.0) + noise(seen, name)
+    whole = sum(alone.values())
+    ranked = sorted(sites, key=lambda s: -alone[s.source.node])
+    say("changes")
+    changes, gains = _changes(quantized, batches, ranked, alone, total, reference)
+    shares = tuple(
+        Share(
+            s.source, alone[s.source.node], alone[s.source.node] / max(whole, 1e-300),
+            gains.get(s.source.node),
+        )
+        for s in ranked
+    )  # fmt: skip
+    rows, product = [], 1.0
+    weights = {r.name: s for s in sites for r in s.readers if s.source.kind == "weight"}
+    for node in layers:
+        product *= 1 + _relative_error(weights.get(node.name), quantized)
+        weight, activation = (own.get((node.name, k), 0.0) for k in ("weight", "activation"))
+        inherited = max(0.0, totals[node.name] - weight - activation)
+        rows.append(
+            LayerNoise(
+                node.name, module_path(exact[node.name]), totals[node.name], weight, activation,
+                inherited,
+                (product - 1) ** 2,
+            )
+        )  # fmt: skip
+    bias = uncorrected - total
+    return Attribution(
+        total, shares, uncorrected - whole, bias, tuple(rows), tuple(changes), len(batches)
+    )
+
+
+def _op(node: Node) -> Function:
+    function: Any = node.target
+    return function  # type: ignore[no-any-return]  # a call's target is its op
+
+
+def find_sources(floating: Program, quantized: Program) -> list[_Site]:
+    """Every place in `quantized` that rounds, in graph order."""
+    exact = {n.name: n for n in floating.exported.graph.nodes}
+    constants = floating.constants()
+    packed = quantized.constants()
+    tables = {
+        module_path(n): n for n in floating.exported.graph.nodes
+        if n.target is aten.embedding.default
+    }  # fmt: skip
+    found = []
+    for node in quantized.exported.graph.nodes:
+        if node.target is ops.cache_round_trip:
+            reader = next(iter(node.users), node)
+            source = Source(node.name, module_path(reader), "kv cache", str(node.args[1]))
+            found.append(_Site(source, node, {node: lambda x, _: x}))
+            continue
+        if node.target is not ops.dequantize:
+            continue
+        q = operand(node, 0)
+        readers = [n for n in node.users if n.target in (LINEAR, *CONVS) and n.name in exact]
+        paths = tuple(module_path(n) for n in readers)
+        if q.target is ops.quantize and q.name not in packed:
+            source = Source(node.name, _place(node, readers), "activation", _kind(q), paths)
+            bypass: dict[Node, Function] = {q: lambda x, *_: x, node: lambda x, *_: x}
+            found.append(_Site(source, q, bypass, readers))
+        elif q.target is operator.getitem and q.args[0].target is ops.dynamic_quantize:
+            made = q.args[0]
+            source = Source(
+                node.name, _place(node, readers), "activation", str(made.args[1]), paths
+            )
+            bypass = {made: lambda x, _: (x, x, x), node: lambda x, *_: x}
+            found.append(_Site(source, made, bypass, readers))
+        elif q.target is aten.embedding.default:
+            table = tables.get(module_path(q))
+            if table is None or operand(table, 0).name not in constants:
+                continue
+            weight = constants[operand(table, 0).name]
+            source = Source(node.name, module_path(q), "weight", "int8:channel", ())
+            bypass = {
+                q: lambda _, i, *rest, w=weight: aten.embedding.default(w, i),
+                node: lambda x, *_: x,
+            }
+            found.append(_Site(source, q, bypass))
+        else:
+            layer = next((n for n in readers if operand(n, 1) is node), None)
+            bias = next((n for n in readers if operand(n, 2) is node), None)
+            if bias is not None or layer is None:
+                continue  # an int32 bias is rounded a thousand times finer than what it is added to
+            weight = constants[operand(exact[layer.name], 1).name]
+            source = Source(node.name, module_path(layer), "weight", _weight_kind(node, q), paths)
+            site = _Site(source, node, {node: lambda *_, w=weight: w}, [layer], weight)
+            found.append(site)
+    return found
+
+
+def _place(node: Node, readers: Sequence[Node]) -> str:
+    return module_path(readers[0]) if readers else module_path(node)
+
+
+def _kind(q: Node) -> str:
+    """A static activation's format from its bounds."""
+    low, high = int(q.args[5]), int(q.args[6])  # type: ignore[arg-type]  # integers by the schema
+    bits = (high - low + 1).bit_length() - (0 if low + high in (0,) else 1)
+    return f"{'uint' if low == 0 else 'int'}{bits}:tensor" + (":affine" if low == 0 else "")
+
+
+def _weight_kind(node: Node, q: Node) -> str:
+    element = str(q.args[1]) if q.target is ops.unpack else "int8"
+    group = int(operand(node, 4) or 0)
+    return f"{element}:g{group}" if group else f"{element}:channel"
+
+
+def _float_biases(floating: Program, layers: Sequence[Node]) -> dict[Node, Function]:
+    """Layers with the biases that they had before these were corrected."""
+    exact = {n.name: n for n in floating.exported.graph.nodes}
+    constants = floating.constants()
+    found: dict[Node, Function] = {}
+    for node in layers:
+        bias = operand(exact[node.name], 2)
+        value = constants.get(bias.name) if isinstance(bias, Node) else None
+        function: Any = node.target
+
+        def call(
+            x: Tensor, w: Tensor, b: Any = None, *rest: Any, f: Any = function, v: Any = value
+        ) -> Any:
+            return f(x, w, v, *rest)
+
+        found[node] = call
+    return found
+
+
+def _relative_error(site: _Site | None, quantized: Program) -> float:
+    """‖Ŵ − W‖ / ‖W‖ of a layer's weight; 0 where it is float."""
+    if site is None or site.weight is None:
+        return 0.0
+    got = _dequantized(site.start, quantized)
+    return float((got - site.weight).double().norm() / site.weight.double().norm().clamp(min=1e-30))
+
+
+def _dequantized(node: Node, program: Program) -> Tensor:
+    """The weight that a dequantize of constants gives."""
+    constants = program.constants()
+
+    def value(source: Any) -> Any:
+        if not isinstance(source, Node):
+            return source
+        if source.name in constants:
+            return constants[source.name]
+        return _op(source)(*map(value, source.args))
+
+    result: Tensor = value(node)
+    return result
+
+
+def _changes(
+    quantized: Program,
+    batches: Sequence[Batch],
+    ranked: Sequence[_Site],
+    alone: Mapping[str, float],
+    total: float,
+    reference: Divergence,
+) -> tuple[list[Change], dict[str, float]]:
+    """The changes that would buy the most, measured; and what float in those places would buy."""
+    found, gains = [], {}
+    with Stages(quantized, batches) as stages:
+        for site in ranked[:CHANGES]:
+            gain = total - reference(list(stages.outputs(site.bypass)))
+            gains[site.source.node] = gain
+            finer = _finer(site)
+            if finer is None:
+                settings, to = _float_settings(site.source), "float"
+                predicted, measured = alone[site.source.node], gain
+            else:
+                kind, function = finer
+                to = str(kind)
+                settings = {"formats": dict.fromkeys(site.source.readers, to)}
+                changed = {site.start: function}
+                measured = total - reference(list(stages.outputs(changed)))
+                # Noise falls with the square of the step.
+                before = QType.parse(site.source.format).bits
+                predicted = alone[site.source.node] * (1 - 4.0 ** (before - kind.bits))
+            found.append(Change(site.source, to, predicted, measured, settings))
+    return found, gains
+
+
+def _finer(site: _Site) -> tuple[QType, Function] | None:
+    """A weight below 8 bits in 8, rounded to nearest."""
+    if site.weight is None or site.source.kind != "weight":
+        return None
+    kind = QType.parse(site.source.format)
+    if kind.bits >= EIGHT:
+        return None
+    finer = QType("int8", kind.granularity, kind.group)
+    weight = finer.round_trip(site.weight, 1 if finer.group else 0)
+    return finer, lambda *_, w=weight: w
+
+
+def _float_settings(source: Source) -> dict[str, Any]:
+    if source.kind == "kv cache":
+        return {"keys": None, "values": None}
+    if source.kind == "activation":
+        return {"formats": dict.fromkeys(source.readers, "int8:channel")}
+    return {"formats": dict.fromkeys(source.readers or (source.path,), "float")}

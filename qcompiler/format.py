@@ -1,0 +1,53 @@
+"""Format: how one layer's weight and what it reads are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompiler.errors import InputError
+from qcompiler.qtype import QType
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Format:
+    """The number formats of a linear or convolution; None is float.
+
+    Written `int8:channel/uint8:tensor:affine` (weight, then activation), `int4:g32` for weights
+    alone, `float` for neither.
+    """
+
+    weight: QType | None = None
+    activation: QType | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is None and self.activation is not None:
+            raise InputError(
+                f"format: activations of {self.activation} need an integer weight; write "
+                f"int8:channel/{self.activation}"
+            )
+
+    def __str__(self) -> str:
+        if self.weight is None:
+            return FLOAT
+        return str(self.weight) + (f"/{self.activation}" if self.activation else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Format:
+        """The inverse of `str`.
+
+        Raises:
+            InputError: an unknown number format, with the nearest known one.
+        """
+        weight, _, activation = text.strip().partition("/")
+
+        def kind(part: str) -> QType | None:
+            return None if part in ("", FLOAT, "none") else QType.parse(part)
+
+        return cls(kind(weight), kind(activation))
+
+    @property
+    def bits(self) -> int:
+        """Bits of one weight, scales not counted."""
+        return self.weight.bits if self.weight is not None else 32

@@ -1,0 +1,66 @@
+"""Divergence against scipy and its definition; the sampled loss as a probe of its Hessian."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy.special import rel_entr, softmax
+from torch import Tensor
+
+from qcompiler.divergence import Divergence, sampled_loss
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits_are_compared_as_predictions() -> None:
+    r, g = draw(2, 5, 7), draw(2, 5, 7, seed=1)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    p, q = (softmax(t[mask != 0].double().numpy(), axis=-1) for t in (r, g))
+    want = rel_entr(p, q).sum(-1).mean()
+    # Outputs after the first are a state and do not count.
+    found = Divergence([(r, draw(3))], [mask], logits=True)([(g, draw(3, seed=2))])
+    assert math.isclose(found, want, rel_tol=1e-5)
+
+
+def test_other_outputs_are_compared_by_their_power() -> None:
+    r, s = draw(4, 6), draw(4, 2, seed=3)
+    g, t = r + 0.1 * draw(4, 6, seed=1), s + 0.3
+    want = 0.5 * np.mean([float((a - b).square().sum() / a.square().sum()) for a, b in
+                          ((r, g), (s, t))])  # fmt: skip
+    reference = Divergence([(r, s)], [None])
+    assert math.isclose(reference([(g, t)]), want, rel_tol=1e-5)
+    assert reference([(r, s)]) == 0.0
+    assert reference([(g * math.nan, t)]) == math.inf
+
+
+def test_several_batches_count_by_their_rows() -> None:
+    r, g = draw(6, 5), draw(6, 5, seed=1)
+    whole = Divergence([(r,)], [None], logits=True)([(g,)])
+    parts = Divergence([(r[:2],), (r[2:],)], [None, None], logits=True)([(g[:2],), (g[2:],)])
+    assert math.isclose(whole, parts, rel_tol=1e-5)
+
+
+def probes(output: Tensor, logits: bool, count: int) -> Tensor:
+    """Mean of g gᵀ over draws, with respect to a flat output."""
+    leaf = output.clone().requires_grad_()
+    total = torch.zeros(leaf.numel(), leaf.numel(), dtype=torch.float64)
+    for seed in range(count):
+        (g,) = torch.autograd.grad(sampled_loss(leaf, None, logits, seed), [leaf])
+        total += torch.outer(g.flatten().double(), g.flatten().double())
+    return total / count
+
+
+def test_the_sampled_loss_probes_the_hessian_of_the_divergence() -> None:
+    """Softmax: diag(p) − p pᵀ. Gaussian: 1 / mean(output²)."""
+    logits = draw(1, 4)
+    p = logits[0].double().softmax(-1)
+    want = torch.diag(p) - torch.outer(p, p)
+    assert torch.allclose(probes(logits, True, 4000), want, atol=0.02)
+    output = draw(1, 4, seed=5)
+    want = torch.eye(4, dtype=torch.float64) / output.double().square().mean()
+    found = probes(output, False, 4000)
+    assert torch.allclose(found, want, atol=0.12 * float(want.max()))

@@ -1,0 +1,171 @@
+"""Mixed precision end to end: budgets kept, points compile, bad budgets refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import qcompiler
+from qcompiler.cli import app
+from qcompiler.compiler import study
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.format import Format
+from qcompiler.recipe import load_recipe
+from qcompiler.spec import ModelSpec
+
+
+class Tower(nn.Module):
+    """Layers of very different weight in the output: the first matters most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.gains = (1.0, 0.3, 0.1, 0.03)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for layer, gain in zip(self.layers, self.gains, strict=True):
+            out = out + gain * torch.tanh(layer(out))
+        return out
+
+
+def tower() -> ModelSpec:
+    g = torch.Generator().manual_seed(1)
+    data = [(torch.randn(8, 64, generator=g),) for _ in range(8)]
+    return ModelSpec("tower", Tower(), data[0], {"x": {0: "batch"}}, lambda: data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("mixed")
+    recipe = load_recipe("mixed", {"bits": 3.5})
+    return qcompiler.compile(tower(), recipe=recipe, out=folder / "a", study=folder / "s")
+
+
+def test_the_budget_is_kept_and_used(made: Any) -> None:
+    mixed = made.manifest["mixed"]
+    assert 3.0 < mixed["chosen"]["bits"] <= 3.5
+    bits = {u["name"]: Format.parse(u["format"]).bits for u in mixed["units"]}
+    assert sum(bits.values()) / 4 == mixed["chosen"]["bits"]
+    # What matters more has more bits.
+    assert bits["layers.0"] > bits["layers.3"]
+    # Better than three bits everywhere, at half a bit more; better than every other proposal.
+    losses = {p["label"]: p["loss"] for p in mixed["uniform"]}
+    assert mixed["chosen"]["loss"] < losses["all int3:g32:affine"]
+    assert mixed["chosen"]["loss"] <= min(p["loss"] for p in mixed["tried"])
+    labels = {p["label"] for p in mixed["tried"]}
+    assert {"greedy", "closed form", "integer program on kl"} <= labels
+
+
+def test_the_artifact_has_the_chosen_formats(made: Any) -> None:
+    mixed = made.manifest["mixed"]
+    planned = {r["path"]: r["qtype"] for r in made.manifest["plan"] if r["site"].endswith("[1]")}
+    assert planned == {u["name"]: u["format"] for u in mixed["units"]}
+    assert made.manifest["recipe"]["bits"] is None
+    assert made.manifest["recipe"]["formats"] == planned
+
+
+def test_points_of_the_front_compile(made: Any, tmp_path: Path) -> None:
+    folder = Path(made.manifest["mixed"]["folder"])
+    rows = json.loads((folder / "front.json").read_text())
+    with (folder / "front.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [r["point"] for r in rows] == [r["point"] for r in table]
+    assert len([r for r in rows if r["point"] != "chosen"]) >= 12
+    losses = [r["loss"] for r in rows if r["point"] != "chosen"]
+    assert losses[0] > 10 * losses[-1]
+    recipe = load_recipe(str(folder / "points/03.yaml"))
+    artifact = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "p")
+    assert artifact.manifest["recipe"]["formats"] == recipe.formats
+    bits = [Format.parse(text).bits for text in recipe.formats.values()]
+    assert sum(bits) / len(bits) <= float(table[3]["bits"]) + 1e-9
+
+
+def test_a_second_budget_uses_the_study(made: Any, tmp_path: Path) -> None:
+    folder = Path(made.manifest["mixed"]["folder"])
+    before = {p: p.stat().st_mtime_ns for p in (folder / "units").iterdir()}
+    recipe = load_recipe("mixed", {"size": 0.012})
+    artifact = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "b", study=folder)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "units").iterdir()} == before
+    assert artifact.manifest["mixed"]["chosen"]["bytes"] <= 12_000
+
+
+def test_the_cheapest_within_a_loss(made: Any, tmp_path: Path) -> None:
+    recipe = load_recipe("mixed", {"max_loss": "0.5%"})
+    artifact = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "c")
+    mixed = artifact.manifest["mixed"]
+    assert mixed["chosen"]["loss"] <= 0.5 * 0.005
+    cheaper = [p for p in mixed["tried"] if p["bytes"] < mixed["chosen"]["bytes"]]
+    assert all(p["loss"] > 0.5 * 0.005 for p in cheaper)
+
+
+def test_impossible_budgets(made: Any, tmp_path: Path) -> None:
+    folder = Path(made.manifest["mixed"]["folder"])
+    for settings, message in (
+        ({"bits": 1.0}, r"bits a weight: 1 cannot be reached; .* is 2"),
+        ({"size": 0.001}, r"MB of weights: 0.001 cannot be reached; .* is 0.0"),
+    ):
+        recipe = load_recipe("mixed", settings)
+        with pytest.raises(InputError, match=message):
+            qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "d", study=folder)
+        assert not (tmp_path / "d").exists()
+
+
+def test_a_study_of_another_model_is_measured_again(made: Any, tmp_path: Path) -> None:
+    spec = tower()
+    first = study(spec, out=tmp_path / "s")
+    assert not any("another" in note for note in first["notes"])
+    with torch.no_grad():
+        spec.module.get_parameter("layers.0.weight").mul_(1.5)
+    second = study(spec, out=tmp_path / "s")
+    assert any("another model" in note for note in second["notes"])
+    assert second["units"][0]["options"] != first["units"][0]["options"]
+
+
+def test_recipes_without_a_budget_or_a_kernel(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["compile", "tiny-mlp", "--recipe", "mixed", "--out", str(tmp_path / "a")]
+    )
+    assert result.exit_code == 2
+    assert "needs a budget: --bits" in result.stderr
+    recipe = load_recipe("mixed", {"bits": 4, "candidates": "int4:g32/int8:tensor"})
+    with pytest.raises(UnsupportedError, match="candidate int4:g32/int8:tensor on target"):
+        qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "b")
+
+
+def test_the_commands(tmp_path: Path, tiny: Callable[[str], Any]) -> None:
+    runner = CliRunner()
+    folder = str(tmp_path / "s")
+    result = runner.invoke(app, ["sensitivity", "tiny-attention-block", "--out", folder])
+    assert result.exit_code == 0, result.stderr
+    assert "the most sensitive first" in result.stdout
+    assert "(query, key, value)" in result.stdout
+    out = str(tmp_path / "a")
+    command = ["compile", "tiny-attention-block", "--recipe", "mixed", "--bits", "4.5", "--out"]
+    result = runner.invoke(app, [*command, out, "--study", folder])
+    assert result.exit_code == 0, result.stderr
+    result = runner.invoke(app, ["explain", out])
+    assert result.exit_code == 0, result.stderr
+    assert "changes that would buy the most" in result.stdout
+    result = runner.invoke(app, ["explain", folder])
+    assert result.exit_code == 2
+
+
+def test_formats_print_and_parse() -> None:
+    for text in ("float", "int4:g32", "int8:channel/uint8:tensor:affine"):
+        assert str(Format.parse(text)) == text
+    with pytest.raises(InputError, match="need an integer weight"):
+        Format.parse("float/int8:token")
+    recipe = load_recipe("w8a8", {"formats": {"*.down": "int4:g32", "a.down": "float"}})
+    assert str(recipe.format_of("b.down", "linear")) == "int4:g32"
+    assert str(recipe.format_of("a.down", "linear")) == "float"
+    assert recipe.format_of("up", "linear") == recipe.format
