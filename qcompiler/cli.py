@@ -54,6 +54,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and no progress.")]
 MIXED = "Mixed precision (with --recipe mixed)"
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that measure.", rich_help_panel=MIXED)]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="A Ray cluster that measures instead of this machine; 'local' starts one.",
+        rich_help_panel=MIXED,
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'compile' wrote.")]
 
 
@@ -185,6 +193,7 @@ def compile_command(
         ),
     ] = None,
     jobs: Jobs = 1,
+    ray: Ray = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -232,6 +241,7 @@ def compile_command(
                 buckets=buckets,
                 study=study,
                 jobs=jobs,
+                ray=ray,
                 progress=progress,
                 command=shlex.join(["qcompiler", *sys.argv[1:]]),
             )
@@ -432,6 +442,7 @@ def sensitivity(
         ),
     ] = None,
     jobs: Jobs = 1,
+    ray: Ray = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -451,7 +462,7 @@ def sensitivity(
             progress("load the model")
             source, spec = _load(model)
             batches = load_calibration(calibration, spec) if calibration else None
-            found = cli_mixed.study(source, machine, chosen, batches, out, jobs, progress)
+            found = cli_mixed.study(source, machine, chosen, batches, out, jobs, ray, progress)
         if as_json:
             print_json(found)
         else:

@@ -28,6 +28,7 @@ def study(
     calibration: Batches | None,
     out: Path,
     jobs: int,
+    ray: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Make or finish a study, with its figures."""
@@ -35,7 +36,7 @@ def study(
 
     return compiler.study(
         source, target=target, recipe=recipe, calibration=calibration, out=out, jobs=jobs,
-        progress=progress,
+        ray=ray, progress=progress,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def compile(
     buckets: Mapping[str, Sequence[int]] | None = None,
     study: str | Path | None = None,
     jobs: int = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Artifact:
@@ -88,6 +89,7 @@ def compile(
         study: of recipes with a budget: where the study of what formats cost is kept, and taken
             from by later compilations of the same model; `<out>.study` when not given.
         jobs: processes that make the study.
+        ray: address of a Ray cluster that makes it instead; "local" starts one with `jobs` workers.
         progress: called with the name of each step.
         command: what reproduces this, for the report.
 
@@ -122,7 +124,7 @@ def compile(
         data = Data(program, spec, recipe)
         journal = out.with_name(f"{out.name}.journal") if resume else None
         kept = Path(study) if study is not None else out.with_name(f"{out.name}.study")
-        compiled = quantize(program, data, recipe, target, say, journal, kept, jobs)
+        compiled = quantize(program, data, recipe, target, say, journal, kept, jobs, ray)
         compiled.seconds = say.seconds
         deliver(folder, spec, compiled, data, compiled.recipe, target, buckets or {}, say, command)
     if journal is not None:
@@ -239,6 +241,7 @@ def quantize(
     journal: Path | None = None,
     study: Path | None = None,
     jobs: int = 1,
+    ray: str | None = None,
 ) -> Compiled:
     """The order of the passes, from the captured program to the quantized one.
 
@@ -252,7 +255,7 @@ def quantize(
     choice: dict[str, Any] = {}
     if recipe.mixed:
         assert study is not None
-        recipe, choice = mixed.choose(program, data, recipe, target, study, say, jobs)
+        recipe, choice = mixed.choose(program, data, recipe, target, study, say, jobs, ray)
     say("allocate")
     plan = allocate(program, recipe, target)
     floating = program
@@ -322,6 +325,7 @@ def study(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     out: str | Path,
     jobs: int = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure what each number format of each layer costs a model.
@@ -332,6 +336,7 @@ def study(
         out: the folder of the study: `study.json`, the Pareto front as JSON and CSV, and each of
             its points as a recipe. A study that is there is gone on with.
         jobs: processes that measure.
+        ray: address of a Ray cluster that measures instead; "local" starts one with `jobs` workers.
 
     Returns:
         What `study.json` and the front hold.
@@ -347,7 +352,7 @@ def study(
     )  # fmt: skip
     data = Data(program, spec, recipe)
     ready = prepare(program, data, recipe, target, say)
-    return mixed.explore(ready.program, data, recipe, target, Path(out), say, jobs)
+    return mixed.explore(ready.program, data, recipe, target, Path(out), say, jobs, ray)
 
 
 def _round(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from qcompiler import allocation
+from qcompiler import allocation, costs
 from qcompiler.allocation import Choice, Limit
 from qcompiler.data import Data
 from qcompiler.divergence import Divergence
@@ -41,6 +41,7 @@ from qcompiler.spec import ModelSpec
 from qcompiler.stages import Stages
 from qcompiler.study import MEASURES, Findings, Study
 from qcompiler.target import Target
+from qcompiler.workers import Task, measure_in_processes
 
 POINTS = 13  # budgets of the Pareto front
 TRIALS = 10  # neighbours of a chosen plan that are measured as well, at each descent
@@ -133,6 +134,7 @@ class Mixer:
         folder: Path,
         say: Say,
         jobs: int = 1,
+        ray: str | None = None,
     ) -> None:
         """Read the data; nothing is measured yet.
 
@@ -144,11 +146,12 @@ class Mixer:
             folder: where the study is kept.
             say: told of each step.
             jobs: processes that measure.
+            ray: address of a cluster that measures; "local" starts one.
         """
         if not data.real:
             raise InputError("mixed precision studies the model on real data: give --calibration")
-        self.program, self.recipe, self.target = program, recipe, target
-        self.folder, self.say, self.jobs = folder, say, jobs
+        self.program, self.recipe, self.target, self.spec = program, recipe, target, data.spec
+        self.folder, self.say, self.jobs, self.ray = folder, say, jobs, ray
         self.formats = [Format.parse(text) for text in recipe.candidates]
         batches = list(data.calibration())
         trials = _trials(batches)
@@ -194,10 +197,20 @@ class Mixer:
         self.say("sensitivity")
         count = len(self.units)
         told = iter(range(1, count + 1))
-        measured = measure_sensitivity(
-            self.program, self.units, self.formats, self.batches, self.settings, self.findings,
-            self.target.stored_bits, say=lambda name: self.say(f"sensitivity {next(told)}/{count}"),
-        )  # fmt: skip
+        if self.jobs == 1 and self.ray is None:
+            measured = measure_sensitivity(
+                self.program, self.units, self.formats, self.batches, self.settings, self.findings,
+                self.target.stored_bits,
+                say=lambda name: self.say(f"sensitivity {next(told)}/{count}"),
+            )  # fmt: skip
+        else:
+            task = Task(
+                self.units, [*map(str, self.formats)], self.settings, str(self.target),
+                self.fingerprint,
+            )  # fmt: skip
+            measured = measure_in_processes(
+                self.program, self.batches, task, self.folder, self.jobs, self.say, self.ray
+            )
         self.say("gradients")
         measured = measure_gradients(
             self.program, measured, self.batches, self.settings, self.findings
@@ -224,6 +237,66 @@ class Mixer:
         if before.fingerprint == self.fingerprint:
             return []
         return [f"a study of another model, data or version lay in {self.folder}: measured again"]
+
+    def time(self) -> dict[str, Any]:
+        """Put measured latencies on the units' options; those without a kernel are dropped.
+
+        Returns:
+            What was timed, for the report: milliseconds of the whole model by format.
+
+        Raises:
+            UnsupportedError: this machine is not the target.
+        """
+        if not costs.here(self.target):
+            raise UnsupportedError(
+                f"--latency: this machine is not {self.target}, so nothing can be timed; give a "
+                "budget of --bits or --size"
+            )
+        spec, batch = self.spec, self.batches[-1]
+        phases = {"prefill": _rows(batch)}
+        if spec.generation is not None:
+            phases["decode"] = 1
+        texts = [*map(str, self.formats)]
+        shapes = sorted({shape for unit in self.units for shape in unit.shapes})
+        times = costs.micro(self.target, shapes, texts, phases, self.folder, self.say)
+        whole: dict[str, float] = {}
+        if spec.generation is None:
+            programs = {"float": self.program}
+            for text in texts:
+                made = self._simulated(text)
+                if made is not None:
+                    programs[text] = made
+            whole = costs.anchors(
+                programs, self.target, batch, spec.dynamic_shapes, self.settings.mask, self.say
+            )
+        self.units = costs.with_latency(self.units, times, whole)
+        return whole
+
+    def _simulated(self, text: str) -> Program | None:
+        """The model with one format for all units, rounded to nearest, for timing."""
+        formats = {n: text for unit in self.units for n in unit.nodes}
+        recipe = self.recipe.updated({"formats": {**self.recipe.formats, **formats}})
+        return costs.quantized_program(self.program, recipe, self.target)
+
+    def latency_limit(self, share: float, whole: Mapping[str, float]) -> Limit:
+        """Milliseconds of the units, so that the model takes that share of the float one's time.
+
+        Of language models, where the whole is not timed, the share is that of the units at decode.
+        """
+        phase = "decode" if self.spec.generation is not None else "prefill"
+        cost = allocation.latency(phase)
+        base = sum(cost(u, u.option("float")) for u in self.units)
+        total = whole.get("float", base)
+        return Limit(
+            f"share of the float model's time ({phase})",
+            lambda u, o: (cost(u, o) + (total - base) * u.weights / self.weights) / total,
+            share,
+        )
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all units."""
+        return sum(unit.weights for unit in self.units)
 
     def measure(self, choices: Mapping[str, Choice]) -> list[Point]:
         """Run plans end to end, all units quantized together, on the trial batches."""
@@ -253,13 +326,12 @@ class Mixer:
 
     def point(self, label: str, choice: Choice, loss: float, objective: allocation.Cost) -> Point:
         """A measured plan with its costs."""
-        total = sum(u.weights for u in self.units)
         phases = set.intersection(
             *(set(u.options[i].latency) for u, i in zip(self.units, choice, strict=True))
         )
         return Point(
             label, choice,
-            allocation.total(self.units, choice, allocation.bits) / total,
+            allocation.total(self.units, choice, allocation.bits) / self.weights,
             int(allocation.total(self.units, choice, allocation.size)),
             loss,
             allocation.total(self.units, choice, objective),
@@ -271,8 +343,7 @@ class Mixer:
 
     def bits_limit(self, wanted: float) -> Limit:
         """Mean bits of a weight."""
-        total = sum(u.weights for u in self.units)
-        return Limit("bits a weight", lambda u, o: o.bits * u.weights / total, wanted)
+        return Limit("bits a weight", lambda u, o: o.bits * u.weights / self.weights, wanted)
 
     def size_limit(self, megabytes: float) -> Limit:
         """Bytes of the units' weights, scales included."""
@@ -452,6 +523,7 @@ def choose(
     folder: Path,
     say: Say,
     jobs: int = 1,
+    ray: str | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Formats for every unit within the recipe's budget.
 
@@ -463,6 +535,7 @@ def choose(
         folder: of the study; made, or gone on with, or used as it is.
         say: told of each step.
         jobs: processes that measure.
+        ray: address of a cluster that measures; "local" starts one.
 
     Returns:
         The recipe with `formats` and without a budget, and how it came about: for the manifest.
@@ -470,9 +543,12 @@ def choose(
     Raises:
         InputError: nothing is within the budget; says the nearest that is.
     """
-    mixer = Mixer(program, data, recipe, target, folder, say, jobs)
+    mixer = Mixer(program, data, recipe, target, folder, say, jobs, ray)
     study = mixer.study()
+    timed = mixer.time() if recipe.latency is not None else {}
     limits = []
+    if recipe.latency is not None:
+        limits.append(mixer.latency_limit(recipe.latency, timed))
     if recipe.bits is not None:
         limits.append(mixer.bits_limit(recipe.bits))
     if recipe.size is not None:
@@ -485,7 +561,7 @@ def choose(
     else:
         best, tried = mixer.best(limits)
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    described = mixer.describe(study, tried, uniform, front, best)
+    described = mixer.describe(study, tried, uniform, front, best) | {"timed": timed}
     mixer.write(front, best)
     return mixer.recipe_of(best), described
 
@@ -498,9 +574,10 @@ def explore(
     folder: Path,
     say: Say,
     jobs: int = 1,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """The study alone, with the plans of the Pareto front; the arguments are those of `choose`."""
-    mixer = Mixer(program, data, recipe, target, folder, say, jobs)
+    mixer = Mixer(program, data, recipe, target, folder, say, jobs, ray)
     study = mixer.study()
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
     mixer.write(front)
@@ -511,6 +588,12 @@ def _matches(pattern: str, node: torch.fx.Node) -> bool:
     from fnmatch import fnmatch
 
     return fnmatch(module_path(node), pattern)
+
+
+def _rows(batch: Batch) -> int:
+    """Rows that a linear multiplies for a batch: tokens, or samples."""
+    first = batch[0]
+    return int(first.shape[0]) if first.is_floating_point() else first.numel()
 
 
 def _trials(batches: Sequence[Batch]) -> list[Batch]:

@@ -32,8 +32,8 @@ LEVELS = (
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {
-    "compiler", "mixed", "deliver", "lowering", "cli", "cli_language", "cli_mixed", "__init__",
-    "__main__",
+    "compiler", "mixed", "costs", "workers", "deliver", "lowering", "cli", "cli_language",
+    "cli_mixed", "__init__", "__main__",
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
