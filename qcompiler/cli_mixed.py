@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +34,15 @@ def study(
 ) -> dict[str, Any]:
     """Make or finish a study, with its figures."""
     import qcompiler.compiler as compiler
+    from qcompiler.mixed_report import study_page
 
-    return compiler.study(
+    found = compiler.study(
         source, target=target, recipe=recipe, calibration=calibration, out=out, jobs=jobs,
         ray=ray, progress=progress,
     )  # fmt: skip
+    name = getattr(source, "name", "") or "model"
+    (out / "study.html").write_text(study_page(found, name))
+    return found
 
 
 def study_table(found: Mapping[str, Any]) -> Iterable[RenderableType]:
@@ -73,10 +78,16 @@ def _most_sensitive(units: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def explain(folder: Path, progress: Progress) -> dict[str, Any]:
-    """See `qcompiler.explaining`."""
+    """See `qcompiler.explaining`; written beside the artifact's report as well."""
     from qcompiler import explaining
+    from qcompiler.artifact import Artifact
+    from qcompiler.mixed_report import explanation as page
 
-    return explaining.explain(folder, progress)
+    found = explaining.explain(folder, progress)
+    name = Artifact.open(folder).manifest.get("name", "model")
+    (folder / "explain.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "explain.html").write_text(page(found, name))
+    return found
 
 
 def explanation(found: Mapping[str, Any]) -> Iterable[RenderableType]:
@@ -111,4 +122,4 @@ def explanation(found: Mapping[str, Any]) -> Iterable[RenderableType]:
             number(change["predicted"]), number(change["measured"]),
         )  # fmt: skip
     yield rows
-    yield "\nas recipes: qcompiler explain DIR --json, field changes[].recipe"
+    yield "\neach change as a recipe, all sources and layers: explain.html, explain.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -92,8 +94,16 @@ def section(anchor: str, title: str, *content: Any) -> Html:
     return tag("section", tag("h2", title), *content, id=anchor)
 
 
+def sortable(inner: Html) -> Html:
+    """A table whose columns sort by a click on the title; by number where `data-key` has one."""
+    return Html(inner.replace("<table>", '<table class="sortable">', 1))
+
+
 def document(title: str, *content: Any) -> str:
-    """The whole page. Its policy forbids to load anything from anywhere."""
+    """The whole page. It may load nothing, and run no script but the one that sorts tables."""
+    body = join(content)
+    script = Html(SORT) if 'class="sortable"' in body else None
+    allowed = f"; script-src '{_digest(SORT)}'" if script is not None else ""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -101,13 +111,45 @@ def document(title: str, *content: Any) -> str:
         tag(
             "meta",
             http_equiv="Content-Security-Policy",
-            content="default-src 'none'; style-src 'unsafe-inline'",
+            content=f"default-src 'none'; style-src 'unsafe-inline'{allowed}",
         ),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
         tag("style", Html(STYLE)),
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', *content), lang='en')}\n"
+    last = tag("script", script) if script is not None else None
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body, last), lang='en')}\n"
+
+
+def _digest(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+SORT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.onclick = () => {
+      const down = head.getAttribute("aria-sort") === "descending";
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "ascending" : "descending");
+      const key = row => {
+        const cell = row.cells[column];
+        const number = parseFloat(cell.querySelector("[data-key]")?.dataset.key);
+        return isNaN(number) ? cell.textContent : number;
+      };
+      const order = (a, b) => typeof a === "number" && typeof b === "number"
+        ? b - a : String(a).localeCompare(String(b));
+      const rows = [...table.tBodies[0].rows].sort((a, b) => order(key(a), key(b)));
+      table.tBodies[0].append(...(down ? rows.reverse() : rows));
+    };
+  });
+}
+"""
 
 
 STYLE = """
@@ -189,6 +231,13 @@ th {
   border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; font-size: 0.8rem;
   white-space: nowrap; vertical-align: bottom;
 }
+th button {
+  all: unset; cursor: pointer; font: inherit; color: inherit; border-bottom: 1px dotted;
+}
+th button:focus-visible { outline: 2px solid var(--mark); }
+th[aria-sort=descending] button::after { content: " ↓"; }
+th[aria-sort=ascending] button::after { content: " ↑"; }
+.heat { display: block; padding: 0 0.35rem; border-radius: 3px; }
 td { border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
 tbody tr:last-child td { border-bottom: 0; }
 td code { overflow-wrap: normal; }
@@ -224,6 +273,8 @@ svg text.value { fill: var(--ink); font-size: 13px; }
 .plot { width: calc(100% - 3.4rem); margin: 0 0.6rem 0 2.8rem; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--pale); }
 .mark { fill: var(--mark); } .pale { fill: var(--pale); } .low { fill: var(--low); }
+.ring { fill: var(--card); stroke: var(--pale); stroke-width: 2; }
+i.ring { background: var(--card); border: 2px solid var(--pale); }
 .line-mark { stroke: var(--mark); stroke-width: 1.5; }
 .line-pale { stroke: var(--pale); stroke-width: 1.5; }
 .median { stroke: var(--card); stroke-width: 2; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcompiler import charts, findings
+from qcompiler import charts, findings, mixed_report
 from qcompiler.charts import Bar
 from qcompiler.findings import count, decibels, milliseconds, number, place, size
 from qcompiler.page import Html, code, document, folded, join, pill, section, table, tag
@@ -37,7 +37,8 @@ def render(manifest: Mapping[str, Any]) -> str:
         manifest: the content of `manifest.json`. Parts that it lacks are left out.
 
     Returns:
-        A page without scripts and without links to other files; the manifest's text is escaped.
+        A page without links to other files, and with no script but the one that sorts tables; the
+        manifest's text is escaped.
     """
     parts = [
         ("passes", "Passes", _passes(manifest)),
@@ -47,6 +48,7 @@ def render(manifest: Mapping[str, Any]) -> str:
         ("audit", "Fusion audit", _audit(manifest)),
         ("errors", "Errors", _errors(manifest)),
         ("smoothing", "Smoothing", _smoothing(manifest)),
+        ("mixed", "Mixed precision", mixed_report.mixed(manifest.get("mixed", {}))),
         ("plan", "Plan", _plan(manifest)),
         ("refusals", "Refusals", _refusals(manifest)),
         ("origin", "How it was made", _origin(manifest)),
