@@ -398,7 +398,7 @@ def _changes(
                 before = QType.parse(site.source.format).bits
                 predicted = alone[site.source.node] * (1 - 4.0 ** (before - kind.bits))
             found.append(Change(site.source, to, predicted, measured, settings))
-    return found, gains
+    return sorted(found, key=lambda change: -change.measured), gains
 
 
 def _finer(site: _Site) -> tuple[QType, Function] | None:

@@ -12,7 +12,8 @@ from qcompiler.findings import count, number, size
 from qcompiler.page import Html, code, document, folded, section, sortable, table, tag
 
 HEIGHT = 300  # of the front, in pixels, without its margins
-LEFT, BOTTOM = 46, 34
+BOTTOM = 34
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MEASURES = {
     "kl": "loss of the model",
     "error": "noise ÷ signal here",
@@ -101,7 +102,9 @@ def front(found: Mapping[str, Any]) -> Html:
     for power in range(low, high + 1):
         at = y(10.0**power)
         marks.append(tag("line", x1="0", x2="100%", y1=at, y2=at, class_="grid"))
-        marks.append(tag("text", f"10^{power}", x=-8, y=at + 4, text_anchor="end"))
+        marks.append(
+            tag("text", f"10{str(power).translate(RAISED)}", x=-8, y=at + 4, text_anchor="end")
+        )
     for value in range(math.ceil(left), math.floor(right) + 1):
         marks.append(tag("text", str(value), x=x(value), y=HEIGHT + 26, text_anchor="middle"))
     curve = [p for p in found["front"] if p["loss"] > 0]
