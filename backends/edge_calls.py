@@ -31,6 +31,7 @@ from qcompiler.backends.edge_group import (
 )
 from qcompiler.backends.edge_packed import packed_product, packing
 from qcompiler.backends.edge_pool import pool
+from qcompiler.backends.edge_rotate import rotation
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
@@ -236,6 +237,8 @@ class Calls:
             convolution(self, g, op)
         elif op.target is cached_attention:
             attention_over_cache(self, g, op)
+        elif op.target is ops.rotate:
+            rotation(self, g, op)
         elif op.target in POOLS:
             pool(self, g, op)
         else:

@@ -48,7 +48,8 @@ POOLS = frozenset({aten.max_pool2d_with_indices.default, aten.avg_pool2d.default
 INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
 # Their kernels end with an expression that elementwise ops may join.
 ANCHORS = frozenset(
-    {LINEAR, CONV, ops.attention, cached_attention, aten.scaled_dot_product_attention.default,
+    {LINEAR, CONV, ops.attention, ops.rotate, cached_attention,
+     aten.scaled_dot_product_attention.default,
      *PRODUCTS, *ROWS, *REDUCE, *POOLS}
 )  # fmt: skip
 

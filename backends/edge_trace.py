@@ -163,6 +163,7 @@ NATIVE = frozenset(
         ops.dequantize,
         ops.dynamic_quantize,
         ops.attention,
+        ops.rotate,
         cached_attention,
     }
 )

@@ -100,6 +100,28 @@ def test_four_bit_weights_and_eight_bit_activations(tmp_path: Path) -> None:
         decoder.reset(65)
 
 
+def test_rotated_when_it_runs(tmp_path: Path) -> None:
+    """Online rotations (R4) by the Walsh–Hadamard kernel: 96 channels are 12 ⊗ 8."""
+    spec = spec_of("Llama")
+    settings = {"rotation": "hadamard", "rounding": "rtn", "clip": False, "smooth": False}
+    artifact = qcompiler.compile(
+        spec, target="tvm:native", recipe=load_recipe("w4a8", settings), out=tmp_path / "a",
+        buckets={"tokens": [8], "capacity": [64]},
+    )  # fmt: skip
+    assert (
+        artifact.manifest["audit"]["kernels"]["rotate"] == 4
+    )  # two layers, at two sizes of a chunk
+    lowering = [row["sqnr_db"] for row in artifact.manifest["errors"]["lowering"]]
+    assert min(lowering) > 25, lowering
+    decoder = Decoder(tmp_path / "a", 1)
+    decoder.reset(64)
+    chunks = decoder.feed(TEXT.numpy(), last=True)[-1]
+    decoder.reset(64)
+    for i in range(len(TEXT)):
+        single = decoder.feed(TEXT[i : i + 1].numpy())[-1]
+    assert np.array_equal(chunks, single)
+
+
 def test_sizes_that_a_language_model_has_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a language model has tokens="):
         qcompiler.compile(

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from numpy.typing import NDArray
 from peers import Candidate, Feeds
 
 from qcompiler.deliver import machine
+from qcompiler.recipe import load_recipe
+from qcompiler.target import Target
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "bench" / "minilm"
@@ -46,7 +49,10 @@ PEERS = {
     "ort-dynamic": peers.ort_dynamic,
     "ort-static": peers.ort_static,
     "openvino": peers.openvino_transformer,
+    "openvino-fp32": partial(peers.openvino_float, "f32"),
+    "openvino-bf16": partial(peers.openvino_float, "bf16"),
     "executorch": peers.executorch,
+    "executorch-fp32": peers.executorch_float,
     "torchao": peers.torchao,
 }
 
@@ -61,6 +67,7 @@ def main() -> None:
         (target, recipe): BUILD / f"{recipe}-{target}".replace(":", "-")
         for target in options.target
         for recipe in options.recipe
+        if runs(target, recipe)
     }
     buckets = {
         "batch": sorted({1, *(batch for batch, _ in options.shapes)}),
@@ -105,6 +112,17 @@ def main() -> None:
     if options.json:
         result = {"machine": host, "compile": builds, "times": times, "fidelity": judged}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def runs(target: str, recipe: str) -> bool:
+    """Whether the target has kernels for the recipe; those that it refuses are left out."""
+    chosen = load_recipe(recipe)
+    reason = Target.parse(target).refusal(
+        chosen.weight_type, chosen.activation_type, products=chosen.products
+    )
+    if reason:
+        print(f"{recipe}, {target}: {reason}")
+    return reason is None
 
 
 def ours(folders: Mapping[tuple[str, str], Path]) -> list[Candidate]:

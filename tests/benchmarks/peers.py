@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class Candidate:
 
     Attributes:
         name: in the tables.
-        runtime: `ort`, `edge`, `openvino`, `executorch` or `torchao`.
+        runtime: `ort`, `edge`, `openvino` (with `-f32` or `-bf16`: its precision), `executorch`,
+            `torchao`.
         path: of its model file; for torchao the name in the zoo, since it works in memory.
         megabytes: of the file (of the tensors for torchao), 10⁶ bytes.
     """
@@ -49,6 +51,8 @@ def load(candidate: Candidate, threads: int) -> Callable[[Feeds], NDArray[Any]]:
         "ort": _load_ort,
         "edge": _load_edge,
         "openvino": _load_openvino,
+        "openvino-f32": partial(_load_openvino, precision="f32"),
+        "openvino-bf16": partial(_load_openvino, precision="bf16"),
         "executorch": _load_executorch,
         "torchao": _load_torchao,
     }
@@ -263,10 +267,21 @@ def _openvino(
     return Candidate.of("OpenVINO + NNCF static", "openvino", path)
 
 
-def _load_openvino(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:
+def openvino_float(precision: str, model: Path, _: Sequence[Feeds], folder: Path) -> Candidate:
+    """The float model; OpenVINO computes its products in `precision`, f32 or bf16."""
     import openvino
 
-    settings = {
+    path = folder / f"openvino-{precision}.xml"
+    openvino.save_model(openvino.convert_model(model), path, compress_to_fp16=False)
+    return Candidate.of(f"OpenVINO {precision}", f"openvino-{precision}", path)
+
+
+def _load_openvino(path: str, threads: int, precision: str = "") -> Callable[[Feeds], NDArray[Any]]:
+    """With no precision, what is not quantized is computed as OpenVINO sees fit."""
+    import openvino
+
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    settings |= {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
@@ -284,22 +299,42 @@ def _load_openvino(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:
 
 
 def executorch(model: Path, calibration: Sequence[Feeds], folder: Path) -> Candidate:
-    """ExecuTorch on XNNPACK: int8 weights per channel, activations quantized as they come.
-
-    Up to 32 rows of 128 tokens, for which it reserves memory. Attention is spelled out: what torch
-    makes of its own operator has steps that XNNPACK leaves to slow, portable kernels.
-    """
+    """ExecuTorch on XNNPACK: int8 weights per channel, activations quantized as they come."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
         XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
     )
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
-    from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    exported, args, shapes = _masked_bert()
+    setting = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    prepared = prepare_pt2e(exported.module(), XNNPACKQuantizer().set_global(setting))
+    for feeds in calibration[:4]:
+        prepared(*map(torch.from_numpy, feeds.values()))
+    quantized = torch.export.export(convert_pt2e(prepared), args, dynamic_shapes=shapes)
+    path = folder / "executorch.pte"
+    _write_pte(quantized, [XnnpackDynamicallyQuantizedPartitioner()], path)
+    return Candidate.of("ExecuTorch XNNPACK dynamic", "executorch", path)
+
+
+def executorch_float(model: Path, calibration: Sequence[Feeds], folder: Path) -> Candidate:
+    """ExecuTorch on XNNPACK in fp32."""
+    path = folder / "executorch-fp32.pte"
+    _write_pte(_masked_bert()[0], [], path)
+    return Candidate.of("ExecuTorch XNNPACK fp32", "executorch", path)
+
+
+def _masked_bert() -> tuple[Any, tuple[Any, ...], Any]:
+    """The exported model, its example inputs and dynamic shapes.
+
+    Up to 32 rows of 128 tokens, for which ExecuTorch reserves memory. Attention is spelled out:
+    what torch makes of its own operator has steps that XNNPACK leaves to slow, portable kernels.
+    """
+    import torch
 
     class Masked(torch.nn.Module):
         """With the mask written out: the quantizer breaks the integer sums that make it."""
@@ -317,19 +352,17 @@ def executorch(model: Path, calibration: Sequence[Feeds], folder: Path) -> Candi
     args = tuple(torch.ones(2, 128, dtype=torch.int64) for _ in range(3))
     batch, sequence = torch.export.Dim("batch", max=32), torch.export.Dim("sequence", max=128)
     shapes = tuple({0: batch, 1: sequence} for _ in args)
-    setting = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-    quantizer = XNNPACKQuantizer().set_global(setting)
-    exported = torch.export.export(Masked().eval(), args, dynamic_shapes=shapes)
-    prepared = prepare_pt2e(exported.module(), quantizer)
-    for feeds in calibration[:4]:
-        prepared(*map(torch.from_numpy, feeds.values()))
-    quantized = torch.export.export(convert_pt2e(prepared), args, dynamic_shapes=shapes)
+    return torch.export.export(Masked().eval(), args, dynamic_shapes=shapes), args, shapes
+
+
+def _write_pte(exported: Any, partitioners: list[Any], path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
     program = to_edge_transform_and_lower(
-        quantized, partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()]
+        exported, partitioner=[*partitioners, XnnpackPartitioner()]
     ).to_executorch()
-    path = folder / "executorch.pte"
     path.write_bytes(program.buffer)
-    return Candidate.of("ExecuTorch XNNPACK dynamic", "executorch", path)
 
 
 def _load_executorch(path: str, threads: int) -> Callable[[Feeds], NDArray[Any]]:

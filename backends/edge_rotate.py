@@ -1,0 +1,74 @@
+"""`qc::rotate` by the Walsh–Hadamard kernel: its factors are found in the constants."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qcompiler.backends.edge_group import Group
+from qcompiler.backends.edge_trace import Op
+from qcompiler.errors import UnsupportedError
+from qcompiler.hadamard import sylvester
+from qcompiler.kernels.hadamard import Factor, rotate_rows
+
+if TYPE_CHECKING:
+    from qcompiler.backends.edge_calls import Calls
+
+
+def split(matrix: Tensor) -> tuple[Tensor, int]:
+    """(core, order): matrix = core ⊗ the Walsh–Hadamard matrix of that order, as large as it goes.
+
+    The Walsh–Hadamard factor is orthogonal, entries ±1/√order; an order of 1 is none.
+    """
+    size = len(matrix)
+    order = size & -size
+    while order > 1:
+        core = (matrix[::order, ::order] * order**0.5).contiguous()
+        whole = torch.kron(core.double(), sylvester(order))
+        if torch.allclose(whole, matrix.double(), rtol=0, atol=1e-6):
+            return core, order
+        order //= 2
+    return matrix, 1
+
+
+def rotation(calls: Calls, g: Group, op: Op) -> None:
+    """The call for `qc::rotate`."""
+    x = op.args[0]
+    held = [ref.storage.constant for ref in op.args[1:]]
+    if any(m is None for m in held):
+        raise UnsupportedError("a rotation by computed matrices")
+    read = calls.writer(x.shape, [])
+    read.value(x, "float32")
+    source = read.expression()
+    factors: list[Factor] = []
+    stride, scale = 1, 1.0
+    for ref in reversed(op.args[1:]):
+        size = ref.shape[0]
+        core, order = split(ref.storage.constant.reshape(size, size))
+        if order > 1:
+            scale *= order**-0.5
+            last = factors[-1] if factors else None
+            if last is not None and last.matrix < 0:
+                factors[-1] = Factor(last.size * order, last.stride)
+            else:
+                factors.append(Factor(order, stride))
+        stride *= order
+        if len(core) > 1:
+            dense = calls.constant((id(ref.storage), "core"), core.float().contiguous)
+            calls.constants.held.append(ref.storage)
+            factors.append(Factor(len(core), stride, read.argument(dense.storage)))
+        else:
+            scale *= float(core)
+        stride *= len(core)
+    writer = calls.writer(op.out.shape, read.arguments)
+    writer.keep(op.out, writer.step("anchor", "float32"))
+    writer.members(g, calls.stored)
+    expression = writer.expression()
+    calls.add(
+        "rotate", op.label, (source, tuple(factors), scale, expression),
+        lambda name: rotate_rows(
+            name, writer.kernel_arguments(), source, factors, scale, expression
+        ), writer,
+    )  # fmt: skip
