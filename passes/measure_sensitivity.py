@@ -32,9 +32,16 @@ from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR, MOVES
 from qcompiler.rewrite import module_path, operand
-from qcompiler.rounding import Factor, gptq, nearest, nearest_grid, search_grid
+from qcompiler.rounding import (
+    Factor,
+    gptq,
+    nearest,
+    nearest_grid,
+    outlier_columns,
+    search_grid,
+)
 from qcompiler.stages import Function, Stages
-from qcompiler.study import Findings, Option, Unit, with_options
+from qcompiler.study import Columns, Findings, Option, Unit, with_options
 
 ATTENTIONS = {"qc.attention.default", "qc.cached_attention.default"}
 
@@ -146,10 +153,10 @@ def measure_sensitivity(
                 say(unit.name)
                 layers = [nodes[name] for name in unit.nodes]
                 stages.advance(layers[0])
-                unit, weights, ranges = _measured(
+                unit, weights, ranges, columns = _measured(
                     program, stages, layers, unit, formats, settings, masks, reference, stored
                 )
-                findings.put(index, unit, weights, ranges)
+                findings.put(index, unit, weights, ranges, columns)
                 found[index] = unit
     return {i: unit for i, unit in found.items() if unit is not None}
 
@@ -164,7 +171,9 @@ def _measured(
     masks: list[Tensor | None],
     reference: Divergence,
     stored: Callable[[QType], int],
-) -> tuple[Unit, dict[str, list[Rounded]], dict[str, tuple[float, float]]]:
+) -> tuple[
+    Unit, dict[str, list[Rounded]], dict[str, tuple[float, float]], dict[str, list[Columns]]
+]:
     constants = program.constants()
     source = operand(layers[0], 0)
     matrices = [constants[operand(n, 1).name] for n in layers]
@@ -184,27 +193,31 @@ def _measured(
     float_bytes = 4 * unit.weights
     options = [Option("float", 32, float_bytes, {"error": 0.0, "kl": 0.0})]
     weights: dict[str, list[Rounded]] = {}
+    columns: dict[str, list[Columns]] = {}
     ranges: dict[str, tuple[float, float]] = {}
-    done: dict[str, list[Rounded]] = {}
+    done: dict[str, tuple[list[Rounded], list[Columns]]] = {}
     for wanted in formats:
         assert wanted.weight is not None
         fits = [wanted.weight.fitted(w.shape[1]) for w in matrices]
         kinds = [kind for kind in fits if kind is not None]
         if len(kinds) < len(matrices):
             continue  # its groups divide no axis
-        key = "|".join(map(str, kinds))
+        key = f"{kinds}+{wanted.columns}"
         if key not in done:  # formats that differ in their activations share the weights
-            done[key] = [
+            kept = _outliers(matrices, kinds, hessian, wanted.columns)
+            rests = [_without(w, k) for w, k in zip(matrices, kept, strict=True)]
+            made = [
                 _rounded(w, hessian, kind, settings, factor)
-                for w, kind in zip(matrices, kinds, strict=True)
+                for w, kind in zip(rests, kinds, strict=True)
             ]
-        rounded = weights[str(wanted)] = done[key]
+            done[key] = made, kept
+        rounded, kept = weights[str(wanted)], columns[str(wanted)] = done[key]
         kind = wanted.activation
         if kind is not None and not kind.dynamic:
             ranges[str(kind)] = choose_range(seen, kind, settings.calibration, settings.parameter)
         functions = {
-            node: simulated(r.weight, kind, ranges.get(str(kind)))
-            for node, r in zip(layers, rounded, strict=True)
+            node: simulated(_with(r.weight, k), kind, ranges.get(str(kind)))
+            for node, r, k in zip(layers, rounded, kept, strict=True)
         }
         got: dict[Node, list[Tensor]] = {node: [] for node in layers}
 
@@ -219,12 +232,38 @@ def _measured(
                 signal += float(want.double().square().sum())
                 noise += float((unpadded(value, mask) - want).double().square().sum())
         size = sum(
-            (w.numel() * stored(k) + 7) // 8 + k.bytes_for(0, r.scale.numel())
-            for w, k, r in zip(matrices, kinds, rounded, strict=True)
+            (w.numel() * stored(kind) + 7) // 8
+            + kind.bytes_for(0, r.scale.numel())
+            + sum(part.numel() * part.element_size() for part in k)
+            for w, kind, r, k in zip(matrices, kinds, rounded, kept, strict=True)
         )
+        floats = sum(values.numel() for _, values in kept)
+        bits = wanted.bits + 32 * floats / unit.weights
         measures = {"error": noise / max(signal, 1e-300), "kl": divergence}
-        options.append(Option(str(wanted), wanted.bits, size, measures))
-    return with_options(unit, options), weights, ranges
+        options.append(Option(str(wanted), bits, size, measures))
+    return with_options(unit, options), weights, ranges, columns
+
+
+def _outliers(
+    matrices: Sequence[Tensor], kinds: Sequence[QType], hessian: Tensor, count: int
+) -> list[Columns]:
+    """The columns of each weight that stay in float; none where `count` is 0."""
+    found = []
+    for weight, kind in zip(matrices, kinds, strict=True):
+        kept = outlier_columns(weight, hessian.diagonal(), kind, count)
+        found.append((kept, weight[:, kept].clone()))
+    return found
+
+
+def _without(weight: Tensor, columns: Columns) -> Tensor:
+    rest = weight.clone()
+    rest[:, columns[0]] = 0
+    return rest
+
+
+def _with(weight: Tensor, columns: Columns) -> Tensor:
+    """Both products of a split linear as one."""
+    return weight.index_add(1, *columns)
 
 
 def _signal(

@@ -37,11 +37,13 @@ from qcompiler.passes.round_weights import round_weights, rounding_notes
 from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
+from qcompiler.passes.split_columns import split_columns, split_layers
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan, Rounded, Site
 from qcompiler.program import Batch, Entry, Program, Refusal, capture
 from qcompiler.recipe import Recipe, load_recipe
-from qcompiler.rewrite import operand
+from qcompiler.rewrite import module_path, operand
+from qcompiler.rounding import outlier_columns
 from qcompiler.spec import Batches, Inputs, ModelSpec
 from qcompiler.target import Target
 from qcompiler.verify import Reference, check_exact, compare_sites
@@ -173,11 +175,7 @@ def prepare(
     reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
 
     def step(after: Program, before: Program) -> Program:
-        return (
-            check_exact(before, after, reference)
-            if after.exported is not before.exported
-            else after
-        )
+        return _checked(after, before, reference)
 
     weight, activation = recipe.weight_type, recipe.activation_type
     rotates = recipe.rotation != "none"
@@ -256,6 +254,11 @@ def quantize(
     if recipe.mixed:
         assert study is not None
         recipe, choice = mixed.choose(program, data, recipe, target, study, say, jobs, ray)
+    split = split_layers(program, recipe)
+    if split:
+        say("split_columns")
+        columns = _outlier_columns(program, split, data, recipe)
+        program = _checked(split_columns(program, columns), program, reference)
     say("allocate")
     plan = allocate(program, recipe, target)
     floating = program
@@ -306,6 +309,32 @@ def quantize(
         source, plain, floating, quantized, plan, factors, before, after, recipe, sites,
         choice=choice,
     )  # fmt: skip
+
+
+def _checked(after: Program, before: Program, reference: Reference) -> Program:
+    """`after`, proven against the reference where it is not `before` itself."""
+    unchanged = after.exported is before.exported
+    return after if unchanged else check_exact(before, after, reference)
+
+
+def _outlier_columns(
+    program: Program, split: Mapping[str, int], data: Data, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Which columns of the layers named in `split` stay in float, by their inputs' power."""
+    sources = {name: _node(program, name).args[0] for name in split}
+    names = {str(source): -1 for source in sources.values()}
+    seen = observe(program, names, data.calibration(), mask=data.mask)
+    constants = program.constants()
+    found = {}
+    for name, count in split.items():
+        node = _node(program, name)
+        weight = constants[operand(node, 1).name]
+        kind = recipe.format_of(module_path(node), name).weight
+        fits = kind.fitted(weight.shape[1]) if kind is not None else None
+        if fits is not None:
+            power = seen[str(sources[name])].squares
+            found[name] = outlier_columns(weight, power, fits, count)
+    return found
 
 
 def _cached_context(data: Data, recipe: Recipe, target: Target) -> int:

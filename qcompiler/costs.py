@@ -29,6 +29,7 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.split_columns import split_columns, split_layers
 from qcompiler.plan import Assignment, Plan
 from qcompiler.program import Batch, Program, capture
 from qcompiler.recipe import Recipe
@@ -151,6 +152,8 @@ def _timed(
 
 def quantized_program(program: Program, recipe: Recipe, target: Target) -> Program | None:
     """A program as a recipe says, rounded to nearest: the kernels are the same, the wait is not."""
+    columns = {name: torch.arange(count) for name, count in split_layers(program, recipe).items()}
+    program = split_columns(program, columns)
     plan = allocate(program, recipe, target)
     if not any(site.operand == 1 for site in plan):
         return None

@@ -15,11 +15,13 @@ class Format:
     """The number formats of a linear or convolution; None is float.
 
     Written `int8:channel/uint8:tensor:affine` (weight, then activation), `int4:g32` for weights
-    alone, `float` for neither.
+    alone, `float` for neither; `int4:g32+16` keeps the 16 input columns of the weight in float that
+    lose most by rounding.
     """
 
     weight: QType | None = None
     activation: QType | None = None
+    columns: int = 0
 
     def __post_init__(self) -> None:
         if self.weight is None and self.activation is not None:
@@ -27,11 +29,14 @@ class Format:
                 f"format: activations of {self.activation} need an integer weight; write "
                 f"int8:channel/{self.activation}"
             )
+        if self.columns and self.weight is None:
+            raise InputError("format: columns stay in float beside an integer weight alone")
 
     def __str__(self) -> str:
         if self.weight is None:
             return FLOAT
-        return str(self.weight) + (f"/{self.activation}" if self.activation else "")
+        kept = f"+{self.columns}" if self.columns else ""
+        return f"{self.weight}{kept}" + (f"/{self.activation}" if self.activation else "")
 
     @classmethod
     def parse(cls, text: str) -> Format:
@@ -41,11 +46,14 @@ class Format:
             InputError: an unknown number format, with the nearest known one.
         """
         weight, _, activation = text.strip().partition("/")
+        weight, plus, columns = weight.partition("+")
+        if plus and not (columns.isdigit() and int(columns) > 0):
+            raise InputError(f"format '{text}': write int4:g32+16 for 16 columns in float")
 
         def kind(part: str) -> QType | None:
             return None if part in ("", FLOAT, "none") else QType.parse(part)
 
-        return cls(kind(weight), kind(activation))
+        return cls(kind(weight), kind(activation), int(columns or 0))
 
     @property
     def bits(self) -> int:

@@ -91,6 +91,22 @@ def _error(weight: Tensor, rounded: Tensor, hessian: Tensor | None, kind: QType)
     return rows if kind.granularity == "channel" else rows.sum()
 
 
+def outlier_columns(weight: Tensor, power: Tensor, kind: QType, count: int) -> Tensor:
+    """The columns whose rounding moves the output most, in ascending order, int64.
+
+        λ_j = E[x_j²] · ‖W_j − Q(W)_j‖²        (OWQ, Lee 2023, section 3)
+
+    Args:
+        weight: (outputs, inputs).
+        power: E[x_j²] up to a factor, (inputs,): the diagonal of the Hessian.
+        kind: the format that the others get.
+        count: how many.
+    """
+    error = kind.round_trip(weight, weight_axis(kind)) - weight
+    loss = power.double() * error.double().square().sum(0)
+    return loss.topk(min(count, weight.shape[1])).indices.sort().values
+
+
 def nearest(weight: Tensor, grid: Grid, kind: QType) -> Rounded:
     """Round each element to the nearest point of the grid."""
     scale, zero = grid

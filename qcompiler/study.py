@@ -32,6 +32,8 @@ MEASURES = ("kl", "error", "first", "second")
 FILE = "study.json"
 VERSION = 1  # of the file
 
+Columns = tuple[torch.Tensor, torch.Tensor]  # indices, and the float columns of a weight
+
 
 @dataclass(frozen=True)
 class Option:
@@ -39,7 +41,7 @@ class Option:
 
     Attributes:
         format: as `Format` prints it.
-        bits: of one weight, scales not counted.
+        bits: of one weight on average, columns in float counted, scales not.
         bytes: of the unit's weights as the target stores them, scales included.
         measures: see the module; 0 for float.
         latency: milliseconds of the unit on the target by phase ("prefill", "decode"); empty where
@@ -47,7 +49,7 @@ class Option:
     """
 
     format: str
-    bits: int
+    bits: float
     bytes: int
     measures: Mapping[str, float] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)
@@ -193,13 +195,18 @@ class Findings:
         unit: Unit,
         weights: Mapping[str, Sequence[Rounded]],
         ranges: Mapping[str, tuple[float, float]],
+        columns: Mapping[str, Sequence[Columns]] | None = None,
     ) -> None:
-        """Keep a unit's measures, its rounded weights by format, and its inputs' static ranges."""
+        """Keep a unit's measures, its rounded weights by format, and its inputs' static ranges.
+
+        Of formats that keep columns in float, also these.
+        """
         packed = {
             "weights": {
                 text: [_packed(rounded, Format.parse(text)) for rounded in rows]
                 for text, rows in weights.items()
             },
+            "columns": dict(columns or {}),
             "ranges": dict(ranges),
         }
         path = self._path(index, "pt")
@@ -218,13 +225,17 @@ class Findings:
             wanted: formats to read; all when not given.
         """
         found = {}
-        for text, rows in self._load(index)["weights"].items():
+        loaded = self._load(index)
+        columns = loaded["columns"]
+        for text, rows in loaded["weights"].items():
             if wanted and text not in wanted:
                 continue
             kind = Format.parse(text).weight
             assert kind is not None
             axis, group = weight_axis(kind), kind.group or 0
             found[text] = [dequantize(q, s, z, axis, group) for q, s, z in rows]
+            for weight, (kept, values) in zip(found[text], columns.get(text, ()), strict=False):
+                weight.index_add_(1, kept, values)
         return found
 
     def ranges(self, index: int) -> dict[str, tuple[float, float]]:

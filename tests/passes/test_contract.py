@@ -27,6 +27,7 @@ from qcompiler.passes.quantize_cache import quantize_cache
 from qcompiler.passes.round_products import round_products
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
+from qcompiler.passes.split_columns import split_columns, split_layers
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
 from qcompiler.program import Entry, Program
@@ -40,6 +41,7 @@ aten = torch.ops.aten
 TINY = [name for name in ZOO if name.startswith("tiny-")]
 ANALYSES = {
     "allocate",
+    "measure_sensitivity",
     "round_weights",
     "search_awq",
     "search_smoothing",
@@ -103,6 +105,9 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     program = smooth(program, factors)
     program = check_contract(fuse_attention, program, checks)
     program = check_contract(merge_linears, program, checks)
+    split = split_layers(program, load_recipe("w4a16", {"formats": {"*": "int4:g16+2"}}))
+    columns = {name: torch.tensor([0, 3]) for name in split}
+    check_contract(split_columns, program, checks, idempotent=False, columns=columns)
 
     plan, _ = plan_for(program, "w8a8", model.batches)
     quantized = check_contract(insert_qdq, program, checks, idempotent=False, plan=plan)

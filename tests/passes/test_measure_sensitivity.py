@@ -201,3 +201,33 @@ def test_a_study_is_written_and_read(captured: Any, tmp_path: Path) -> None:
     made.save(tmp_path)
     assert Study.read(tmp_path) == made
     assert made.weights == 32 * 48 + 48 * 8
+
+
+def test_columns_in_float_are_an_option_with_their_cost(captured: Any, tmp_path: Path) -> None:
+    """Two outlier inputs of a layer: keeping their columns is worth more than the bits it takes."""
+    module = nn.Sequential(nn.Linear(32, 48)).eval()
+    g = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(4):
+        x = torch.randn(24, 32, generator=g)
+        x[:, [5, 20]] *= 100
+        data.append((x,))
+    program = captured(module, data[0][0])
+    units = find_units(program, lambda node: False)
+    formats = [Format.parse("int2:g16:affine"), Format.parse("int2:g16:affine+2")]
+    findings = Findings(tmp_path, "a")
+    settings = replace(PLAIN, gptq=True, clip=True)
+    found = measure_sensitivity(program, units, formats, data, settings, findings, stored)
+    plain, split = (found[0].option(str(f)) for f in formats)
+    assert split.bits == 2 + 32 * 2 / 32
+    assert split.bytes == plain.bytes + 2 * 48 * 4 + 2 * 8
+    assert split.measures["error"] < 0.05 * plain.measures["error"]
+    # What is kept on disk is the weight that was measured.
+    weight = findings.weights(0)["int2:g16:affine+2"][0]
+    layer = module[0]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        error = weight - layer.weight
+        noise = sum(float((error @ x.T).double().square().sum()) for (x,) in data[2:])
+        signal = sum(float(module(x).double().square().sum()) for (x,) in data[2:])
+    assert split.measures["error"] == pytest.approx(noise / signal, rel=1e-3)
