@@ -265,7 +265,9 @@ class Calls:
         self, shape: tuple[int, ...], arguments: list[Storage], order: tuple[int, ...] | None = None
     ) -> Writer:
         """A writer of expressions over that shape."""
-        return Writer(shape, self.grouping.inlined, arguments, self.constants, order)
+        return Writer(
+            shape, self.grouping.inlined, arguments, self.constants, order, self.isa.fused
+        )
 
     def _elementwise(self, g: Group) -> None:
         writer = self.writer(g.out.shape, [], dense_order(g.out))

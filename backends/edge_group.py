@@ -204,8 +204,9 @@ class Writer:
         arguments: list[Storage],
         constants: Constants,
         order: tuple[int, ...] | None = None,
+        fused: bool = True,
     ) -> None:
-        self.shape, self.inlined, self.arguments = shape, inlined, arguments
+        self.shape, self.inlined, self.arguments, self.fused = shape, inlined, arguments, fused
         self.constants = constants
         self.order = order or tuple(range(len(shape)))
         self.steps: list[Step] = []

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from qcompiler import ops
-from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.backends.edge_trace import Op, Ref, Storage
 from qcompiler.errors import UnsupportedError
+from qcompiler.kernels import division
 
 aten = torch.ops.aten
 
@@ -65,7 +66,13 @@ ELEMENTWISE = frozenset({*UNARY, *BINARY, *SCALED, *COMPARE, *LOGICAL, *SPECIAL}
 
 
 class Steps(Protocol):
-    """What writes an expression: `edge_group.Writer`."""
+    """What writes an expression: `edge_group.Writer`.
+
+    Attributes:
+        fused: whether the machine has a fused multiply-add.
+    """
+
+    fused: bool
 
     def value(self, operand: Any, dtype: str) -> int:
         """A tensor or a number as a step of that dtype."""
@@ -206,10 +213,24 @@ def _full(op: Op, kind: str, steps: Steps) -> int:
 
 def _quantize(op: Op, kind: str, steps: Steps) -> int:
     x, scale, zero, _, _, low, high = op.args
+    value, numbers = steps.value(x, "float32"), (float(low), float(high))
+    known, point = scale.storage.constant, zero.storage.constant
+    if steps.fused and known is not None and known.numel() == 1 and point is not None:
+        middle = int(point.reshape(-1)[0])
+        found = division.factors(known, low - middle, high - middle)
+        if found is not None:
+            parts = [steps.value(_one(number), "float32") for number in found]
+            last = steps.value(zero, NAMES[zero.dtype])
+            return steps.step("quantize_by", kind, value, *parts, last, numbers=numbers)
     return steps.step(
-        "quantize", kind, steps.value(x, "float32"), steps.value(scale, "float32"),
-        steps.value(zero, NAMES[zero.dtype]), numbers=(float(low), float(high)),
+        "quantize", kind, value, steps.value(scale, "float32"),
+        steps.value(zero, NAMES[zero.dtype]), numbers=numbers,
     )  # fmt: skip
+
+
+def _one(number: float) -> Ref:
+    """A constant that is read from memory, so that layers with others share their code."""
+    return Ref(Storage(torch.float32, 1, torch.tensor([number])), torch.float32, 0, (), ())
 
 
 def _dequantize(op: Op, kind: str, steps: Steps) -> int:

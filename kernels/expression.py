@@ -96,11 +96,11 @@ def _truth(value: bool, lanes: int) -> Any:
     return code.spread(T.Cast("bool", T.int32(value)), lanes)
 
 
-def _quantize(lanes: int, x: Any, scale: Any, zero: Any, numbers: tuple[float, ...]) -> Any:
+def _quantize(lanes: int, quotient: Any, zero: Any, numbers: tuple[float, ...]) -> Any:
     low, high = (code.number(bound, lanes) for bound in numbers)
     zero = code.cast(zero, "int32", lanes)
     shift = code.bind(code.cast(zero, FLOAT, lanes))
-    q = code.minimum(code.maximum(x / scale, low - shift), high - shift)
+    q = code.minimum(code.maximum(quotient, low - shift), high - shift)
     return code.round_to_int(code.bind(q), lanes) + zero
 
 
@@ -176,7 +176,8 @@ BINARY = frozenset({
     "add", "sub", "mul", "div", "maximum", "minimum", "pow", "eq",
     "ne", "lt", "le", "gt", "ge", "and", "or",
 })  # fmt: skip
-OTHER = frozenset({"where", "cast", "quantize", "dequantize"})
+# quantize divides by a scale; quantize_by multiplies with the two factors of `division.factors`.
+OTHER = frozenset({"where", "cast", "quantize", "quantize_by", "dequantize"})
 OPS = UNARY | BINARY | OTHER
 
 
@@ -302,7 +303,10 @@ class Emitter:
         if step.op == "cast":
             return self._cast(step, given[0], lanes)
         if step.op == "quantize":
-            return _quantize(lanes, given[0], given[1], given[2], step.numbers)
+            return _quantize(lanes, given[0] / given[1], given[2], step.numbers)
+        if step.op == "quantize_by":
+            x, high, low, zero = given
+            return _quantize(lanes, code.fma(x, high, x * low, lanes), zero, step.numbers)
         if step.op == "dequantize":
             q = code.cast(given[0], FLOAT, lanes) - code.cast(given[2], FLOAT, lanes)
             return q * given[1]

@@ -22,12 +22,14 @@ class Isa:
         vectors: accumulators of 16 lanes that a tile may hold.
         narrow: how bfloat16 numbers are multiplied: "dpbf16" (AVX512-BF16), "bfmmla" (ARM's), or
             not at all.
+        fused: whether there is a fused multiply-add, not a function that imitates it.
     """
 
     name: str
     dot: str
     vectors: int
     narrow: str = ""
+    fused: bool = True
 
     @property
     def depth(self) -> int:
@@ -61,7 +63,7 @@ class Isa:
 VNNI = Isa("AVX512-VNNI", "vnni", 16)
 VNNI_BF16 = Isa("AVX512-VNNI and BF16", "vnni", 16, "dpbf16")
 AVX2 = Isa("AVX2", "madd", 6)
-SSE = Isa("SSE", "multiply", 2)
+SSE = Isa("SSE", "multiply", 2, fused=False)
 NEON = Isa("NEON", "multiply", 5)
 DOTPROD = Isa("NEON dotprod", "sdot", 6)
 DOTPROD_BF16 = Isa("NEON dotprod and BF16", "sdot", 6, "bfmmla")

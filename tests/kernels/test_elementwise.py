@@ -68,7 +68,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_no_op_is_forgotten() -> None:
     assert {*FLOATS, "not"} == UNARY
     assert {*PAIRS} == BINARY
-    assert {*FLOATS, *PAIRS, "not", "where", "cast", "quantize", "dequantize"} == OPS
+    assert {*FLOATS, *PAIRS, "not", "where", "cast", "quantize", "quantize_by", "dequantize"} == OPS
 
 
 @pytest.mark.parametrize("op", FLOATS)
