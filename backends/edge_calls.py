@@ -12,7 +12,7 @@ import torch
 from qcompiler import ops
 from qcompiler.backends import edge_bf16, edge_steps
 from qcompiler.backends.edge_cache import attention_over_cache
-from qcompiler.backends.edge_convolution import convolution
+from qcompiler.backends.edge_convolution import bordered, convolution
 from qcompiler.backends.edge_decoder import Decoding
 from qcompiler.backends.edge_dynamic import dynamic_quantize
 from qcompiler.backends.edge_group import (
@@ -27,23 +27,21 @@ from qcompiler.backends.edge_group import (
     Grouping,
     Writer,
     group,
-    quantized_operand,
 )
-from qcompiler.backends.edge_packed import packed_product, packing
+from qcompiler.backends.edge_integer import integer_linear, layers
+from qcompiler.backends.edge_packed import packed_product
 from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_rotate import rotation
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight, dense_order
+from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import attention, matmul_float, matmul_int8
+from qcompiler.kernels import attention, matmul_float
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.expression import Access
 from qcompiler.kernels.heads import Heads
-from qcompiler.kernels.isa import Isa, zero_shift
-from qcompiler.kernels.matmul_packed import Packing
+from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.rows import reduction, rows
 from qcompiler.kernels.tiles import Product
-from qcompiler.qtype import QType
 
 aten = torch.ops.aten
 ATTENTION = frozenset({ops.attention, aten.scaled_dot_product_attention.default})
@@ -70,75 +68,6 @@ class Call:
     writes: list[Storage]
 
 
-def layers(trace: Trace, isa: Isa) -> tuple[list[Op], dict[Op, Packing]]:
-    """Linears and convolutions that read a quantized input as integers; how weights are packed.
-
-    Layers with a weight per channel of 8 bits and a quantized input are of the first kind alone.
-    """
-    integer, packings = [], {}
-    for op in trace.ops:
-        if op.target not in (LINEAR, CONV):
-            continue
-        plain = _integer_weight(op) and _integer_input(op) is not None
-        form = packing(op, True, isa) if _token_input(op) is not None else None
-        if form is not None and (form.bits < 8 or not plain):
-            packings[op] = form
-            integer.append(op)
-        elif plain:
-            integer.append(op)
-        else:
-            form = packing(op, False, isa)
-            if form is not None:
-                packings[op] = form
-    return integer, packings
-
-
-def _integer_weight(op: Op) -> bool:
-    weight = op.args[1].storage.weight
-    return (
-        weight is not None
-        and weight.q.dtype == torch.int8
-        and weight.group == 0
-        and (weight.axis == 0 or weight.scale.numel() == 1)
-        and not bool(weight.zero_point.any())
-    )
-
-
-def _token_input(op: Op) -> Op | None:
-    """The dequantize before a layer whose input is symmetric int8 with a scale for each row."""
-    found = quantized_operand(op.args[0], rows=True)
-    maker = found.args[0].storage.maker if found is not None else None
-    if maker is None or maker.target is not ops.dynamic_quantize:
-        return None
-    kind = QType.parse(maker.args[1])
-    fits = kind.symmetric and kind.granularity == "token" and kind.element == "int8"
-    return found if fits else None
-
-
-def _integer_input(op: Op) -> tuple[Op, tuple[int, int, int, int]] | None:
-    """The dequantize before a layer, past zero padding; and (top, left, bottom, right)."""
-    ref, pads = op.args[0], (0, 0, 0, 0)
-    while True:
-        found = quantized_operand(ref, rows=op.target is LINEAR)
-        if found is not None:
-            return found, pads
-        maker = ref.storage.maker
-        if op.target is not CONV or maker is None or len(maker.out.storage.readers) > 1:
-            return None
-        if maker.target is aten.clone.default and maker.out.shape == maker.args[0].shape:
-            ref = maker.args[0]
-            continue
-        if maker.target is aten.constant_pad_nd.default:
-            left, right, top, bottom, *rest = [*maker.args[1], 0, 0][:6]
-            value = maker.args[2] if len(maker.args) > 2 else 0
-            if value != 0 or any(rest) or len(maker.args[1]) > 4 or min(maker.args[1]) < 0:
-                return None
-            pads = (pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right)
-            ref = maker.args[0]
-            continue
-        return None
-
-
 class Calls:
     """The calls of a trace."""
 
@@ -150,9 +79,10 @@ class Calls:
         self.calls: list[Call] = []
         self.sums: dict[int, Storage] = {}  # of groups of activations, by the activations
         self.states: list[Storage] = []
-        integer, self.packings = layers(trace, isa)
-        self.integer = {op: _integer_input(op) for op in integer}
+        self.integer, self.packings = layers(trace, isa)
         skipped = self._bypassed()
+        self.moved = bordered(trace, self.integer)
+        self.filled: set[int] = set()  # ids of the storages in `moved` whose border is written
         kept = Trace(trace.inputs, trace.outputs, tuple(o for o in trace.ops if o not in skipped))
         self.narrow = edge_bf16.narrow_products(trace, isa)
         direct = dict.fromkeys(self.integer, (0,)) | self.narrow
@@ -174,15 +104,14 @@ class Calls:
     def _bypassed(self) -> set[Op]:
         """Padding and copies that integer convolutions do themselves."""
         gone: set[Op] = set()
-        for op, found in self.integer.items():
-            ref = op.args[0]
-            while found is not None and ref.storage.maker not in (None, found[0]):
+        for op, source in self.integer.items():
+            made, ref = source.op.out, op.args[0]
+            while ref.storage.maker not in (None, source.op):
                 gone.add(ref.storage.maker)
                 ref = ref.storage.maker.args[0]
-            if found is not None and op not in found[0].out.storage.readers:
-                found[0].out.storage.readers.append(op)
-                op_ref = found[0].out
-                op.args = (op_ref, *op.args[1:])
+            if op not in made.storage.readers:
+                made.storage.readers.append(op)
+                op.args = (made, *op.args[1:])
         for op in gone:
             for ref in op.refs():
                 if op in ref.storage.readers:
@@ -198,18 +127,12 @@ class Calls:
             if maker is not None and any(ref is c for c in converted):
                 found += [r.storage for r in maker.refs()]
             elif op in self.integer and ref is op.args[0]:
-                q = self._quantized(op)
-                found += [r.storage for r in q.refs()]
+                found += [r.storage for r in self.integer[op].op.refs()]
             elif maker is not None and maker in self.grouping.inlined:
                 found += self._reads(maker)
             else:
                 found.append(ref.storage)
         return found
-
-    def _quantized(self, op: Op) -> Op:
-        found = self.integer[op]
-        assert found is not None
-        return found[0]
 
     def _group(self, g: Group) -> None:
         op = g.anchor
@@ -266,8 +189,9 @@ class Calls:
     ) -> Writer:
         """A writer of expressions over that shape."""
         return Writer(
-            shape, self.grouping.inlined, arguments, self.constants, order, self.isa.fused
-        )
+            shape, self.grouping.inlined, arguments, self.constants, order, self.isa.fused,
+            self.moved,
+        )  # fmt: skip
 
     def _elementwise(self, g: Group) -> None:
         writer = self.writer(g.out.shape, [], dense_order(g.out))
@@ -313,16 +237,13 @@ class Calls:
     def _linear(self, g: Group, op: Op) -> None:
         x, weight, bias = op.args[0], op.args[1], op.args[2] if len(op.args) > 2 else None
         if op in self.packings:
-            source = self._quantized(op) if op in self.integer else None
-            rows_of = self.contiguous(source.args[0] if source is not None else x, op.label)
+            source = self.integer.get(op)
+            rows_of = self.contiguous(source.ref if source is not None else x, op.label)
             count = prod(op.out.shape[:-1])
             packed_product(self, g, op, rows_of, count, self.packings[op], bias, source)
             return
         if op in self.integer:
-            source = self._quantized(op)
-            q = self.contiguous(source.args[0], op.label)
-            out = op.out.shape
-            self.integer_product(g, op, q, prod(out[:-1]), weight.storage.weight, bias, source)
+            integer_linear(self, g, op, self.integer[op])
             return
         if weight.storage.constant is None and weight.storage.weight is None:
             turned = Ref(weight.storage, weight.dtype, weight.offset, weight.shape[::-1],
@@ -366,89 +287,6 @@ class Calls:
                 name, writer.kernel_arguments(), product, expression, isa
             ), writer,
         )  # fmt: skip
-
-    def integer_product(
-        self, g: Group, op: Op, q: Ref, count: int, weight: Weight, bias: Ref | None, source: Op
-    ) -> None:
-        """Activations (count, K) int8 or uint8, contiguous, times a quantized weight (N, K, …)."""
-        isa = self.isa
-        matrix = weight.q.flatten(1) if weight.q.ndim == 2 else weight.q.movedim(1, -1)
-        matrix = matrix.reshape(weight.q.shape[0], -1)
-        n, k = matrix.shape
-        deep = -(-k // isa.depth) * isa.depth
-        if deep != k and q.shape[-1] != deep:
-            q = self.lengthened(q, count, k, deep, op.label)
-        packed = self.constant(
-            (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(matrix, isa)
-        )
-        self.constants.held.append(weight)
-        writer = self.writer(op.out.shape, [q.storage, packed.storage], self.order(op))
-        scaled = self.scaled(writer, matrix, weight, bias, source, q.dtype == torch.int8)
-        writer.keep(op.out, scaled)
-        writer.members(g, self.stored)
-        product = Product(count, n, deep, deep, q.offset)
-        expression, signed = writer.expression(), q.dtype == torch.int8
-        self.add(
-            "matmul_int8", op.label, (product, expression, isa, signed),
-            lambda name: matmul_int8.matmul_int8(
-                name, writer.kernel_arguments(), product, signed, expression, isa
-            ), writer,
-        )  # fmt: skip
-
-    def scaled(
-        self,
-        writer: Writer,
-        matrix: torch.Tensor,
-        weight: Weight,
-        bias: Ref | None,
-        source: Op,
-        signed: bool,
-        shifted: bool = True,
-    ) -> int:
-        """Steps from int32 accumulators to the layer's float output.
-
-        (accumulator − zero_point · Σ_k weight) · (activation scale · weight scale) + bias, with the
-        channels along the output's dimension 1 (convolutions) or last.
-        """
-        n = matrix.shape[0]
-        shape = (n, 1, 1) if len(writer.shape) == 4 else (n,)
-        sums = matrix.to(torch.int32).sum(1, dtype=torch.int32)
-        shift = zero_shift(self.isa, signed) if shifted else 0
-        scale, zero = source.args[1], source.args[2]
-        value = writer.step("anchor", "int32")
-        steps = weight.scale.reshape(-1).float().expand(n)
-        first, point = scale.storage.constant, zero.storage.constant
-        if point is not None and point.unique().numel() == 1:
-            off = int(point.reshape(-1)[0]) + shift
-            correction = self.constant(
-                (id(weight.q), "sums", off, shape),
-                lambda: (-off * sums).reshape(shape).to(torch.int32),
-            )
-            value = writer.step("add", "int32", value, writer.value(correction, "int32"))
-        else:
-            totals = self.constant((id(weight.q), "sums", shape), lambda: sums.reshape(shape))
-            moved = writer.value(zero, "int32")
-            if shift:
-                moved = writer.step("add", "int32", moved, writer.value(shift, "int32"))
-            product = writer.step("mul", "int32", writer.value(totals, "int32"), moved)
-            value = writer.step("sub", "int32", value, product)
-        if first is not None:
-            both = self.constant(
-                (id(weight.q), "scales", float(first.reshape(-1)[0]), shape),
-                lambda: (steps * first.reshape(-1)).reshape(shape),
-            )
-            factor = writer.value(both, "float32")
-        else:
-            own = self.constant((id(weight.q), "scale", shape), lambda: steps.reshape(shape))
-            factor = writer.step(
-                "mul", "float32", writer.value(scale, "float32"), writer.value(own, "float32")
-            )
-        value = writer.step("mul", "float32", writer.step("cast", "float32", value), factor)
-        if bias is not None:
-            shaped = Ref(bias.storage, bias.dtype, bias.offset, shape,
-                         bias.strides + (0,) * (len(shape) - 1))  # fmt: skip
-            value = writer.step("add", "float32", value, writer.value(shaped, "float32"))
-        return value
 
     def lengthened(self, q: Ref, count: int, k: int, deep: int, label: str) -> Ref:
         """Rows made longer, so that the dot product's steps come out even."""

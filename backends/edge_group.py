@@ -205,8 +205,10 @@ class Writer:
         constants: Constants,
         order: tuple[int, ...] | None = None,
         fused: bool = True,
+        moved: Mapping[int, Ref] | None = None,
     ) -> None:
         self.shape, self.inlined, self.arguments, self.fused = shape, inlined, arguments, fused
+        self.moved = moved or {}
         self.constants = constants
         self.order = order or tuple(range(len(shape)))
         self.steps: list[Step] = []
@@ -224,6 +226,8 @@ class Writer:
 
     def access(self, ref: Ref) -> Access:
         """How a tensor lies under the expression's shape, broadcast as torch does."""
+        home = self.moved.get(id(ref.storage))
+        ref = home if home is not None else ref
         missing = len(self.shape) - len(ref.shape)
         strides = (0,) * missing + tuple(
             0 if n == 1 else s for n, s in zip(ref.shape, ref.strides, strict=True)
@@ -276,6 +280,10 @@ class Writer:
         where = self.access(spot)
         numbers = (float(table.strides[0]), float(table.shape[0]))
         return self.add(Step("lookup", NAMES[table.dtype], (), place, numbers, where))
+
+    def written(self, index: int) -> Step:
+        """See `edge_steps.Steps`."""
+        return self.steps[index]
 
     def keep(self, ref: Ref, index: int) -> None:
         """Remember that a tensor is this step's value."""

@@ -17,6 +17,7 @@ from qcompiler.kernels.tiles import Product
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_calls import Calls
+    from qcompiler.backends.edge_integer import Source
 
 
 def packing(op: Op, integer: bool, isa: Isa) -> Packing | None:
@@ -56,7 +57,7 @@ def packing(op: Op, integer: bool, isa: Isa) -> Packing | None:
 
 def packed_product(
     calls: Calls, g: Group, op: Op, rows: Ref, count: int, form: Packing, bias: Ref | None,
-    source: Op | None,
+    source: Source | None,
 ) -> None:  # fmt: skip
     """The calls for a layer and what follows it.
 
@@ -68,7 +69,7 @@ def packed_product(
         count: how many rows.
         form: what `packing` gave.
         bias: one number for each output channel, in the shape that broadcasts.
-        source: the dequantization of the input, symmetric with a scale for each row.
+        source: the quantized input, symmetric with a scale for each row.
     """
     isa, weight = calls.isa, op.args[1].storage.weight
     n = weight.q.shape[0]
@@ -87,7 +88,7 @@ def packed_product(
     writer = calls.writer(op.out.shape, arguments, calls.order(op))
     value = writer.step("anchor", "float32")
     if source is not None:
-        value = writer.step("mul", "float32", value, writer.value(source.args[1], "float32"))
+        value = writer.step("mul", "float32", value, writer.value(source.scale, "float32"))
     if bias is not None:
         value = writer.step("add", "float32", value, writer.value(bias, "float32"))
     writer.keep(op.out, value)

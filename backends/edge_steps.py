@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from qcompiler import ops
 from qcompiler.backends.edge_trace import Op, Ref, Storage
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import division
+from qcompiler.kernels.expression import Step
 
 aten = torch.ops.aten
 
@@ -82,6 +84,9 @@ class Steps(Protocol):
 
     def lookup(self, table: Ref, index: Ref, dim: int) -> int:
         """Rows of a table, found at run time."""
+
+    def written(self, index: int) -> Step:
+        """The step of that index."""
 
 
 def writes(op: Op) -> bool:
@@ -217,6 +222,7 @@ def _quantize(op: Op, kind: str, steps: Steps) -> int:
     known, point = scale.storage.constant, zero.storage.constant
     if steps.fused and known is not None and known.numel() == 1 and point is not None:
         middle = int(point.reshape(-1)[0])
+        value = _unclamped(value, op, known, point, steps)
         found = division.factors(known, low - middle, high - middle)
         if found is not None:
             parts = [steps.value(_one(number), "float32") for number in found]
@@ -226,6 +232,17 @@ def _quantize(op: Op, kind: str, steps: Steps) -> int:
         "quantize", kind, value, steps.value(scale, "float32"),
         steps.value(zero, NAMES[zero.dtype]), numbers=numbers,
     )  # fmt: skip
+
+
+def _unclamped(value: int, op: Op, scale: Tensor, zero: Tensor, steps: Steps) -> int:
+    """What a ReLU or clamp before the quantization was given, where rounding clamps as narrowly."""
+    step = steps.written(value)
+    if step.op not in ("relu", "clamp"):
+        return value
+    ends = torch.tensor(step.numbers or (0.0, math.inf))
+    low, high = (int(n) for n in op.args[5:7])
+    q = ops.quantize(ends, scale.reshape(()), zero.reshape(()), 0, 0, low, high)
+    return step.values[0] if q.tolist() == [low, high] else value
 
 
 def _one(number: float) -> Ref:

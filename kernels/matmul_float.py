@@ -49,13 +49,15 @@ def matmul_float(
         for accumulator in tile:
             code.store(accumulator, 0, code.number(0.0))
         count = across * vectors
-        with code.loop(product.depth) as k:
+        with product.steps(1) as (place_of_k, k):
             weights = []
             for c in range(count):
                 start = right + (panel + c // vectors) * size + k * isa.panel + c % vectors * LANES
                 weights.append(code.bind(code.load(buffers[1], start)))
             for r in range(height):
-                value = code.bind(code.load(buffers[0], left + r * product.row_stride + k, 1))
+                value = code.bind(
+                    code.load(buffers[0], left + r * product.row_stride + place_of_k, 1)
+                )
                 for c in range(count):
                     had = tile[r * count + c]
                     code.store(had, 0, code.fma(code.spread(value), weights[c], code.load(had, 0)))

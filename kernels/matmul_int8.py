@@ -44,27 +44,35 @@ def matmul_int8(
     signed: bool,
     expression: Expression,
     isa: Isa,
+    started: bool = False,
 ) -> Any:
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: activations, packed weights, then what the expression reads and writes.
-        product: the sizes; its depth is a multiple of `isa.depth`.
+        arguments: activations, packed weights, where `started` what the accumulators of each column
+            begin with (int32, a panel more than N), then what the expression reads and writes.
+        product: the sizes; its depth (each run's) is a multiple of `isa.depth`.
         signed: int8 activations, not uint8.
         expression: over (…, N) with the accumulators as value 0.
         isa: the machine.
+        started: accumulators begin with given numbers, not with 0.
     """
     vectors = isa.panel // LANES
     size = isa.panel * product.depth
 
     def fill(buffers: list[Any], tile: list[Any], left: Any, right: Any, panel: Any,
              height: int, across: int) -> None:  # fmt: skip
-        for accumulator in tile:
-            code.store(accumulator, 0, code.integer(0))
-        with code.loop(product.depth // isa.depth) as k:
+        for c in range(across * vectors):
+            first: Any = code.integer(0)
+            if started:
+                column = panel * isa.panel + c * LANES
+                first = code.bind(code.load(buffers[2], column))
             for r in range(height):
-                start = left + r * product.row_stride + k * isa.depth
+                code.store(tile[r * across * vectors + c], 0, first)
+        with product.steps(isa.depth) as (place_of_k, k):
+            for r in range(height):
+                start = left + r * product.row_stride + place_of_k
                 word = activation_word(isa, buffers[0], start, signed)
                 for c in range(across * vectors):
                     place = (panel + c // vectors) * size + k * isa.panel * isa.depth

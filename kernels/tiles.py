@@ -7,8 +7,8 @@ they pass. Nothing is summed across threads, so results do not depend on their n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -32,6 +32,10 @@ class Product:
         batch: leading sizes; the output has batch · rows rows.
         left, right: elements of A, and of packed B, from one member of the batch to the next, for
             each of the batch's dimensions (0: shared).
+        runs: where a row of A lies in pieces, as a convolution's input under its filter does:
+            (count, elements from one to the next) of each loop over them, the outermost first.
+        groups: products side by side: the columns of each follow those of the one before.
+        left_group, right_group: elements of A, and of packed B, from one of them to the next.
     """
 
     rows: int
@@ -42,6 +46,23 @@ class Product:
     batch: tuple[int, ...] = ()
     left: tuple[int, ...] = ()
     right: tuple[int, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
+    groups: int = 1
+    left_group: int = 0
+    right_group: int = 0
+
+    @contextmanager
+    def steps(self, size: int) -> Iterator[tuple[Any, Any]]:
+        """A loop over k, `size` values at a time: their place in a row of A, and their number."""
+        place: Any = 0
+        number: Any = 0
+        run = self.depth // prod(count for count, _ in self.runs) // size
+        with ExitStack() as loops:
+            for count, stride in self.runs:
+                i = loops.enter_context(code.loop(count))
+                place, number = place + i * stride, number * count + i
+            k = loops.enter_context(code.loop(run))
+            yield place + k * size, number * run + k
 
 
 # fill(buffers, accumulators, start of A's rows, start of B, panel, rows, panels across): computes
@@ -72,28 +93,25 @@ def tiled(
     with code.kernel(name, arguments) as (made, buffers), around or nullcontext():
         emitter = Emitter(expression, buffers)
 
-        def line(tile: list[Any], row: Any, r: Any, panel: Any, tail: bool) -> None:
+        def line(tile: list[Any], first: Any, row: Any, r: Any, panel: Any, tail: bool) -> None:
             """The expression over one row of the tile; columns past the last are left out."""
             place = emitter.coordinates(row + r)
             for c, part in enumerate(tile):
-                first = panel * isa.panel + c * LANES
+                column = first + panel * isa.panel + c * LANES
                 left = columns - whole * isa.panel - c * LANES if tail else LANES
-                if left >= LANES:
-                    emitter.vector(place, first, LANES, code.bind(code.load(part, r * LANES)))
-                elif left > 0:
-                    with code.loop(left) as lane:
-                        value = code.bind(code.load(part, r * LANES + lane, 1))
-                        emitter.vector(place, first + lane, 1, value)
+                for start, lanes in pieces(left):
+                    value = code.bind(code.load(part, r * LANES + start, lanes))
+                    emitter.vector(place, column + start, lanes, value)
 
-        def work(start: tuple[Any, Any, Any], row: Any, panel: Any, height: int, across: int,
+        def work(start: tuple[Any, Any, Any, Any], row: Any, panel: Any, height: int, across: int,
                  tail: bool) -> None:  # fmt: skip
-            left, right, base = start
+            left, right, base, first = start
             count = across * vectors
             accumulators = [code.scratch(LANES, dtype) for _ in range(height * count)]
             left = left + row * product.row_stride
             fill(buffers, accumulators, left, right, panel, height, across)
             if height == 1:
-                line(accumulators, base + row, 0, panel, tail)
+                line(accumulators, first, base + row, 0, panel, tail)
                 return
             # Copied, because a buffer that is indexed by a variable cannot live in registers.
             tile = [code.scratch(height * LANES, dtype) for _ in range(count)]
@@ -101,7 +119,7 @@ def tiled(
                 for c in range(count):
                     code.store(tile[c], r * LANES, code.load(accumulators[r * count + c], 0))
             with code.loop(height) as r:
-                line(tile, base + row, r, panel, tail)
+                line(tile, first, base + row, r, panel, tail)
 
         def band(start: Any, first: Any, total: int, panel: Any, across: int, tail: bool) -> None:
             if total // high == 1:
@@ -130,9 +148,18 @@ def tiled(
             if rows % block:
                 bands(start, threads, rows // block * block, 1, rows % block)
 
+        def side_by_side(left: Any, right: Any, base: Any, threads: bool) -> None:
+            if product.groups == 1:
+                matrix((left, right, base, 0), threads)
+                return
+            with code.loop(product.groups) as g:
+                start = (left + g * product.left_group, right + g * product.right_group, base,
+                         g * columns)  # fmt: skip
+                matrix(start, threads)
+
         members = prod(product.batch)
         if members == 1:
-            matrix((product.offset, 0, 0), True)
+            side_by_side(product.offset, 0, 0, True)
         else:
             with code.parallel(members) as member:
                 left, right, rest = product.offset, 0, member
@@ -142,5 +169,16 @@ def tiled(
                 ):  # fmt: skip
                     index = rest % size
                     left, right, rest = left + index * a, right + index * b, rest // size
-                matrix((left, right, member * rows), False)
+                side_by_side(left, right, member * rows, False)
     return made
+
+
+def pieces(count: int) -> list[tuple[int, int]]:
+    """(start, lanes) of the vectors that cover at most 16 elements: 16, 8, 4, then one by one."""
+    found: list[tuple[int, int]] = []
+    start, left = 0, max(0, min(count, LANES))
+    for lanes in (LANES, LANES // 2, LANES // 4, 1):
+        while left >= lanes:
+            found.append((start, lanes))
+            start, left = start + lanes, left - lanes
+    return found

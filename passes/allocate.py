@@ -65,7 +65,7 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
             if note not in refusals:
                 refusals.append(note)
         weight, activation = _kernels(wanted, target)
-        reason = _obstacle(draft, node, recipe, chain, activation)
+        reason = _obstacle(draft, node, recipe, chain, activation, target)
         if reason:
             refusals.append(Refusal(place(node), f"stays float: {reason}"))
             continue
@@ -96,7 +96,7 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
             reader = source if isinstance(source, Node) and source.target in PADS else node
             entries[_site(reader, 0)] = Assignment(activation)
         if node.target in CONVS and activation is not None:
-            for value in chain[node]:
+            for value in chain.get(node, ()):
                 entries[_site(value, -1)] = Assignment(activation)
     for node in draft.calls(aten.bmm.default, aten.matmul.default):
         if recipe.weight_type is not None and _are_experts(draft, node):
@@ -141,6 +141,7 @@ def _obstacle(
     recipe: Recipe,
     chain: dict[Node, list[Node]],
     activation: QType | None,
+    target: Target,
 ) -> str | None:
     path = module_path(node)
     if any(fnmatch(path, pattern) for pattern in recipe.keep_float):
@@ -159,7 +160,7 @@ def _obstacle(
     if node.target in CONVS and activation is not None:
         if activation.dynamic:
             return "ONNX Runtime has no fast convolution with dynamic ranges"
-        if node not in chain:
+        if node not in chain and target.runtime == "ort":
             return "its output goes to float operators, and the integer convolution writes integers"
     return None
 

@@ -11,10 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from qcompiler.backends import edge_folder
 from qcompiler.backends.edge_model import EdgeModel, Entry, Port, Step, Tensor
 from qcompiler.backends.edge_target import host_family, machine
+from qcompiler.compiler import quantize
+from qcompiler.data import Data
+from qcompiler.program import capture
+from qcompiler.recipe import load_recipe
+from qcompiler.spec import ModelSpec
 from qcompiler.target import Target
 
 K, N = 8, 16
@@ -165,5 +172,38 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Edge]:
             edge_folder.write(model, folder)
             made[target] = Edge(model, folder, expected)
         return made[target]
+
+    return make
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., tuple[Any, Any, Any, int]]:
+    """`compiled(module, shape, recipe, settings)`: program, function, audit, bytes of the weights.
+
+    One float input of that shape, two random batches to calibrate on, code for this machine.
+    """
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    from qcompiler.backends import edge
+
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    target = Target.parse("tvm:native")
+
+    def make(
+        module: nn.Module, shape: tuple[int, ...], recipe: str, settings: dict[str, Any]
+    ) -> tuple[Any, Any, Any, int]:
+        generator = torch.Generator().manual_seed(0)
+        batches = [(torch.randn(shape, generator=generator),) for _ in range(2)]
+        program = capture(module.eval(), batches[0])
+        spec = ModelSpec("layers", nn.Identity(), batches[0], {}, lambda: batches)
+        chosen = load_recipe(recipe, {"rounding": "rtn", **settings})
+        made = quantize(program, Data(program, spec, chosen), chosen, target, lambda step: None)
+        layers = {n.name: n.name for n in made.quantized.exported.graph.nodes
+                  if str(n.target).startswith(("aten.linear", "aten.conv"))}  # fmt: skip
+        folder = tmp_path / f"code{len([*tmp_path.iterdir()])}"
+        folder.mkdir()
+        audit = edge.lower(made.quantized, target, folder, planned=layers)
+        held = (folder / "weights.bin").stat().st_size
+        return made.quantized, edge.load(folder, 1), audit, held
 
     return make

@@ -250,7 +250,6 @@ def test_models_of_torch(tmp_path: Path, name: str, recipe: str) -> None:
 @pytest.mark.parametrize(
     ("module", "shape", "said"),
     [
-        (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), (1, 4, 8, 8), "a convolution of 2 groups"),
         (nn.Sequential(nn.Upsample(scale_factor=2)), (1, 4, 8, 8), "does not know 'aten.upsample"),
         (nn.LSTM(8, 8, batch_first=True), (1, 5, 8), "does not know 'aten."),
         (nn.Sequential(nn.Softmax(1)), (1, 4, 8), "softmax over other than the last dimension"),
@@ -259,7 +258,7 @@ def test_models_of_torch(tmp_path: Path, name: str, recipe: str) -> None:
             "a pool whose windows count different numbers",
         ),
     ],
-    ids=["groups", "upsample", "lstm", "softmax", "pool"],
+    ids=["upsample", "lstm", "softmax", "pool"],
 )  # fmt: skip
 def test_what_is_refused(
     tmp_path: Path, module: nn.Module, shape: tuple[int, ...], said: str

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +11,8 @@ from torch import Tensor, nn
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from qcompiler import integer
-from qcompiler.backends import edge
-from qcompiler.compiler import quantize
-from qcompiler.data import Data
-from qcompiler.program import Program, capture
-from qcompiler.recipe import load_recipe
-from qcompiler.spec import ModelSpec
-from qcompiler.target import Target
 from qcompiler.verify import Sqnr
 
-TARGET = Target.parse("tvm:native")
 EXACT_DB = 100.0  # rounding of float32 alone
 
 
@@ -41,31 +30,7 @@ class Layers(nn.Module):
         return y
 
 
-@pytest.fixture
-def compiled(tmp_path: Path) -> Callable[..., tuple[Program, Any, Any, int]]:
-    """`compiled(recipe, settings)`: program, function, audit, bytes of the weights."""
-    if shutil.which("cc") is None:
-        pytest.skip("cc is not installed")
-
-    def make(recipe: str, settings: dict[str, Any]) -> tuple[Program, Any, Any, int]:
-        torch.manual_seed(0)
-        example = torch.randn(1, 3, 1, 28)
-        batches = [(torch.randn(1, 3, 1, 28),) for _ in range(2)]
-        program = capture(Layers().eval(), (example,))
-        spec = ModelSpec("layers", nn.Identity(), (example,), {}, lambda: batches)
-        chosen = load_recipe(recipe, {"rounding": "rtn", **settings})
-        made = quantize(program, Data(program, spec, chosen), chosen, TARGET, lambda step: None)
-        layers = {n.name: n.name for n in made.quantized.exported.graph.nodes
-                  if str(n.target) in ("aten.linear.default", "aten.conv2d.default")}  # fmt: skip
-        folder = tmp_path / "a"
-        folder.mkdir()
-        audit = edge.lower(made.quantized, TARGET, folder, planned=layers)
-        held = (folder / "weights.bin").stat().st_size
-        return made.quantized, edge.load(folder, 1), audit, held
-
-    return make
-
-
+SHAPE = (1, 3, 1, 28)
 LINEARS = 64 * 96 + 96 * 40
 FILTERS = 64 * 12
 
@@ -84,8 +49,8 @@ FILTERS = 64 * 12
     ],
 )
 def test_weights_alone(compiled: Any, recipe: str, settings: dict[str, Any], bits: int) -> None:
-    program, run, audit, held = compiled(recipe, settings)
-    x = torch.randn(1, 3, 1, 28, generator=torch.Generator().manual_seed(1))
+    program, run, audit, held = compiled(Layers(), SHAPE, recipe, settings)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     total = Sqnr()
     total.update(program.run((x,))[0], run(x)[0])
     assert total.db >= EXACT_DB
@@ -109,8 +74,8 @@ def test_weights_alone(compiled: Any, recipe: str, settings: dict[str, Any], bit
 )
 def test_integers_with_quantized_rows(compiled: Any, weights: str) -> None:
     settings = {"weights": weights, "smooth": False, "correct_bias": False}
-    program, run, audit, _ = compiled("w4a8", settings)
-    x = torch.randn(1, 3, 1, 28, generator=torch.Generator().manual_seed(1))
+    program, run, audit, _ = compiled(Layers(), SHAPE, "w4a8", settings)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     total = Sqnr()
     total.update(integer.run(program, (x,))[0], run(x)[0])
     assert total.db >= EXACT_DB

@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d
 from qcompiler.kernels import isa as isas
 from qcompiler.kernels.code import Kernel
 from qcompiler.kernels.depthwise import EXACT_TAPS, Window, depthwise
+from qcompiler.kernels.isa import Isa
 
 Run = Callable[..., Any]
 CASES = [  # channels, size, filter, stride, dilation
@@ -21,7 +22,7 @@ CASES = [  # channels, size, filter, stride, dilation
 
 
 def built(
-    writer: Any, x: Tensor, w: Tensor, stride: int, dilation: int, name: str = "d"
+    writer: Any, x: Tensor, w: Tensor, stride: int, dilation: int, isa: Isa, name: str = "d"
 ) -> tuple[Kernel, Any, Tensor]:
     """The kernel, its tensors, torch's answer (N, y, x, C); x is (N, H, W, C), w (C, 1, i, j)."""
     integer = not x.is_floating_point()
@@ -36,7 +37,7 @@ def built(
         n, want.shape[1], want.shape[2], c, taps, 0, h * wide * c, stride * wide * c, stride * c,
         dilation * wide * c, dilation * c, integer,
     )  # fmt: skip
-    return depthwise(name, e.arguments, window, e.expression), e, want
+    return depthwise(name, e.arguments, window, e.expression, isa), e, want
 
 
 def images(c: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -61,8 +62,9 @@ def test_filters(
 ) -> None:
     c, size, taps, stride, dilation = case
     x, w = images(c, size, dtype), filters(c, taps, dtype != torch.float32)
-    kernel, given, want = built(writer, x, w, stride, dilation)
-    (found,) = run(kernel, given, isas.VNNI if c % 2 else isas.AVX2)
+    isa = isas.VNNI if c % 2 else isas.AVX2
+    kernel, given, want = built(writer, x, w, stride, dilation, isa)
+    (found,) = run(kernel, given, isa)
     found = found.reshape(want.shape).double()
     if dtype == torch.float32:
         torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
@@ -76,14 +78,18 @@ def test_the_largest_filter_is_exact(writer: Any, run: Run) -> None:
     x = torch.full((1, size, size, 16), 255, dtype=torch.uint8)
     w = torch.full((16, 1, size, size), -128)
     w[::2, :, 0, 0] = -127  # odd sums
-    kernel, given, want = built(writer, x, w, 1, 1)
+    kernel, given, want = built(writer, x, w, 1, 1, isas.VNNI)
     (found,) = run(kernel, given, isas.VNNI)
     assert torch.equal(found.double(), want.flatten())
 
 
-@pytest.mark.parametrize("target", ["tvm:aarch64", "tvm:armv7", "tvm:riscv64"])
-def test_other_machines(writer: Any, emulate: Run, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "isa"),
+    [("tvm:aarch64", isas.NEON), ("tvm:armv7", isas.ARMV7), ("tvm:riscv64", isas.SCALAR)],
+    ids=str,
+)
+def test_other_machines(writer: Any, emulate: Run, target: str, isa: Isa) -> None:
     x, w = images(19, 7, torch.uint8), filters(19, 3, True)
-    kernel, given, want = built(writer, x, w, 2, 1)
+    kernel, given, want = built(writer, x, w, 2, 1, isa)
     ((found,),) = emulate(target, [(kernel, given)])
     assert torch.equal(found.double(), want.flatten())
