@@ -159,6 +159,12 @@ def deliver(
         explaining.keep(folder, compiled.floating, compiled.quantized)
     else:
         shutil.rmtree(folder / REFERENCE)
+    if recipe.explain:
+        say("explain")
+        manifest["explanation"] = explaining.account(
+            compiled.floating, compiled.quantized, list(itertools.islice(data.calibration(), KEPT)),
+            manifest,
+        )  # fmt: skip
     manifest["warnings"] = _warnings(manifest) + lowered.notes
     if data.note:
         manifest["warnings"].append(f"calibrated and verified on {data.note}")

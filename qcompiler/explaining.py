@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.attribution import attribute
 from qcompiler.errors import InputError
-from qcompiler.program import Program, load_pt2
+from qcompiler.program import Batch, Program, load_pt2
 
 FLOATING, QUANTIZED = "floating.pt2", "quantized.pt2"
 
@@ -52,6 +52,17 @@ def explain(folder: Path, say: Callable[[str], None] = lambda text: None) -> dic
         raise InputError(f"{folder} keeps no data to explain with; compile the model again")
     floating, quantized = (load_pt2(path) for path in paths)
     manifest = artifact.manifest
+    return account(floating, quantized, batches, manifest, say)
+
+
+def account(
+    floating: Program,
+    quantized: Program,
+    batches: Sequence[Batch],
+    manifest: Mapping[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What `explain` returns, from the programs themselves and an artifact's manifest."""
     logits = bool(manifest.get("logits"))
     found = attribute(floating, quantized, batches, manifest.get("padding_mask", ""), logits, say)
     kernel, whole = (_noise(manifest["errors"][kind]) for kind in ("lowering", "quantization"))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from qcompiler import allocation, costs
+from qcompiler import allocation, costs, figures
 from qcompiler.allocation import Choice, Limit
 from qcompiler.data import Data
 from qcompiler.divergence import Divergence
@@ -563,6 +563,7 @@ def choose(
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
     described = mixer.describe(study, tried, uniform, front, best) | {"timed": timed}
     mixer.write(front, best)
+    figures.write(described, folder)
     return mixer.recipe_of(best), described
 
 
@@ -581,7 +582,9 @@ def explore(
     study = mixer.study()
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
     mixer.write(front)
-    return mixer.describe(study, [], uniform, front)
+    described = mixer.describe(study, [], uniform, front)
+    figures.write(described, folder)
+    return described
 
 
 def _matches(pattern: str, node: torch.fx.Node) -> bool:

@@ -182,13 +182,23 @@ def explanation(found: Mapping[str, Any], name: str) -> str:
         found: what `explaining.explain` returned.
         name: of the model.
     """
+    return document(
+        f"{name} · where the error comes from",
+        tag("header", tag("h1", name), tag("p", "Where the error comes from", class_="soft")),
+        tag("section", account(found)),
+    )
+
+
+def account(found: Mapping[str, Any]) -> Html | None:
+    """Sources, layers and changes; nothing where nothing was explained."""
+    if not found:
+        return None
     kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in found["kinds"].items())
     summary = (
         f"{found['loss']}: {number(found['total'])} on "
         f"{count(found['batches'], 'batch', 'batches')}. {kinds}; interaction "
         f"{number(found['interaction'])}; corrected biases take off {number(found['bias'])}; the "
-        f"runtime's kernels add {100 * found['kernel']:.1f} % of the "
-        "error."
+        f"runtime's kernels add {100 * found['kernel']:.1f} % of the error."
     )
     shares = [
         (code(row["source"]["path"] or row["source"]["node"]), row["source"]["kind"],
@@ -202,31 +212,31 @@ def explanation(found: Mapping[str, Any], name: str) -> str:
         (code(layer["path"] or layer["node"]), *(_warm(columns[key], i) for key in keys))
         for i, layer in enumerate(found["layers"])
     ]
-    return document(
-        f"{name} · where the error comes from",
-        tag("header", tag("h1", name), tag("p", summary, class_="soft")),
-        section("changes", "What to change", *_changes(found["changes"])),
-        section(
-            "sources", "Sources", tag("p", SHARES, class_="soft"),
-            sortable(table(("source", "kind", "format", "alone", "share"), shares, "Sources",
-                           "   nn")),
-        ),
-        section(
-            "layers", "Layers", tag("p", NOISE, class_="soft"),
-            sortable(table(("layer", "total", "weight", "input", "inherited", "lemma 7"), layers,
-                           "Noise by layer", " nnnnn")),
-        ),
-    )  # fmt: skip
+    titles = ("layer", "total", "weight", "input", "inherited", "lemma 7")
+    sources = table(("source", "kind", "format", "alone", "share"), shares, "Sources", "   nn")
+    return tag(
+        "div",
+        tag("p", summary),
+        tag("h3", "What to change"),
+        *_changes(found["changes"]),
+        tag("h3", "Sources"),
+        tag("p", SHARES, class_="soft"),
+        sortable(sources),
+        tag("h3", "Layers"),
+        tag("p", NOISE, class_="soft"),
+        sortable(table(titles, layers, "Noise by layer", " nnnnn")),
+    )
 
 
 def _changes(changes: Iterable[Mapping[str, Any]]) -> Iterable[Html]:
     for change in changes:
         source = change["source"]
         where = source["path"] or source["node"]
-        yield tag("h3", f"{source['kind']} of {where}: {source['format']} → {change['to']}")
+        what = f"{source['kind']} of {where}: {source['format']} → {change['to']}"
         yield tag(
             "p",
-            f"predicted to take {number(change['predicted'])} off the loss, measured alone: "
+            tag("strong", what),
+            f": predicted to take {number(change['predicted'])} off the loss, measured alone: "
             f"{number(change['measured'])}",
         )
         yield folded("as a recipe", tag("pre", change["recipe"]))

@@ -128,6 +128,11 @@ class Recipe(BaseModel):
     keep_reference: bool = Field(
         True, description="keep the float model in the artifact, for `verify` and `bench`"
     )
+    explain: bool = Field(
+        False,
+        description="say in the report where the error comes from; takes a run of the model "
+        "for each place that rounds (`qcompiler explain` does it later)",
+    )
     min_sqnr: float = Field(
         0.0, description="fail when an output's SQNR against the float model is lower, in dB"
     )

@@ -49,6 +49,11 @@ def render(manifest: Mapping[str, Any]) -> str:
         ("errors", "Errors", _errors(manifest)),
         ("smoothing", "Smoothing", _smoothing(manifest)),
         ("mixed", "Mixed precision", mixed_report.mixed(manifest.get("mixed", {}))),
+        (
+            "explanation",
+            "Where the error comes from",
+            mixed_report.account(manifest.get("explanation", {})),
+        ),
         ("plan", "Plan", _plan(manifest)),
         ("refusals", "Refusals", _refusals(manifest)),
         ("origin", "How it was made", _origin(manifest)),

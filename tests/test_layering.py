@@ -25,7 +25,7 @@ LEVELS = (
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
-    {"mixed_report"},
+    {"mixed_report", "figures"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
     {"attribution"},
     {"explaining"},

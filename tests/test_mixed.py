@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -83,6 +86,10 @@ def test_points_of_the_front_compile(made: Any, tmp_path: Path) -> None:
     assert len([r for r in rows if r["point"] != "chosen"]) >= 12
     losses = [r["loss"] for r in rows if r["point"] != "chosen"]
     assert losses[0] > 10 * losses[-1]
+    for name in ("front", "sensitivity"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        svg = ElementTree.parse(folder / f"{name}.svg").getroot()
+        assert svg.tag.endswith("svg")
     recipe = load_recipe(str(folder / "points/03.yaml"))
     artifact = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "p")
     assert artifact.manifest["recipe"]["formats"] == recipe.formats
@@ -158,6 +165,23 @@ def test_the_commands(tmp_path: Path, tiny: Callable[[str], Any]) -> None:
     assert "changes that would buy the most" in result.stdout
     result = runner.invoke(app, ["explain", folder])
     assert result.exit_code == 2
+
+
+def test_reports_show_the_choice_and_where_the_error_comes_from(tmp_path: Path) -> None:
+    recipe = load_recipe("mixed", {"bits": 3.5, "explain": True})
+    artifact = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "a")
+    page = (tmp_path / "a/report.html").read_text()
+    for text in ("Mixed precision", "one format for all", "Where the error comes from", "lemma 7"):
+        assert text in page
+    # Every unit has a row, and every number that sorts stands in the page as it was measured.
+    for unit in artifact.manifest["mixed"]["units"]:
+        coarsest = min(unit["options"], key=lambda o: o["bits"])
+        assert f'data-key="{coarsest["measures"]["kl"]!r}"' in page
+    # The one script that may run is the one whose digest the policy names.
+    script = page.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#x27;sha256-{digest}&#x27;" in page
+    assert page.count("<script>") == 1
 
 
 def test_formats_print_and_parse() -> None:
