@@ -34,6 +34,7 @@ from qcompiler.program import Program
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle
 from qcompiler.rewrite import Draft, operand
+from qcompiler.rounding import weight_axis
 
 aten = torch.ops.aten
 ACTIVATIONS = (
@@ -46,6 +47,7 @@ ACTIVATIONS = (
 # Above, channels that fired rarely in calibration overflow on other data.
 ALPHAS = (0.4, 0.5, 0.6, 0.7)
 MERGE_GAIN = 0.1  # dB below which a merged factor is not worth having
+SHARPNESS = 24.0  # of the soft maxima that are descended on
 INSERT_GAIN = 1.0  # dB below which a multiplication at run time is not
 
 
@@ -83,7 +85,10 @@ def search_smoothing(
         low, high = _extremes(source, stats, observations)
         tie = region.readers[0].channels if merged and region is not None else None
         may_shift = merged and region is not None and _takes_shift(region)
-        factor = _search(weights, stats, low, high, weight, activation, tie, may_shift, merged)
+        kind = weight
+        if weight.group and weights.shape[1] % weight.group:  # `allocate` finds what divides it
+            kind = QType(weight.element, "channel", symmetric=weight.symmetric)
+        factor = _search(weights, stats, low, high, kind, activation, tie, may_shift, merged)
         if factor.gain >= (MERGE_GAIN if merged else INSERT_GAIN):
             found[source.name] = factor
     return found
@@ -163,16 +168,16 @@ def _search(
     if may_shift and bool((low < high).all()):
         shifts.append((" + shift", _tied((high + low) / 2, tie)))
     for suffix, shift in shifts:
+        terms = _Terms(weights, rows, low, high, shift)
         absmax = torch.maximum(high - shift, shift - low).clamp(min=1e-5)
         grid = []
         for alpha in ALPHAS:
             scale = _tied(absmax.pow(alpha) / largest.pow(1 - alpha), tie)
             grid.append((f"alpha {alpha}{suffix}", scale / scale.log().mean().exp(), shift))
         trials += grid
-        start = min(
-            grid, key=lambda t: _expected(t[1], weights, rows, low, high, t[2], weight, activation)
-        )
-        refined = _refine(start[1], weights, rows, low, high, shift, weight, activation)
+        expected = [float(_noise(s.log(), terms, weight, activation, False)) for _, s, _ in grid]
+        start = grid[min(range(len(grid)), key=expected.__getitem__)]
+        refined = _refine(start[1], terms, weight, activation)
         trials.append((f"refined{suffix}", _tied(refined, tie), shift))
     errors = [_true_error(s, z, weights, rows, low, high, weight, activation) for _, s, z in trials]
     best = min(range(len(trials)), key=errors.__getitem__)
@@ -198,17 +203,6 @@ def _steps(kind: QType) -> int:
     return kind.qmax - kind.qmin
 
 
-def _expected(
-    scale: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor,
-    weight: QType, activation: QType, sharpness: float | None = None,
-) -> float:  # fmt: skip
-    return float(
-        _noise(
-            scale.log(), _Terms(weights, rows, low, high, shift), weight, activation, sharpness
-        ).exp()
-    )
-
-
 @dataclass
 class _Terms:
     """What the noise model needs of one tensor, computed once."""
@@ -222,44 +216,49 @@ class _Terms:
     def __post_init__(self) -> None:
         self.power = (self.rows - self.shift).square().mean(0)
         self.columns = self.weights.square().sum(0)
-        self.logs = self.weights.abs().clamp(min=1e-12).log().float()
+        self.logs = self.weights.abs().clamp(min=1e-12).double().log()
+        self.peaks = self.logs.amax(1)
+        # A soft maximum over a row of w s is then a product with a vector, for any s.
+        self.powers = (SHARPNESS * (self.logs - self.peaks[:, None])).exp()
         self.top = (self.high - self.shift).clamp(min=1e-4).log()
         self.bottom = (self.shift - self.low).clamp(min=1e-4).log()
 
 
-def _noise(
-    t: Tensor, terms: _Terms, weight: QType, activation: QType, sharpness: float | None
-) -> Tensor:
-    """log(L_a + L_w) at s = exp(t); maxima softened by a p-norm where a sharpness p is given."""
+def _noise(t: Tensor, terms: _Terms, weight: QType, activation: QType, soft: bool) -> Tensor:
+    """log(L_a + L_w) at s = exp(t); maxima are p-norms with p = `SHARPNESS` where soft."""
 
-    def peak(logs: Tensor, dim: int) -> Tensor:
-        if sharpness is None:
-            return logs.amax(dim).exp()
-        return (torch.logsumexp(sharpness * logs, dim) / sharpness).exp()
+    def peak(logs: Tensor) -> Tensor:
+        if not soft:
+            return logs.amax().exp()
+        return (torch.logsumexp(SHARPNESS * logs, 0) / SHARPNESS).exp()
 
-    span = peak(terms.top - t, 0) + peak(terms.bottom - t, 0)
+    span = peak(terms.top - t) + peak(terms.bottom - t)
     of_activation = (span / _steps(activation)) ** 2 / 12 * ((2 * t).exp() * terms.columns).sum()
-    steps = peak(terms.logs + t.float(), 1).double() / weight.qmax
+    if soft:
+        largest = t.max().detach()
+        sums = terms.powers @ (SHARPNESS * (t - largest)).exp()
+        rows = sums.clamp(min=1e-300).log() / SHARPNESS + terms.peaks + largest
+    else:
+        rows = (terms.logs + t).amax(1)
+    steps = rows.exp() / weight.qmax
     of_weight = steps.square().sum() / 12 * (terms.power * (-2 * t).exp()).sum()
     return (of_activation + of_weight).log()
 
 
 def _refine(
-    start: Tensor, weights: Tensor, rows: Tensor, low: Tensor, high: Tensor, shift: Tensor,
-    weight: QType, activation: QType, iterations: int = 60,
-) -> Tensor:  # fmt: skip
+    start: Tensor, terms: _Terms, weight: QType, activation: QType, iterations: int = 60
+) -> Tensor:
     """Adam on log s from the best grid point.
 
     The mean of log s is fixed, because only ratios matter.
     """
-    terms = _Terms(weights, rows, low, high, shift)
     with torch.enable_grad():
         t = start.log().clone().requires_grad_(True)
         optimiser = torch.optim.Adam([t], lr=0.05)
         schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, iterations)
         for _ in range(iterations):
             optimiser.zero_grad()
-            _noise(t, terms, weight, activation, 24.0).backward()
+            _noise(t, terms, weight, activation, True).backward()
             optimiser.step()
             schedule.step()
     t = t.detach()
@@ -272,12 +271,16 @@ def _true_error(
 ) -> float:  # fmt: skip
     """Squared error of the readers' output on the sampled rows.
 
-    The activation's range is the one that the extremes ask for.
+    The activation's range is that of each row where it has a scale for each token, else the one
+    that the extremes ask for.
     """
     x = ((rows - shift) / scale).float()
     w = (weights * scale).float()
-    bottom, top = ((low - shift) / scale).min(), ((high - shift) / scale).max()
-    s, z = activation.scale_for(bottom, top)
-    q = ((x / s).round() + z).clamp(activation.qmin, activation.qmax)
-    noisy = ((q - z) * s) @ weight.round_trip(w, 0).T
+    if activation.granularity == "token":
+        rounded = activation.round_trip(x)
+    else:
+        bottom, top = ((low - shift) / scale).min(), ((high - shift) / scale).max()
+        s, z = activation.scale_for(bottom, top)
+        rounded = (((x / s).round() + z).clamp(activation.qmin, activation.qmax) - z) * s
+    noisy = rounded @ weight.round_trip(w, weight_axis(weight)).T
     return float((noisy - x @ w.T).double().square().sum())

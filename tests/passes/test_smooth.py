@@ -288,3 +288,31 @@ def test_golden(
     }
     golden_pair("smooth", program, smooth(program, factors))
     golden_pair("smooth-refused", program, smooth(program, factors, insert=False))
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [("int8:channel", "uint8:token:affine"), ("int4:g8", "int8:token"), ("int4:g12", "int8:token")],
+)
+def test_the_gain_is_that_of_the_formats_used(
+    weights: str, activations: str, captured: Any
+) -> None:
+    """A range for each token, groups along the inputs; a row where the group does not divide."""
+    module = Pair(nn.functional.gelu)
+    program = captured(module, X)
+    names = smoothing_sites(program, insert=True)
+    found = observe(program, names, [(X,)])
+    kind, activation = QType.parse(weights), QType.parse(activations)
+    factor = search_smoothing(program, found, kind, activation, insert=True)["gelu"]
+    if weights == "int4:g12":
+        kind = QType.parse("int4:channel")
+    rows, weight = found["gelu"].rows, module.second.weight.detach()
+
+    def error(scale: Tensor) -> float:
+        noisy = activation.round_trip(rows / scale)
+        noisy = noisy @ kind.round_trip(weight * scale, 1 if kind.group else 0).T
+        return float((noisy - rows @ weight.T).double().square().sum())
+
+    gain = 10 * np.log10(error(torch.ones(WIDTH)) / error(factor.scale))
+    assert gain == pytest.approx(factor.gain, abs=0.01)
+    assert gain > INSERT_GAIN
