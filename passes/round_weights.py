@@ -15,6 +15,7 @@ fires keeps its nearest rounding; both are noted. Activations are not quantized 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -38,6 +39,9 @@ from qcompiler.rounding import (
     search_grid,
 )
 from qcompiler.stages import BUDGET, Stages
+
+
+STRIP = 512  # columns of a Hessian that are computed at a time
 
 
 @torch.no_grad()
@@ -107,7 +111,8 @@ def round_weights(
 
 def _foresee(shapes: list[tuple[int, ...]]) -> None:
     """Stop before it starts what would run out of memory."""
-    need = BUDGET + max(memory_needed(*shape) for shape in shapes)
+    rounded = sum(4 * math.prod(shape) for shape in shapes)
+    need = BUDGET + rounded + max(memory_needed(*shape) for shape in shapes)
     free = free_memory()
     if free is not None and need > free:
         raise InputError(
@@ -137,11 +142,22 @@ def _hessian(inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Tensor:
     """H = 2 Σ x xᵀ over all rows, (features, features) float64."""
     total: Tensor | None = None
     for value, mask in zip(inputs, masks, strict=True):
-        rows = unpadded(value, mask).flatten(0, -2)
-        part = 2 * (rows.T @ rows).double()
-        total = part if total is None else total + part
+        part = _gram(unpadded(value, mask).flatten(0, -2)).double()
+        total = part if total is None else total.add_(part)
     assert total is not None
-    return total
+    return total.mul_(2)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Xᵀ X, in strips: each is multiplied with the columns from its own on, the rest mirrored."""
+    size = rows.shape[1]
+    product = torch.empty(size, size)
+    for start in range(0, size, STRIP):
+        stop = min(start + STRIP, size)
+        strip = rows[:, start:stop].T @ rows[:, start:]
+        product[start:stop, start:] = strip
+        product[start:, start:stop] = strip.T
+    return product
 
 
 def rounding_notes(rounded: Mapping[Site, Rounded]) -> list[str]:

@@ -26,6 +26,7 @@ from qcompiler.plan import Rounded
 from qcompiler.qtype import QType, broadcast, dequantize
 
 BLOCK = 128
+ROWS = 2048  # outputs that are rounded at a time: they do not depend on each other
 DAMPING = 0.01
 SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))  # shares of a range that may be kept
 
@@ -35,10 +36,10 @@ Grid = tuple[Tensor, Tensor]  # scale and zero point, in the shape of `QType.ran
 def memory_needed(outputs: int, inputs: int) -> int:
     """Bytes that rounding one weight by GPTQ takes at most: five matrices of each shape, float64.
 
-    H, H in its order, damped, its factor and inverse; the weight, scales, zero points, integers and
-    errors.
+    H, H in its order, damped, its factor and inverse; of as many outputs as are rounded at a time
+    the weight, scales, zero points, integers and errors. Twice the weight itself besides.
     """
-    return 5 * 8 * (inputs * inputs + outputs * inputs)
+    return 5 * 8 * (inputs + min(outputs, ROWS)) * inputs + 2 * 4 * outputs * inputs
 
 
 def weight_axis(kind: QType) -> int:
@@ -63,6 +64,9 @@ def search_grid(weight: Tensor, hessian: Tensor | None, kind: QType) -> Grid:
         Scale and zero point; each covers one of `SHRINKS` of its range. What groups do to each
         other's error is left out.
     """
+    if kind.granularity != "tensor" and len(weight) > ROWS:
+        parts = [search_grid(part, hessian, kind) for part in weight.split(ROWS)]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
     low, high = kind.ranges(weight, weight_axis(kind))
     best = torch.full(low.shape, torch.inf)
     scale, zero = kind.scale_for(low, high)
@@ -167,13 +171,26 @@ def gptq(
     """
     axis, group = weight_axis(kind), kind.group or 0
     scale, zero = grid or nearest_grid(weight, kind)
-    # One scale and zero point for each element, so that columns may come in any order.
-    scales = broadcast(scale, weight, axis, group).expand_as(weight).double()
-    zeros = broadcast(zero, weight, axis, group).expand_as(weight).double()
     factor = factor or Factor.of(hessian, damping)
     order, u = factor.order, factor.upper
-    # Inputs first: what is worked on at a time then lies together in memory.
-    w, s, z = (t.T.contiguous()[order] for t in (weight.double(), scales, zeros))
+    integers = torch.empty_like(weight, dtype=kind.dtype)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        part = weight[rows]
+        # One scale and zero point for each element, so that columns may come in any order.
+        s, z = (
+            broadcast(t[rows] if t.ndim else t, part, axis, group).expand_as(part).double()
+            for t in (scale, zero)
+        )
+        # Inputs first: what is worked on at a time then lies together in memory.
+        w, s, z = (t.T.contiguous()[order] for t in (part.double(), s, z))
+        integers[rows, order] = _columns(w, s, z, u, kind, block).T.to(kind.dtype)
+    on_grid = dequantize(integers, scale, zero, axis, group)
+    return Rounded(on_grid, scale, zero, factor.damping, factor.silent)
+
+
+def _columns(w: Tensor, s: Tensor, z: Tensor, u: Tensor, kind: QType, block: int) -> Tensor:
+    """The integers of w, (inputs, outputs) float64, column by column; w is overwritten."""
     q = torch.empty_like(w)
     columns = len(w)
     for start in range(0, columns, block):
@@ -184,10 +201,7 @@ def gptq(
             errors[j - start] = (w[j] - (q[j] - z[j]) * s[j]) / u[j, j]
             w[j:stop].addr_(u[j, j:stop], errors[j - start], alpha=-1)
         w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
-    integers = torch.empty_like(weight, dtype=torch.float64)
-    integers[:, order] = q.T
-    on_grid = dequantize(integers.to(kind.dtype), scale, zero, axis, group)
-    return Rounded(on_grid, scale, zero, factor.damping, factor.silent)
+    return q
 
 
 def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -22,7 +22,7 @@ from torch.fx import Node
 from qcompiler.program import Batch, Program, Watch
 from qcompiler.rewrite import operand
 
-BUDGET = 1 << 30  # bytes of held values in memory
+BUDGET = 1 << 28  # bytes of held values in memory
 Function = Callable[..., Any]
 
 
@@ -40,7 +40,10 @@ class Stages:
         self.functions: dict[Node, Function] = {}
         self._nodes = list(program.exported.graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
-        self._last = {s: self._index[n] for n in self._nodes for s in n.all_input_nodes}
+        # Outputs are not asked for here: a decoder's are the keys and values of all its layers.
+        self._last = {
+            s: self._index[n] for n in self._nodes if n.op != "output" for s in n.all_input_nodes
+        }
         known = program.constants()
         self._shared: dict[Node, Any] = {}
         inputs = []

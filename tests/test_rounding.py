@@ -98,3 +98,17 @@ def test_second_moments_are_kept(text: str) -> None:
     q = kind.quantize(rounded.weight, rounded.scale, rounded.zero_point, weight_axis(kind))
     same = kind.quantize(kept.weight, kept.scale, kept.zero_point, weight_axis(kind))
     assert torch.equal(q, same)
+
+
+@pytest.mark.parametrize("text", ["int4:channel", "int4:g16", "int3:g16:affine", "int4:tensor"])
+def test_outputs_in_parts_give_what_they_give_at_once(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(3)
+    weight, x = torch.randn(11, 32, generator=g), torch.randn(64, 32, generator=g).double()
+    hessian, kind = 2 * x.T @ x, QType.parse(text)
+    whole = gptq(weight, hessian, kind, grid=search_grid(weight, hessian, kind))
+    monkeypatch.setattr("qcompiler.rounding.ROWS", 4)
+    parts = gptq(weight, hessian, kind, grid=search_grid(weight, hessian, kind))
+    torch.testing.assert_close(parts.scale, whole.scale, rtol=0, atol=0)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=0)

@@ -69,3 +69,13 @@ def test_files_go_with_the_stages(tiny: Callable[[str], Any]) -> None:
         paths = list(stages._held)
         assert all(path.is_file() for path in paths)
     assert not any(path.exists() for path in paths)
+
+
+def test_outputs_are_not_held(tiny: Callable[[str], Any]) -> None:
+    """A decoder's present keys and values are outputs of every layer."""
+    program = tiny("tiny-gqa-decoder").normalized
+    *_, last = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
+    outputs = set(program.exported.graph.output_node().all_input_nodes)
+    with Stages(program, tiny("tiny-gqa-decoder").batches[:2]) as stages:
+        stages.advance(last)
+        assert all(not outputs & set(held) for held in stages._held)
