@@ -86,7 +86,8 @@ class Sizes:
             value = node.meta["val"]
             if node in self.pasts:
                 heads, size = concrete_shape(node)[1], concrete_shape(node)[3]
-                found[node] = torch.full((batch, heads, past, size), math.nan)
+                # One number seen as many: a far past of all layers would take gigabytes.
+                found[node] = torch.full((1, 1, 1, 1), math.nan).expand(batch, heads, past, size)
             elif isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
                 found[node] = torch.zeros(batch, new, dtype=value.dtype)
             elif isinstance(value, Tensor) and value.ndim == 3:
