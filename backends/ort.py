@@ -23,6 +23,7 @@ from qcompiler.backends.ort_cache import (
     prune_logits,
     use_grouped_attention,
 )
+from qcompiler.backends.ort_store import KEY, read_metadata, write_metadata
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
 from qcompiler.backends.ort_translate import OPSET, translations
 from qcompiler.errors import UnsupportedError
@@ -65,7 +66,7 @@ def lower(
     """
     model = _export(program)
     graph = gs.import_onnx(model)
-    shared = use_grouped_attention(graph)
+    shared, stores = use_grouped_attention(graph)
     operate(graph, fused, _layer_names(model, program))
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
@@ -78,8 +79,10 @@ def lower(
         open_default(result)
     pack_constants(graph, result)
     _tidy(result, program)
-    if shared:
-        onnx.helper.set_model_props(result, {SHARED: "1"})
+    kept = {t.name: stores[id(t)] for t in [*graph.inputs, *graph.outputs] if id(t) in stores}
+    properties = ({SHARED: "1"} if shared else {}) | ({KEY: write_metadata(kept)} if kept else {})
+    if properties:
+        onnx.helper.set_model_props(result, properties)
     path = folder / MODEL
     size = sum(_bytes(t) for t in result.graph.initializer)
     if size > external_above:
@@ -228,14 +231,22 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
 def load_model(
     path: Path, threads: int | None = None, rest: bool = False
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """An ONNX model as a function of flat inputs, returning flat outputs; see `session`."""
+    """An ONNX model as a function of flat inputs, returning flat outputs; see `session`.
+
+    Caches that it keeps as integers are given and returned as floats, as the captured model has
+    them.
+    """
     running = session(path, threads, rest=rest)
     names = [i.name for i in running.get_inputs()]
+    results = [o.name for o in running.get_outputs()]
+    stores = read_metadata(running.get_modelmeta().custom_metadata_map)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        feed = {
-            n: np.ascontiguousarray(x.detach().numpy()) for n, x in zip(names, inputs, strict=True)
-        }
-        return tuple(torch.from_numpy(np.asarray(y)) for y in running.run(None, feed))
+        given = zip(names, (x.detach().numpy() for x in inputs), strict=True)
+        feed = {n: np.ascontiguousarray(stores[n].write(x) if n in stores else x) for n, x in given}
+        found = zip(results, running.run(None, feed), strict=True)
+        return tuple(
+            torch.from_numpy(np.asarray(stores[n].read(y) if n in stores else y)) for n, y in found
+        )
 
     return run

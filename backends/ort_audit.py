@@ -21,6 +21,7 @@ import onnx
 from qcompiler.audit import Audit, Layer
 from qcompiler.backends.ort import MODEL, session
 from qcompiler.backends.ort_cache import JOINED
+from qcompiler.backends.ort_store import read_metadata
 
 INTEGER = {
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger",
@@ -122,8 +123,10 @@ def profile(
         running = onnxruntime.InferenceSession(
             str(folder / MODEL), options, providers=["CPUExecutionProvider"]
         )
+        stores = read_metadata(running.get_modelmeta().custom_metadata_map)
+        feed = {n: stores[n].write(x) if n in stores else x for n, x in inputs.items()}
         for _ in range(runs):
-            running.run(None, dict(inputs))
+            running.run(None, feed)
         events = json.loads(Path(running.end_profiling()).read_text())
     totals: Counter[str] = Counter()
     for event in events:

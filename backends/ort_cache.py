@@ -6,7 +6,8 @@ present are one buffer, and attends causally. It counts tokens itself:
     seqlens_k[b] = Σ attention_mask[b] − 1       total_sequence_length = length of the mask
 
 so padding must stand behind the text, and positions are those counts; `position_ids` stays an input
-of the model, as runtimes expect it, but is not read.
+of the model, as runtimes expect it, but is not read. It keeps the cache in float, or in 8 or 4 bits
+with scales that are constants (`ort_store`).
 
 Queries, keys and values that are products of one tensor with low-bit weights become one product of
 their stacked weights, which the kernel takes as it is (packed QKV).
@@ -18,33 +19,40 @@ know of it compute them all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from qcompiler.backends.ort_store import Store, narrow
 from qcompiler.backends.ort_translate import INTERNAL
 
 MICROSOFT = "com.microsoft"
 FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
 JOINED = " + "  # between the names of layers that one node computes
 PRODUCTS = ("MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+SCALES = 12  # inputs of GroupQueryAttention before the scales of its cache
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")  # what may follow the head
 
 
-def use_grouped_attention(graph: gs.Graph) -> bool:
-    """CachedAttention → GroupQueryAttention.
+def use_grouped_attention(graph: gs.Graph) -> tuple[bool, dict[int, Store]]:
+    """CachedAttention, StoredAttention → GroupQueryAttention.
 
     Returns:
-        Whether all caches of the graph may be shared between past and present.
+        Whether all caches of the graph may be shared between past and present; how those inputs and
+        outputs are kept that are integers, by their `id`.
     """
     lengths: dict[str, tuple[gs.Variable, gs.Variable]] = {}
     replaced: set[str] = set()
-    for node in [n for n in graph.nodes if (n.op, n.domain) == ("CachedAttention", INTERNAL)]:
+    stores: dict[int, Store] = {}
+    kinds = ("CachedAttention", "StoredAttention")
+    for node in [n for n in graph.nodes if n.op in kinds and n.domain == INTERNAL]:
         q, k, v, past_key, past_value, mask, *rest = node.inputs
         tables = [t for t in rest[:2] if not t.is_empty()]
         if mask.name not in lengths:
             lengths[mask.name] = _lengths(graph, mask)
-        attrs = {
+        attrs: dict[str, Any] = {
             "num_heads": int(node.attrs["heads"]),
             "kv_num_heads": int(node.attrs["kv_heads"]),
             "scale": float(node.attrs["scale"]),
@@ -54,13 +62,25 @@ def use_grouped_attention(graph: gs.Graph) -> bool:
         }
         inputs = [q, k, v, past_key, past_value, *lengths[mask.name], *tables]
         outputs = list(node.outputs)
+        if node.op == "StoredAttention":
+            inputs += [gs.Variable.empty() for _ in range(SCALES - len(inputs))] + rest[3:5]
+            bits = attrs["kv_cache_bit_width"] = int(node.attrs["bits"])
+            for kind, scale, *tensors in (
+                ("k_quant_type", rest[3], past_key, outputs[1]),
+                ("v_quant_type", rest[4], past_value, outputs[2]),
+            ):
+                values = np.asarray(scale.values, np.float32)
+                attrs[kind] = "PER_TENSOR" if values.size == 1 else "PER_CHANNEL"
+                for tensor in tensors:
+                    stores[id(tensor)] = Store(bits, values)
+                    narrow(tensor, bits)
         node.outputs.clear()
         graph.nodes.append(
             gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain=MICROSOFT)
         )
         replaced |= {past_key.name, past_value.name}
     caches = {t.name for t in graph.inputs if len(t.shape or ()) == 4}
-    return bool(replaced) and caches == replaced
+    return bool(replaced) and caches == replaced, stores
 
 
 def _lengths(graph: gs.Graph, mask: gs.Variable) -> tuple[gs.Variable, gs.Variable]:

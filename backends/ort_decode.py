@@ -18,6 +18,10 @@ from qcompiler.backends.ort_cache import FIRST
 from qcompiler.errors import InputError
 
 ROUND = 64  # capacities are multiples of this
+# What caches are kept in; 4-bit integers two to a byte.
+TYPES: dict[str, type] = {
+    "tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
 
 
 class Decoder:
@@ -38,7 +42,7 @@ class Decoder:
         if not self._past:
             raise InputError(f"{path} takes no past_key_values, so it cannot write text")
         self._present = [n.replace("past_key_values", "present") for n in self._past]
-        self._shapes = {n: inputs[n].shape for n in self._past}
+        self._kinds = {n: (inputs[n].shape, TYPES[inputs[n].type]) for n in self._past}
         self._positions = "position_ids" in inputs
         optional = {i.name for i in self._session.get_overridable_initializers()}
         self._prunes = FIRST in optional
@@ -57,8 +61,8 @@ class Decoder:
         self._capacity = -(-max(capacity, 1) // ROUND) * ROUND
         held = self._capacity if self._shared else 0
         caches = [
-            _value(np.zeros((1, int(shape[1]), held, int(shape[3])), np.float32))
-            for shape in self._shapes.values()
+            _value(np.zeros((1, int(shape[1]), held, int(shape[3])), kind))
+            for shape, kind in self._kinds.values()
         ]
         self._logits: dict[int, Any] = {}
         self._bind(caches)

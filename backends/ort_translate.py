@@ -67,6 +67,21 @@ _CachedAttention = _declare(
 )
 
 
+_StoredAttention = _declare(
+    "StoredAttention",
+    11,
+    3,
+    {
+        "heads": OpSchema.AttrType.INT,
+        "kv_heads": OpSchema.AttrType.INT,
+        "scale": OpSchema.AttrType.FLOAT,
+        "window": OpSchema.AttrType.INT,
+        "interleaved": OpSchema.AttrType.INT,
+        "bits": OpSchema.AttrType.INT,
+    },
+)
+
+
 def _quantize(
     x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: int, qmax: int
 ) -> Any:
@@ -115,6 +130,18 @@ def _cached_attention(
     return _CachedAttention(
         q, k, v, past_key, past_value, mask, cos, sin, positions, heads=heads, kv_heads=kv_heads,
         scale=scale, window=window, interleaved=int(interleaved),
+    )  # fmt: skip
+
+
+def _stored_attention(
+    q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any,
+    positions: Any, heads: int, kv_heads: int, scale: float, window: int, interleaved: bool,
+    key_scale: Any, value_scale: Any, bits: int,
+) -> Any:  # fmt: skip
+    return _StoredAttention(
+        q, k, v, past_key, past_value, mask, cos, sin, positions, key_scale, value_scale,
+        heads=heads, kv_heads=kv_heads, scale=scale, window=window, interleaved=int(interleaved),
+        bits=bits,
     )  # fmt: skip
 
 
@@ -228,6 +255,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.unpack: _unpack,
         ops.attention: _attention,
         cached.cached_attention: _cached_attention,
+        cached.stored_attention: _stored_attention,
         ops.rotate: _rotate,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,

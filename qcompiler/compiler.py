@@ -38,6 +38,7 @@ from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.split_columns import split_columns, split_layers
+from qcompiler.passes.store_cache import measure_cache, store_cache
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan, Rounded, Site
 from qcompiler.program import Batch, Entry, Program, Refusal, capture
@@ -217,7 +218,7 @@ def prepare(
         program = step(smooth(program, scales, insert=False), program)
 
     context = _cached_context(data, recipe, target)
-    if not any(recipe.cache_types):  # the cache is quantized where the heads are apart
+    if not recipe.simulates_cache:  # such a cache is quantized where the heads are apart
         if context:
             say("fuse_cache")
             program = step(fuse_cache(program, context), program)
@@ -286,8 +287,7 @@ def quantize(
     say("insert_qdq")
     program = insert_qdq(program, plan, rounded)
     if any(recipe.cache_types):
-        say("quantize_cache")
-        program = quantize_cache(program, *recipe.cache_types, window=recipe.window)
+        program = _quantize_cache(program, floating, data, recipe, say)
     if recipe.correct_bias and activation is not None:
         say("correct_bias")
         sample = _spread(list(data.calibration()), CORRECTED)
@@ -335,6 +335,26 @@ def _outlier_columns(
             power = seen[str(sources[name])].squares
             found[name] = outlier_columns(weight, power, fits, count)
     return found
+
+
+def _quantize_cache(
+    program: Program, floating: Program, data: Data, recipe: Recipe, say: Progress
+) -> Program:
+    """The program over a quantized cache, simulated or as integers that a runtime keeps."""
+    keys, values = recipe.cache_types
+    if recipe.simulates_cache:
+        say("quantize_cache")
+        return quantize_cache(program, keys, values, window=recipe.window)
+    say("store_cache")
+    assert keys is not None  # the target refuses one alone
+    assert values is not None
+    extremes = measure_cache(floating, _spread(list(data.calibration()), CORRECTED))
+    if not extremes:
+        raise UnsupportedError(
+            f"recipe '{recipe.name}': no attention of this model is one op with its cache, so "
+            "nothing can be stored in it; set fused=true, or leave keys and values in float"
+        )
+    return store_cache(program, keys, values, extremes)
 
 
 def _cached_context(data: Data, recipe: Recipe, target: Target) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qcompiler import qtype
-from qcompiler.cached import cached_attention, compute_cached_attention
+from qcompiler.cached import cached_attention, compute_cached_attention, stored_attention
 from qcompiler.hadamard import rotate as _rotate
 from qcompiler.qtype import ELEMENTS, QType
 
@@ -276,4 +276,5 @@ TRACEABLE: dict[Any, Callable[..., Any]] = {
     attention: _attention,
     rotate: _rotate,
     cached_attention: compute_cached_attention,
+    stored_attention: compute_cached_attention,
 }

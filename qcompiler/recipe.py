@@ -96,10 +96,13 @@ class Recipe(BaseModel):
     )
     keys: str | None = Field(
         None,
-        description="format of cached keys: per token and head (uint4:token:affine), or per "
-        "channel over n tokens (uint4:g32:affine)",
+        description="format of cached keys: one measured scale for each channel of a head "
+        "(int8:channel, int4:channel) or for all (int8:tensor); in simulation also per token and "
+        "head (uint4:token:affine) or per channel over n tokens (uint4:g32:affine)",
     )
-    values: str | None = Field(None, description="format of cached values, per token and head")
+    values: str | None = Field(
+        None, description="format of cached values: that of the keys; in simulation also per token"
+    )
     window: int = Field(
         0, ge=0, description="newest tokens whose keys and values each query reads in float"
     )
@@ -209,11 +212,21 @@ class Recipe(BaseModel):
         return keys, values
 
     @property
+    def stores_cache(self) -> bool:
+        """Whether keys and values are cached as integers with measured scales."""
+        return any(kind and kind.granularity in ("tensor", "channel") for kind in self.cache_types)
+
+    @property
+    def simulates_cache(self) -> bool:
+        """Whether keys and values are rounded in formats that no runtime keeps."""
+        return any(self.cache_types) and not self.stores_cache
+
+    @property
     def needs_data(self) -> bool:
         """Whether compiling reads calibration batches for more than checks."""
         kind = self.activation_type
         smoothed = kind is not None and (not kind.dynamic or self.smooth)
-        return smoothed or (kind is not None and self.rounding != "rtn")
+        return smoothed or self.stores_cache or (kind is not None and self.rounding != "rtn")
 
     @property
     def rounds_by_data(self) -> bool:
@@ -250,6 +263,16 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
             min_sqnr=10.0,
         ),
     ),
+    "w8a8-token": (
+        "int8 weights, int8 activations with a range for each token: for language models, whose "
+        "static ranges lose too much",
+        Recipe(
+            name="w8a8-token",
+            activations="uint8:token:affine",
+            rounding="gptq",
+            min_sqnr=10.0,
+        ),
+    ),
     "w8": (
         "int8 weights, float arithmetic: a quarter of the size, nearly no error",
         Recipe(name="w8", min_sqnr=20.0),
@@ -277,10 +300,10 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
         ),
     ),
     "w4a8kv8": (
-        "w4a8 with 8-bit keys and values in the cache",
+        "w4a8 with 8-bit keys and values in the cache, a scale for each channel of a head",
         Recipe(
             name="w4a8kv8", weights="int4:g32", activations="int8:token", rounding="gptq",
-            clip=True, keys="uint8:token:affine", values="uint8:token:affine",
+            clip=True, keys="int8:channel", values="int8:channel",
         ),
     ),
     "w4a4kv4": (

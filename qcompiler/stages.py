@@ -34,15 +34,31 @@ class Stages:
         functions: call → what is computed in place of its op, from the same operands.
     """
 
-    def __init__(self, program: Program, batches: Iterable[Batch], budget: int = BUDGET) -> None:
-        """Read the batches once; nothing runs before `advance`."""
+    def __init__(
+        self,
+        program: Program,
+        batches: Iterable[Batch],
+        budget: int = BUDGET,
+        outputs: bool = False,
+    ) -> None:
+        """Read the batches once; nothing runs before `advance`.
+
+        Args:
+            program: what runs.
+            batches: its inputs.
+            budget: bytes of held values in memory; more go to files.
+            outputs: hold what the program returns, for `outputs`: a decoder's are the keys and
+                values of all its layers.
+        """
         self.replaced: dict[Node, Tensor] = {}
         self.functions: dict[Node, Function] = {}
         self._nodes = list(program.exported.graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
-        # Outputs are not asked for here: a decoder's are the keys and values of all its layers.
         self._last = {
-            s: self._index[n] for n in self._nodes if n.op != "output" for s in n.all_input_nodes
+            s: self._index[n]
+            for n in self._nodes
+            if outputs or n.op != "output"
+            for s in n.all_input_nodes
         }
         known = program.constants()
         self._shared: dict[Node, Any] = {}
@@ -106,6 +122,8 @@ class Stages:
         first: int = 0,
     ) -> Iterator[tuple[Any, ...]]:
         """Run each batch on to the end, as a trial: the program stays where it stands.
+
+        The outputs must be held, see `__init__`.
 
         Args:
             functions: call → what is computed in place of its op, beside `self.functions`.

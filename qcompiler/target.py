@@ -149,11 +149,9 @@ class Target:
                 else "it has no bfloat16 products"
             )
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
-        if any(cache) and self.runtime != "torch":
-            return (
-                "nothing here reads a quantized key-value cache yet; leave it in float "
-                "(--set keys=none --set values=none), or measure the formats on torch:cpu"
-            )
+        reason = _cache_refusal(self.runtime, *cache) if any(cache) else None
+        if reason:
+            return reason
         if weight is not None and weight.dynamic:
             return f"weights have one scale for the tensor, a channel or a group, not {weight}"
         if self.runtime == "torch":  # every format has its arithmetic in `qcompiler.ops`
@@ -172,15 +170,15 @@ class Target:
     def quantizes_itself(self, weight: QType | None, activation: QType | None) -> bool:
         """Whether its kernel for such weights quantizes float activations on its own.
 
-        ONNX Runtime's MatMulNBits does, at accuracy level 4: to int8, a scale for each block.
+        ONNX Runtime's MatMulNBits does, at accuracy level 4: to int8, a scale for each block, which
+        is finer than one for each token.
         """
         return (
             self.runtime == "ort"
             and weight is not None
-            and weight.bits <= 4
-            and weight.group is not None
+            and (weight.bits == 8 or (weight.bits <= 4 and weight.group is not None))
             and activation is not None
-            and (activation.element, activation.granularity) == ("int8", "token")
+            and (activation.bits, activation.granularity) == (8, "token")
         )
 
     def stored_bits(self, weight: QType) -> int:
@@ -209,6 +207,28 @@ def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
         return f"ONNX Runtime's QuantizeLinear fills all 8 bits of activations, not {activation}"
     if weight is None or weight.bits != 8 or weight.granularity == "group":
         return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
+    return None
+
+
+def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> str | None:
+    """Why nothing keeps a cache in these formats, or None."""
+    kinds = [kind for kind in (keys, values) if kind is not None]
+    fixed = [kind.granularity in ("tensor", "channel") for kind in kinds]
+    if not any(fixed) and runtime == "torch":
+        return None  # simulated
+    good = all(
+        kind.element in ("int8", "int4") and kind.symmetric and not kind.dynamic for kind in kinds
+    )
+    if not all(fixed) or not good or len(kinds) < 2 or kinds[0] != kinds[1]:
+        return (
+            "a cache is kept as int8:channel, int4:channel, int8:tensor or int4:tensor, keys and "
+            f"values alike, not {keys} and {values}; other formats can be measured on torch:cpu"
+        )
+    if runtime == "tvm":
+        return (
+            "generated code keeps its key-value cache in float; compile for ort:cpu, or leave it "
+            "in float (--set keys=none --set values=none)"
+        )
     return None
 
 

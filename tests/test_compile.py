@@ -353,8 +353,8 @@ def test_four_bit_weights_with_eight_bit_activations_on_onnx_runtime(tmp_path: P
 @pytest.mark.parametrize(
     ("recipe", "target", "message"),
     [
-        ("w4a8kv8", "ort:cpu", "nothing here reads a quantized key-value cache yet"),
-        ("w4a4kv4", "tvm:x86-64", "nothing here reads a quantized key-value cache yet"),
+        ("w4a4kv4", "ort:cpu", "a cache is kept as int8:channel, int4:channel, int8:tensor"),
+        ("w4a8kv8", "tvm:x86-64", "generated code keeps its key-value cache in float"),
         ("w8", "torch:cpu", "simulates formats for measuring and writes no artifact"),
     ],
 )

@@ -134,7 +134,9 @@ def test_a_matmul() -> None:
         ("ort:cpu", "int3:g32", None, None),
         ("ort:cpu", "int32:channel", None, "int32"),
         ("torch:cpu", "int3:g32", "int4:token", None),
-        ("ort:cpu", "int8:channel", "int8:token", "one scale per tensor"),
+        ("ort:cpu", "int8:channel", "int8:token", None),  # in blocks, by the kernel itself
+        ("ort:cpu", "int8:channel", "uint8:token:affine", None),
+        ("ort:cpu", "int4:channel", "int8:token", "one scale per tensor"),
         ("ort:cpu", "int4:g32", "uint8:tensor:affine", "no kernel for int4:g32"),
         ("ort:cpu", None, "uint8:tensor:affine", "no kernel"),
         ("tvm:aarch64", None, None, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,3 +118,51 @@ def test_the_cache_is_written_in_place(tmp_path: Path) -> None:
     got = [binding.get_outputs()[0].numpy(), *(b.numpy()[:, :, :7] for b in buffers.values())]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b.numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Stored(Attention):
+    """The same over a cache of integers; keys with a scale for each channel."""
+
+    key_scale: Tensor
+    value_scale: Tensor
+
+    def __init__(self, bits: int, channel: bool) -> None:
+        super().__init__(16, False, -1)
+        self.bits = bits
+        half = (1 << (bits - 1)) - 1
+        spread = torch.linspace(0.5, 1.5, KV_HEADS * SIZE).view(KV_HEADS, 1, SIZE)
+        # A few values lie outside of the range and are clipped.
+        key = 2.5 / half * (spread if channel else torch.ones(1))
+        self.register_buffer("key_scale", key)
+        self.register_buffer("value_scale", key.flip(-1) * 0.8)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        done: tuple[Tensor, Tensor, Tensor] = cached.stored_attention(
+            q, k, v, past_key, past_value, mask, self.cos, self.sin, positions, HEADS, KV_HEADS,
+            0.3, -1, False, self.key_scale, self.value_scale, self.bits,
+        )  # fmt: skip
+        return done
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("channel", [True, False])
+def test_a_cache_of_integers_is_the_reference(bits: int, channel: bool, tmp_path: Path) -> None:
+
+    shapes = {name: {0: "batch", 1: "new"} for name in NAMES}
+    shapes |= {name: {0: "batch", 2: "past"} for name in ("past_key", "past_value")}
+    shapes["mask"] = {0: "batch", 1: "total"}
+    program = capture(Stored(bits, channel), inputs(2, 3, 5), shapes)
+    ort.lower(program, tmp_path)
+    graph = onnx.load(tmp_path / ort.MODEL).graph
+    kind = onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.UINT8
+    caches = [t.type.tensor_type for t in (*graph.input[3:5], *graph.output[1:])]
+    assert [t.elem_type for t in caches] == [kind] * 4
+    assert [t.shape.dim[3].dim_value for t in caches] == [SIZE * bits // 8] * 4
+    run = ort.load(tmp_path, 1)
+    for sizes in ((2, 7, 0), (1, 4, 6), (3, 1, 9)):
+        batch = tuple(inputs(*sizes).values())
+        for got, want in zip(run(*batch), program.run(batch), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

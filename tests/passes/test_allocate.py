@@ -185,7 +185,7 @@ def test_convolutions_whose_output_is_float(formula: Any, captured: Any) -> None
     ("settings", "message"),
     [
         ({"activations": "int4:tensor"}, "8-bit activations with one scale per tensor"),
-        ({"activations": "int8:token"}, "8-bit activations with one scale per tensor"),
+        ({"activations": "int4:token"}, "8-bit activations with one scale per tensor"),
         ({"weights": "int4:g32"}, "no kernel for int4:g32 weights with uint8:tensor:affine"),
         ({"weights": None}, "no kernel for None weights"),
         ({"weights": "int32:channel", "activations": None}, "no int32 tensor"),

@@ -28,6 +28,7 @@ from qcompiler.passes.round_products import round_products
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.split_columns import split_columns, split_layers
+from qcompiler.passes.store_cache import store_cache
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
 from qcompiler.program import Entry, Program
@@ -94,6 +95,8 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
         check_contract(early, model.captured, checks[:1])
 
     check_contract(fuse_cache, program, checks, context=64)  # none of these has a cache
+    stored = QType.parse("int8:channel")
+    check_contract(store_cache, program, checks, keys=stored, values=stored, extremes={})
     untied = check_contract(untie_weights, program, checks)
     centred = check_contract(fold_norm, untied, checks, center=True)
     for ready in (program, centred):
