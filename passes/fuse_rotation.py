@@ -20,7 +20,7 @@ that something reads which cannot undo a rotation; values whose channels an op t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,29 +31,40 @@ from qcompiler.hadamard import Rotation, randomized
 from qcompiler.regions import (
     LINEAR,
     MOVES,
-    NORMS,
     SDPA,
-    Reader,
     Region,
     before_repeat,
     concrete_shape,
     find_regions,
 )
 from qcompiler.rewrite import Draft, following, operand, place, rewrite
-
-aten = torch.ops.aten
-EMBEDDING = aten.embedding.default
-RMS_NORM = aten.rms_norm.default
-SMALLEST_HEAD = 2  # channels; smaller heads have nothing to spread
+from qcompiler.rotatable import (
+    EMBEDDING,
+    SMALLEST_HEAD,
+    heads_obstacle,
+    is_shared,
+    matrix,
+    stream_obstacle,
+    stream_readers,
+)
 
 
 @rewrite(exact=True)
-def fuse_rotation(draft: Draft, seed: int = 0, inputs: bool = False, keys: bool = False) -> None:
+def fuse_rotation(
+    draft: Draft,
+    seed: int = 0,
+    inputs: bool = False,
+    keys: bool = False,
+    learned: Mapping[str, Tensor] | None = None,
+) -> None:
     """Fold R1 and R2 into the weights.
 
     Args:
         draft: what is rewritten.
         seed: of the signs of the Hadamard matrices.
+        learned: matrices instead of those: "R1.0" for the first stream, "R2.3" for the fourth
+            attention's value heads, each (n, n) float64 and orthogonal. What it leaves out is left
+            as it is.
         inputs: R4 as well, which pays where activations are quantized.
         keys: R3 as well, which pays where keys are quantized.
     """
@@ -62,21 +73,31 @@ def fuse_rotation(draft: Draft, seed: int = 0, inputs: bool = False, keys: bool 
     streams = [r for r in regions if r.norms]
     rotated: set[Node] = set()  # linears whose input is spread already
     for number, stream in enumerate(streams):
-        reason = _stream_obstacle(draft, stream, of_writer)
+        reason = stream_obstacle(draft, stream, of_writer)
         if reason:
             draft.refuse(stream.norms[0], f"R1: {reason}")
             continue
-        rotation = randomized(stream.size, seed + number)
+        rotation = (
+            randomized(stream.size, seed + number) if learned is None
+            else _given(learned, f"R1.{number}")
+        )  # fmt: skip
+        if rotation is None:
+            continue
         rotated |= _rotate_stream(draft, stream, of_writer, rotation)
         _say(draft, "R1", rotation, f"{len(stream.writers)} writers, {len(stream.norms)} norms")
     heads = 0
     for number, region in enumerate(r for r in regions if r.attentions):
-        reason = _heads_obstacle(draft, region)
+        reason = heads_obstacle(draft, region)
         if reason:
             draft.refuse(region.attentions[0].node, f"R2: {reason}")
             continue
         size = region.attentions[0].heads.shape[1]
-        rotation = randomized(size, seed + len(streams) + number)
+        rotation = (
+            randomized(size, seed + len(streams) + number) if learned is None
+            else _given(learned, f"R2.{number}")
+        )  # fmt: skip
+        if rotation is None:
+            continue
         rotated |= _rotate_heads(draft, region, rotation)
         heads += 1
         if heads == 1:
@@ -94,7 +115,18 @@ def fuse_rotation(draft: Draft, seed: int = 0, inputs: bool = False, keys: bool 
         _rotate_keys(draft)
 
 
+def _given(learned: Mapping[str, Tensor], name: str) -> Rotation | None:
+    if name not in learned:
+        return None
+    right = learned[name].double()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return Rotation(one, right, torch.ones(len(right), dtype=torch.float64), False)
+
+
 def _say(draft: Draft, name: str, rotation: Rotation, what: str) -> None:
+    if len(rotation.left) == 1 and not rotation.hadamard:
+        draft.note(f"{name}: learned, over {what}")
+        return
     draft.note(f"{name}: {rotation} over {what}")
     if not rotation.hadamard:
         draft.note(f"{name}: no Hadamard matrix of order {rotation.size} is known here")
@@ -103,71 +135,13 @@ def _say(draft: Draft, name: str, rotation: Rotation, what: str) -> None:
 # R1: the residual stream.
 
 
-def _stream_obstacle(draft: Draft, stream: Region, of_writer: dict[Node, Region]) -> str | None:
-    """Why a residual stream cannot be rotated, or None."""
-    for writer in stream.writers:
-        if writer.target in NORMS:
-            return f"{place(writer)} writes the stream with a scale of its own"
-        if writer.target not in (LINEAR, EMBEDDING):
-            return f"{place(writer)} writes the stream"
-        if _is_shared(_weight(writer), stream.writers):
-            return f"the weight of {place(writer)} has another reader"
-    for blocker in stream.blockers:
-        if blocker.node not in stream.norms:
-            return blocker.reason
-    if bool(stream.apart.any()):
-        return "an op inside treats its channels one by one"
-    for norm in stream.norms:
-        reason = _norm_obstacle(draft, norm, of_writer)
-        if reason:
-            return reason
-    return _readers_obstacle(stream)
-
-
-def _norm_obstacle(draft: Draft, norm: Node, of_writer: dict[Node, Region]) -> str | None:
-    if norm.target is not RMS_NORM:
-        return f"{place(norm)} is a LayerNorm whose mean could not move into the writers"
-    gamma = operand(norm, 2)
-    if not draft.is_constant(gamma) or not bool((draft.constant(gamma) == 1).all()):
-        return f"the scale of {place(norm)} could not move into its readers"
-    region = of_writer.get(norm)
-    if region is None or len(region.writers) > 1:
-        return f"{place(norm)} writes into another stream"
-    if region.blockers:
-        return region.blockers[0].reason
-    if bool(region.apart.any()):
-        return f"an op behind {place(norm)} treats its channels one by one"
-    return _readers_obstacle(region)
-
-
-def _readers_obstacle(region: Region) -> str | None:
-    members = [reader.node for reader in region.readers]
-    for reader in region.readers:
-        if reader.node.target is not LINEAR:
-            return f"{place(reader.node)} reads it, which is no linear"
-        if not torch.equal(reader.channels, torch.arange(region.size)):
-            return f"{place(reader.node)} reads its channels in another order"
-        if _is_shared(_weight(reader.node), members):
-            return f"the weight of {place(reader.node)} has another reader"
-    return None
-
-
-def _weight(node: Node) -> Node:
-    weight: Node = operand(node, 0 if node.target is EMBEDDING else 1)
-    return weight
-
-
-def _is_shared(weight: Node, members: list[Node]) -> bool:
-    return bool(set(weight.users) - set(members))
-
-
 def _rotate_stream(
     draft: Draft, stream: Region, of_writer: dict[Node, Region], rotation: Rotation
 ) -> set[Node]:
     """Rotate a stream; returns the linears that now read rotated inputs."""
     done: set[Node] = set()
     for writer in stream.writers:
-        weight = _weight(writer)
+        weight = matrix(writer)
         if weight not in done:
             done.add(weight)
             if writer.target is EMBEDDING:
@@ -175,11 +149,9 @@ def _rotate_stream(
             else:
                 _change(draft, weight, lambda w: rotation.apply(w.T).T)
         _rotate_bias(draft, writer, rotation.apply)
-    readers = list(stream.readers)
-    for norm in stream.norms:
-        readers += of_writer[norm].readers
+    readers = stream_readers(stream, of_writer)
     for reader in readers:
-        weight = _weight(reader.node)
+        weight = matrix(reader.node)
         if weight not in done:  # readers may share one weight
             done.add(weight)
             _change(draft, weight, rotation.apply)
@@ -201,54 +173,11 @@ def _rotate_bias(draft: Draft, writer: Node, function: Callable[[Tensor], Tensor
 # R2: value heads.
 
 
-def _heads_obstacle(draft: Draft, region: Region) -> str | None:
-    """Why the value heads of a region cannot be rotated, or None."""
-    heads = region.attentions[0].heads
-    if any(not torch.equal(a.heads, heads) for a in region.attentions):
-        return "its attentions split it into different heads"
-    if heads.shape[1] < SMALLEST_HEAD:
-        return f"a head of {heads.shape[1]} channels has nothing to spread"
-    if len(region.writers) > 1 or region.writers[0].target is not LINEAR:
-        return "not one linear alone writes the values"
-    writer = region.writers[0]
-    if _is_shared(_weight(writer), [writer]):
-        return f"the weight of {place(writer)} has another reader"
-    channels = heads.flatten()
-    if len(channels.unique()) < len(channels):
-        return "its heads share channels"
-    mine = torch.zeros(region.size, dtype=torch.bool)
-    mine[channels] = True
-    for blocker in region.blockers:
-        if bool(mine[blocker.channels].any()):
-            return blocker.reason
-    if bool(region.apart[mine].any()):
-        return "an op between the values and their readers treats channels one by one"
-    if not region.readers:
-        return "nothing with weights reads the attention"
-    members = [reader.node for reader in region.readers]
-    for reader in region.readers:
-        if reader.node.target is not LINEAR:
-            return f"{place(reader.node)} reads it, which is no linear"
-        if _is_shared(_weight(reader.node), members):
-            return f"the weight of {place(reader.node)} has another reader"
-        if not _reads_whole_heads(reader, heads):
-            return f"{place(reader.node)} reads parts of heads"
-    return None
-
-
 def _origin(node: Node) -> Node:
     """What a value was before it was moved."""
     while node.target in MOVES:
         node = operand(node, 0)
     return node
-
-
-def _reads_whole_heads(reader: Reader, heads: Tensor) -> bool:
-    size = heads.shape[1]
-    if len(reader.channels) % size:
-        return False
-    known = {tuple(row) for row in heads.tolist()}
-    return all(tuple(row) in known for row in reader.channels.reshape(-1, size).tolist())
 
 
 def _rotate_heads(draft: Draft, region: Region, rotation: Rotation) -> set[Node]:
@@ -265,9 +194,9 @@ def _rotate_heads(draft: Draft, region: Region, rotation: Rotation) -> set[Node]
         blocks = weight.unflatten(1, (-1, heads.shape[1]))
         return rotation.apply(blocks).flatten(1)
 
-    _change(draft, _weight(writer), rows)
+    _change(draft, matrix(writer), rows)
     _rotate_bias(draft, writer, rows)
-    for weight in {_weight(reader.node): None for reader in region.readers}:
+    for weight in {matrix(reader.node): None for reader in region.readers}:
         _change(draft, weight, columns)
     return {reader.node for reader in region.readers}
 
@@ -302,7 +231,7 @@ def _rotate_inputs(draft: Draft, streams: list[Region], rotated: set[Node]) -> N
         source = operand(writer, 0)
         if writer in rotated or source.target is ops.rotate:
             continue
-        if _is_shared(_weight(writer), [writer]):
+        if is_shared(matrix(writer), [writer]):
             draft.refuse(writer, f"R4: the weight of {place(writer)} has another reader")
             continue
         rotation, left, right = factors.of(concrete_shape(source)[-1])
@@ -311,7 +240,7 @@ def _rotate_inputs(draft: Draft, streams: list[Region], rotated: set[Node]) -> N
                 ops.rotate, source, left, right, before=following(source), like=source
             )
         draft.set_input(writer, 0, shared[source])
-        _change(draft, _weight(writer), rotation.apply)
+        _change(draft, matrix(writer), rotation.apply)
     for size, (rotation, _, _) in factors.known.items():
         _say(draft, "R4", rotation, f"inputs of {size} channels, computed when it runs")
 

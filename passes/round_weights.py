@@ -40,7 +40,6 @@ from qcompiler.rounding import (
 )
 from qcompiler.stages import BUDGET, Stages
 
-
 STRIP = 512  # columns of a Hessian that are computed at a time
 
 

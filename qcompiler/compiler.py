@@ -28,6 +28,7 @@ from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.fuse_cache import fuse_cache
 from qcompiler.passes.fuse_rotation import fuse_rotation
 from qcompiler.passes.insert_qdq import insert_qdq
+from qcompiler.passes.learn_rotation import learn_rotation
 from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
@@ -169,9 +170,14 @@ class Prepared:
 
 
 def prepare(
-    program: Program, data: Data, recipe: Recipe, target: Target, say: Progress
+    program: Program,
+    data: Data,
+    recipe: Recipe,
+    target: Target,
+    say: Progress,
+    journal: Path | None = None,
 ) -> Prepared:
-    """The rewrites before formats are allocated."""
+    """The rewrites before formats are allocated; learned rotations go on from the `journal`."""
     say("reference")
     reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
 
@@ -198,6 +204,8 @@ def prepare(
             program, recipe.seed, inputs=activation is not None, keys=recipe.keys is not None
         )
         program = step(rotated, program)
+    if recipe.rotation == "learned":
+        program = step(_learn(program, data, recipe, target, say, journal), program)
 
     factors: Mapping[str, Factor] = {}
     before: dict[str, Statistics] = {}
@@ -247,7 +255,7 @@ def quantize(
     Rounded weights are kept in the folder `journal` and taken from it, where it is given; `study`
     is the folder of a study of what formats cost, for recipes with a budget.
     """
-    prepared = prepare(program, data, recipe, target, say)
+    prepared = prepare(program, data, recipe, target, say, journal)
     source, reference = program, prepared.reference
     program, factors, before = prepared.program, prepared.factors, prepared.observed
     activation = recipe.activation_type
@@ -402,6 +410,26 @@ def study(
     data = Data(program, spec, recipe)
     ready = prepare(program, data, recipe, target, say)
     return mixed.explore(ready.program, data, recipe, target, Path(out), say, jobs, ray)
+
+
+def _learn(
+    program: Program, data: Data, recipe: Recipe, target: Target, say: Progress, folder: Path | None
+) -> Program:
+    """The program with learned rotations on top of the Hadamard ones."""
+    say("learn_rotation")
+    plan = allocate(program, recipe, target)
+    batches = list(data.calibration())
+    settings = {"recipe": recipe.model_dump_json(), "mask": data.mask}
+    mark = fingerprint(program, plan, settings, batches) if folder is not None else ""
+    learned = learn_rotation(
+        program, plan, batches, *recipe.cache_types, steps=recipe.rotation_steps, mask=data.mask,
+        journal=folder, fingerprint=mark, say=say,
+    )  # fmt: skip
+    after = fuse_rotation(program, learned=learned.matrices)
+    first, last = (sum(part) / len(part) for part in (learned.losses[:5], learned.losses[-5:]))
+    note = f"{len(learned.losses)} steps, KL {first:.4f} to {last:.4f} nats (mean of five)"
+    entry = replace(after.history[-1], notes=(*after.history[-1].notes, note))
+    return Program(after.exported, (*after.history[:-1], entry))
 
 
 def _round(

@@ -79,11 +79,13 @@ class Recipe(BaseModel):
         True,
         description="smooth also where no layer can take the factor, by one multiplication more",
     )
-    rotation: Literal["none", "hadamard"] = Field(
+    rotation: Literal["none", "hadamard", "learned"] = Field(
         "none",
-        description="rotate hidden tensors by Hadamard matrices, so that no channel stands out; "
-        "a tied output head gets a weight of its own",
+        description="rotate hidden tensors by Hadamard matrices, so that no channel stands out, or "
+        "by matrices learned on the calibration data (needs a format of activations); a tied "
+        "output head gets a weight of its own",
     )
+    rotation_steps: int = Field(100, ge=1, description="steps of learning, one text each")
     seed: int = Field(0, ge=0, description="of the rotations' signs")
     rounding: Literal["rtn", "gptq", "awq"] = Field(
         "rtn",

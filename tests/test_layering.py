@@ -20,7 +20,7 @@ LEVELS = (
     {"ops"},
     {"program"},
     {"rewrite"},
-    {"integer", "regions", "plan", "recipe", "spec"},
+    {"integer", "regions", "rotatable", "plan", "recipe", "spec"},
     {"calibration", "rounding", "stages", "journal", "divergence"},
     {"data", "bench", "study"},
     {"allocation"},

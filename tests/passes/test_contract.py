@@ -43,6 +43,7 @@ TINY = [name for name in ZOO if name.startswith("tiny-")]
 ANALYSES = {
     "allocate",
     "measure_sensitivity",
+    "learn_rotation",
     "round_weights",
     "search_awq",
     "search_smoothing",
