@@ -34,7 +34,7 @@ from qcompiler.regions import RESHAPES, SDPA, concrete_shape
 from qcompiler.rewrite import Draft, evaluate, operand, rewrite
 
 aten = torch.ops.aten
-FAR = 1 << 15  # tokens of the past with which a window is looked for
+FAR = 1 << 15  # tokens of the past, at most, with which a window is looked for
 LOW = -1e4  # what an additive mask has at most where nothing may be read
 PROBES = (0, 1, 2, 5, 11)  # positions at which a rotation's matrix is looked at, and the last one
 
@@ -189,7 +189,8 @@ def _fuse(draft: Draft, node: Node, sizes: Sizes, context: int, multiple: int) -
     if not isinstance(mask, Node) or options.get("is_causal"):
         return "it has no mask that is computed from the inputs"
     if mask not in sizes.windows:
-        sizes.windows[mask] = _window(sizes, mask)
+        # Some models compute a mask of far × far.
+        sizes.windows[mask] = _window(sizes, mask, min(FAR, context))
     window = sizes.windows[mask]
     if isinstance(window, str):
         return window
@@ -289,14 +290,14 @@ def _flat(draft: Draft, node: Node, before: Node) -> Node:
     return draft.call(aten.flatten.using_ints, split, 2, before=before)
 
 
-def _window(sizes: Sizes, mask: Node) -> tuple[Node, int] | str:
+def _window(sizes: Sizes, mask: Node, most: int) -> tuple[Node, int] | str:
     """The padding input that a mask reads and its window (−1: none), or why it is another mask."""
     for candidate in sizes.matrices:
-        far = _allowed(sizes, mask, candidate, torch.ones(1, FAR + 1), 1)
+        far = _allowed(sizes, mask, candidate, torch.ones(1, most + 1), 1)
         if far is None:
             continue
         seen = int(far.sum())
-        window = -1 if seen == FAR + 1 else seen
+        window = -1 if seen == most + 1 else seen
         past = 4 if window < 0 else window + 2
         padding = torch.ones(3, past + 3)
         padding[1, -2:], padding[2, :3] = 0, 0  # behind and before the text
