@@ -154,7 +154,8 @@ def _find(program: Program, plan: Plan, keys: QType | None, values: QType | None
     draft = Draft(program)
     own = {n.name: n for n in program.exported.graph.nodes}  # the draft's are copies
     formats = {s.node: a.qtype for s, a in plan.items() if s.operand == 0}
-    uses, turned = _Uses(), {}
+    uses = _Uses()
+    turned: dict[str, str] = {}
     regions = find_regions(draft)
     of_writer = {region.writers[0]: region for region in regions}
     for number, stream in enumerate(r for r in regions if r.norms):
@@ -273,12 +274,10 @@ def _turned(x: Tensor, kind: QType, matrix: Tensor | None) -> Tensor:
     if matrix is None:
         return rounded_through(x, kind)
     blocks = x.unflatten(-1, (-1, len(matrix)))
-    return (_rounded_rows(blocks @ matrix, kind) @ matrix.T).flatten(-2)
-
-
-def _rounded_rows(blocks: Tensor, kind: QType) -> Tensor:
-    """Rounded with the scale that the blocks of a row have together."""
-    return rounded_through(blocks.flatten(-2), kind).unflatten(-1, blocks.shape[-2:])
+    # The blocks of a row have one scale together.
+    rounded = rounded_through((blocks @ matrix).flatten(-2), kind)
+    result: Tensor = (rounded.unflatten(-1, (-1, len(matrix))) @ matrix.T).flatten(-2)
+    return result
 
 
 def rounded_through(x: Tensor, kind: QType) -> Tensor:

@@ -39,7 +39,7 @@ class Stages:
         program: Program,
         batches: Iterable[Batch],
         budget: int = BUDGET,
-        outputs: bool = False,
+        outputs: bool = True,
     ) -> None:
         """Read the batches once; nothing runs before `advance`.
 
@@ -47,7 +47,7 @@ class Stages:
             program: what runs.
             batches: its inputs.
             budget: bytes of held values in memory; more go to files.
-            outputs: hold what the program returns, for `outputs`: a decoder's are the keys and
+            outputs: hold what the program returns, for `outputs`; a decoder returns the keys and
                 values of all its layers.
         """
         self.replaced: dict[Node, Tensor] = {}

@@ -109,7 +109,7 @@ def test_bypassing_all_sources_gives_the_float_program(
         if node.target in (ops.dequantize, ops.cache_round_trip) and node not in functions
     ]  # fmt: skip
     assert not left
-    with Stages(made.quantized, model.batches[:1], outputs=True) as stages:
+    with Stages(made.quantized, model.batches[:1]) as stages:
         (got,) = stages.outputs(functions)
     for want, value in zip(made.floating.run(model.batches[0]), got, strict=True):
         assert torch.allclose(want, value, rtol=1e-5, atol=1e-6)

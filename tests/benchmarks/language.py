@@ -58,6 +58,7 @@ CACHE = {"keys": "uint4:token:affine", "values": "uint4:token:affine"}
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "w8a8 static": {"weights": "int8:channel", "activations": "uint8:tensor:affine"},
     "w8a8 per token": {"weights": "int8:channel", "activations": "int8:token"},
+    "w8a8 per token, affine": {"weights": "int8:channel", "activations": "uint8:token:affine"},
     "w4a8 (g32)": {"weights": "int4:g32", "activations": "int8:token"},
     "w4a4kv4 (per channel)": {"weights": "int4:channel", "activations": "int4:token", **CACHE},
 }
@@ -66,6 +67,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "GPTQ": {"rounding": "gptq"},
     "smoothing + GPTQ": {"rounding": "gptq", "smooth": True},
     "rotation + GPTQ": {"rounding": "gptq", "rotation": "hadamard"},
+    "rotation + GPTQ + clip": {"rounding": "gptq", "rotation": "hadamard", "clip": True},
+    "learned rotation + GPTQ": {"rounding": "gptq", "rotation": "learned"},
 }
 
 
@@ -162,7 +165,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--batches", type=int, default=16, help="of 512 tokens, for calibration")
     parser.add_argument("--json", type=Path, default=Path("build/language.json"))
-    parser.add_argument("--only", default="", help="a part of the rows' names")
+    parser.add_argument(
+        "--only", action="append", default=[], help="rows whose names have this part; repeatable"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="of learned rotations")
     options = parser.parse_args()
     results: dict[str, float] = (
         json.loads(options.json.read_text()) if options.json.is_file() else {}
@@ -173,12 +179,13 @@ def main() -> None:
     wanted = [("float", "", {}), *rows()]
     for name, way, settings in wanted:
         key = f"{name} / {way}" if way else name
-        if key in results or options.only not in key:
+        if key in results or not any(part in key for part in options.only or [""]):
             continue
         began = time.perf_counter()
         quantized = program
         if way:
-            recipe = Recipe(name="row").updated({**KEPT, **settings})
+            steps = {"rotation_steps": options.steps}
+            recipe = Recipe(name="row").updated({**KEPT, **steps, **settings})
             data = Data(program, spec, recipe)
             quantized = quantize(program, data, recipe, target, lambda step: None).quantized
         results[key] = perplexity(quantized, windows)

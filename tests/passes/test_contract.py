@@ -44,6 +44,7 @@ ANALYSES = {
     "allocate",
     "measure_sensitivity",
     "learn_rotation",
+    "measure_sensitivity",
     "round_weights",
     "search_awq",
     "search_smoothing",
