@@ -42,7 +42,6 @@ aten = torch.ops.aten
 TINY = [name for name in ZOO if name.startswith("tiny-")]
 ANALYSES = {
     "allocate",
-    "measure_sensitivity",
     "learn_rotation",
     "measure_sensitivity",
     "round_weights",
