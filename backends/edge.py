@@ -94,7 +94,9 @@ def choose_isa(target: Machine) -> isas.Isa:
         return isas.AVX2 if "avx2" in has else isas.SSE
     if target.family == "aarch64":
         if "bf16" in has:
-            return isas.DOTPROD_BF16
+            return isas.I8MM_BF16
+        if "i8mm" in has:
+            return isas.I8MM
         return isas.DOTPROD if "dotprod" in has else isas.NEON
     return isas.ARMV7 if target.family == "armv7" else isas.SCALAR
 

@@ -21,6 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES
 from qcompiler.kernels.isa import Isa
+from qcompiler.kernels.square import Square
 
 _DPBF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -35,17 +36,6 @@ define linkonce_odr hidden <16 x float> @qc_dpbf16(
 """
 
 
-def _picked(name: str, first: int) -> str:
-    """The lanes of one row out of eight 2 × 2 tiles, which stand in two vectors of 16."""
-    lanes = ", ".join(f"i32 {4 * tile + first + lane}" for tile in range(8) for lane in (0, 1))
-    return f"""
-define linkonce_odr hidden <16 x float> @{name}(<16 x float> %a, <16 x float> %b) alwaysinline {{
-  %row = shufflevector <16 x float> %a, <16 x float> %b, <16 x i32> <{lanes}>
-  ret <16 x float> %row
-}}
-"""
-
-
 _BFMMLA = """
 declare <4 x float> @llvm.aarch64.neon.bfmmla(<4 x float>, <8 x bfloat>, <8 x bfloat>)
 define linkonce_odr hidden <4 x float> @qc_bfmmla(
@@ -56,16 +46,8 @@ define linkonce_odr hidden <4 x float> @qc_bfmmla(
     <4 x float> %total, <8 x bfloat> %x, <8 x bfloat> %y)
   ret <4 x float> %sum
 }
-define linkonce_odr hidden <8 x i16> @qc_two_rows(<4 x i16> %a, <4 x i16> %b) alwaysinline {
-  %both = shufflevector <4 x i16> %a, <4 x i16> %b,
-    <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  ret <8 x i16> %both
-}
 """
-SOURCES = {
-    "dpbf16": _DPBF16,
-    "bfmmla": _BFMMLA + _picked("qc_first_row", 0) + _picked("qc_second_row", 2),
-}
+SOURCES = {"dpbf16": _DPBF16, "bfmmla": _BFMMLA}
 
 
 @contextmanager
@@ -97,15 +79,13 @@ class Tile:
 
     def __init__(self, isa: Isa, totals: list[Any], rows: int, count: int) -> None:
         self.isa, self.totals, self.rows, self.count = isa, totals, rows, count
+        self.square = None
+        if isa.narrow == "bfmmla":
+            self.square = Square(totals, rows, count, "float32")
+            self.square.start([code.number(0.0)] * count)
+            return
         for total in totals:
             code.store(total, 0, code.number(0.0))
-        self.spare = {}
-        if isa.narrow == "bfmmla" and rows % 2:  # the last row's partner computes the same again
-            self.spare = {
-                ((rows - 1) * count + c): code.scratch(LANES, "float32") for c in range(count)
-            }
-            for total in self.spare.values():
-                code.store(total, 0, code.number(0.0))
 
     def add(self, left: Any, starts: list[Any], right: Any, places: list[Any]) -> None:
         """One step of `isa.narrow_depth` products for all sums.
@@ -116,8 +96,8 @@ class Tile:
             right: uint16 buffer of packed weights.
             places: of each vector's 16 · depth operands in it.
         """
-        if self.isa.narrow == "bfmmla":
-            self._add_tiles(left, starts, right, places)
+        if self.square is not None:
+            self.square.add(left, starts, right, places, _bfmmla)
             return
         weights = [code.bind(code.load(right, place, 2 * LANES)) for place in places]
         for r, start in enumerate(starts):
@@ -128,35 +108,11 @@ class Tile:
                 had = code.load(total, 0)
                 code.store(total, 0, code.extern("qc_dpbf16", "float32x16", had, word, weight))
 
-    def _pair(self, first: int, c: int) -> tuple[Any, Any]:
-        """The buffers that hold the eight 2 × 2 tiles of two rows by 16 columns."""
-        number = first * self.count + c
-        spare = self.spare.get(number)
-        return self.totals[number], self.totals[number + self.count] if spare is None else spare
-
-    def _add_tiles(self, left: Any, starts: list[Any], right: Any, places: list[Any]) -> None:
-        rows = [code.load(left, start, 4) for start in starts]
-        rows += rows[-1:] if len(rows) % 2 else []
-        pairs = [
-            code.bind(code.extern("qc_two_rows", "uint16x8", rows[r], rows[r + 1]))
-            for r in range(0, len(rows), 2)
-        ]
-        for c, place in enumerate(places):
-            for tile in range(LANES // 2):
-                weight = code.bind(code.load(right, place + tile * 8, 8))
-                for number, pair in enumerate(pairs):
-                    total = self._pair(2 * number, c)[tile // 4]
-                    had = code.load(total, tile % 4 * 4, 4)
-                    summed = code.extern("qc_bfmmla", "float32x4", had, pair, weight)
-                    code.store(total, tile % 4 * 4, summed, 4)
-
     def finish(self) -> None:
         """Afterwards `totals` are rows."""
-        if self.isa.narrow != "bfmmla":
-            return
-        for first in range(0, self.rows, 2):
-            for c in range(self.count):
-                low, high = self._pair(first, c)
-                tiles = code.bind(code.load(low, 0)), code.bind(code.load(high, 0))
-                code.store(low, 0, code.extern("qc_first_row", "float32x16", *tiles))
-                code.store(high, 0, code.extern("qc_second_row", "float32x16", *tiles))
+        if self.square is not None:
+            self.square.finish()
+
+
+def _bfmmla(had: Any, rows: Any, columns: Any) -> Any:
+    return code.extern("qc_bfmmla", "float32x4", had, rows, columns)

@@ -17,8 +17,8 @@ class Isa:
     Attributes:
         name: for reports.
         dot: "vnni" (vpdpbusd on 512 bits), "madd" (vpmaddwd on 16-bit values: exact, where
-            vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "multiply" (plain
-            multiplication).
+            vpmaddubsw would saturate), "sdot" (ARM's, signed by signed), "smmla" (ARM's, two rows
+            by two columns), "multiply" (plain multiplication).
         vectors: accumulators of 16 lanes that a tile may hold.
         narrow: how bfloat16 numbers are multiplied: "dpbf16" (AVX512-BF16), "bfmmla" (ARM's), or
             not at all.
@@ -34,7 +34,7 @@ class Isa:
     @property
     def depth(self) -> int:
         """Products summed in one step of the integer dot product; weights are packed so."""
-        return {"vnni": 4, "sdot": 4, "madd": 2, "multiply": 1}[self.dot]
+        return {"vnni": 4, "sdot": 4, "smmla": 8, "madd": 2, "multiply": 1}[self.dot]
 
     @property
     def narrow_depth(self) -> int:
@@ -57,7 +57,8 @@ class Isa:
         most = max(1, self.vectors // across)
         if rows >= most:
             return most, 1
-        return rows, max(1, min(4, most // rows))
+        held = rows + rows % 2 if self.dot == "smmla" else rows  # rows go in pairs there
+        return rows, max(1, min(4, most // held))
 
 
 VNNI = Isa("AVX512-VNNI", "vnni", 16)
@@ -66,7 +67,8 @@ AVX2 = Isa("AVX2", "madd", 6)
 SSE = Isa("SSE", "multiply", 2, fused=False)
 NEON = Isa("NEON", "multiply", 5)
 DOTPROD = Isa("NEON dotprod", "sdot", 6)
-DOTPROD_BF16 = Isa("NEON dotprod and BF16", "sdot", 6, "bfmmla")
+I8MM = Isa("NEON i8mm", "smmla", 6)
+I8MM_BF16 = Isa("NEON i8mm and BF16", "smmla", 6, "bfmmla")
 ARMV7 = Isa("ARMv7 NEON", "multiply", 2)
 SCALAR = Isa("scalar", "multiply", 1)
 

@@ -19,6 +19,7 @@ from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES, Argument
 from qcompiler.kernels.expression import Expression
 from qcompiler.kernels.isa import Isa, activation_word, dot
+from qcompiler.kernels.square import Square
 from qcompiler.kernels.tiles import Product, tiled
 
 
@@ -63,20 +64,38 @@ def matmul_int8(
 
     def fill(buffers: list[Any], tile: list[Any], left: Any, right: Any, panel: Any,
              height: int, across: int) -> None:  # fmt: skip
-        for c in range(across * vectors):
-            first: Any = code.integer(0)
-            if started:
-                column = panel * isa.panel + c * LANES
-                first = code.bind(code.load(buffers[2], column))
-            for r in range(height):
-                code.store(tile[r * across * vectors + c], 0, first)
+        count = across * vectors
+        begin = [code.integer(0)] * count
+        if started:
+            columns = [panel * isa.panel + c * LANES for c in range(count)]
+            begin = [code.bind(code.load(buffers[2], column)) for column in columns]
+        square = Square(tile, height, count, "int32") if isa.dot == "smmla" else None
+        if square is not None:
+            square.start(begin)
+        else:
+            for number, total in enumerate(tile):
+                code.store(total, 0, begin[number % count])
         with product.steps(isa.depth) as (place_of_k, k):
-            for r in range(height):
-                start = left + r * product.row_stride + place_of_k
-                word = activation_word(isa, buffers[0], start, signed)
-                for c in range(across * vectors):
-                    place = (panel + c // vectors) * size + k * isa.panel * isa.depth
-                    place = right + place + c % vectors * LANES * isa.depth
-                    dot(isa, tile[r * across * vectors + c], 0, buffers[1], place, word)
+            starts = [left + r * product.row_stride + place_of_k for r in range(height)]
+            places = [
+                right + (panel + c // vectors) * size + k * isa.panel * isa.depth
+                + c % vectors * LANES * isa.depth
+                for c in range(count)
+            ]  # fmt: skip
+            if square is not None:
+                square.add(buffers[0], starts, buffers[1], places, _smmla)
+            else:
+                for r, start in enumerate(starts):
+                    word = activation_word(isa, buffers[0], start, signed)
+                    for c, place in enumerate(places):
+                        dot(isa, tile[r * count + c], 0, buffers[1], place, word)
+        if square is not None:
+            square.finish()
+
+    def _smmla(had: Any, rows: Any, columns: Any) -> Any:
+        """Two rows by two columns; `usmmla` where the rows are unsigned."""
+        name = f"llvm.aarch64.neon.{'smmla' if signed else 'usmmla'}.v4i32.v16i8"
+        rows = code.bits(rows, "int8", 16)
+        return code.intrinsic(name, "int32x4", had, rows, columns)
 
     return tiled(name, arguments, product, expression, isa, "int32", fill)

@@ -233,7 +233,7 @@ def _multiplication(packing: Packing, isa: Isa) -> Any:
     elif isa.dot == "madd" and packing.bits < 8:
         form = _pairs
     else:
-        form = {"vnni": _vnni, "sdot": _sdot}.get(isa.dot, _plain)
+        form = {"vnni": _vnni, "sdot": _sdot, "smmla": _sdot}.get(isa.dot, _plain)
 
     def multiply(buffers: list[Any], sums: list[Any], rows: list[Any], at: Any, blocks: int,
                  zero: Any) -> None:  # fmt: skip

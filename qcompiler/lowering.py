@@ -269,8 +269,8 @@ def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None
     for batch in batches:
         pieces = [batch]
         for name in lead:
-            largest = max(int(entry[name]) for entry in entries)
-            pieces = [piece for whole in pieces for piece in _pieces(whole, shapes, name, largest)]
+            sizes = {int(entry[name]) for entry in entries}
+            pieces = [piece for whole in pieces for piece in _pieces(whole, shapes, name, sizes)]
         for piece in pieces[:most]:
             cut = piece
             for name in {d for shape in shapes for d in shape if isinstance(d, str)} - lead:
@@ -280,8 +280,10 @@ def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None
     return found
 
 
-def _pieces(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> list[Batch]:
+def _pieces(batch: Batch, shapes: Sequence[Any], name: str, sizes: set[int]) -> list[Batch]:
+    """The batch in pieces of the largest size that it fills."""
     count = max(x.shape[0] for x, shape in zip(batch, shapes, strict=True) if shape[:1] == [name])
+    largest = max((size for size in sizes if size <= count), default=min(sizes))
     return [
         tuple(
             x[first : first + largest] if shape[:1] == [name] else x

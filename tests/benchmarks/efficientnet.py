@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,26 @@ def main() -> None:
 
     given = paths[::STRIDE]
     calibration = apart(read, [given[i : i + BATCH] for i in range(0, len(given), BATCH)])
-    folder = BUILD / "w8a8"
-    say("compile w8a8")
-    build = apart(compiled, "efficientnet-lite0", "w8a8", calibration, str(folder))
-    cells = [build["recipe"], f"{build['seconds']:.0f}", f"{build['peak_mb']:.0f}"]
-    print(table("Compiling", ["recipe", "seconds", "peak memory, MB"], [cells]))
+    folder, native = BUILD / "w8a8", BUILD / "w8a8-tvm"
+    targets = {"ort:cpu": folder} | ({"tvm:native": native} if find_spec("tvm") else {})
+    buckets = {"batch": sorted({1, *options.batches})}
+    builds = []
+    for target, out in targets.items():
+        if options.reuse and (out / "manifest.json").is_file():
+            continue
+        say(f"compile w8a8 for {target}")
+        entries = buckets if target.startswith("tvm:") else None
+        builds.append(
+            apart(compiled, "efficientnet-lite0", "w8a8", calibration, str(out), target, entries)
+        )
+    cells = [[b["target"], f"{b['seconds']:.0f}", f"{b['peak_mb']:.0f}"] for b in builds]
+    print(table("Compiling w8a8", ["target", "seconds", "peak memory, MB"], cells))
 
     floating = folder / "reference" / "model.onnx"
     candidates = [
         Candidate.of("ORT fp32", "ort", floating),
-        Candidate.of("qcompiler w8a8", "ort", folder / "model.onnx"),
+        Candidate.of("w8a8, ort:cpu", "ort", folder / "model.onnx"),
+        *([peers.edge("w8a8, tvm:native", native)] if "tvm:native" in targets else []),
         *gather({n: PEERS[n] for n in options.peers}, floating, calibration, BUILD),
     ]
 
@@ -63,7 +74,8 @@ def main() -> None:
     for threads in options.threads:
         for batch in options.batches:
             say(f"time batch {batch}, threads: {threads}")
-            rows = compare(candidates, apart(read, [paths[:batch]])[0], threads, options.seconds)
+            feeds = apart(read, [paths[:batch]])[0]
+            rows = compare(candidates, feeds, threads, options.seconds, options.realtime)
             print(timing_table(f"Batch {batch}, threads: {threads}", rows), flush=True)
             times.append(
                 {"threads": threads, "batch": batch, "rows": [asdict(row) for row in rows]}
@@ -71,7 +83,7 @@ def main() -> None:
 
     judged = accuracy(candidates, paths)
     if options.json:
-        result = {"machine": host, "compile": build, "times": times, "accuracy": judged}
+        result = {"machine": host, "compile": builds, "times": times, "accuracy": judged}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -141,6 +153,8 @@ def arguments() -> argparse.Namespace:
         help=f"[{','.join(PEERS)}]",
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="for each candidate [5]")
+    parser.add_argument("--reuse", action="store_true", help="what an earlier run compiled")
+    parser.add_argument("--realtime", action="store_true", help="go before all other processes")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser.parse_args()

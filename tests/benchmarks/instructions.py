@@ -18,19 +18,23 @@ import tvm
 
 from qcompiler.backends.edge_target import machine
 from qcompiler.kernels import isa as isas
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Kernel
 from qcompiler.kernels.expression import Access, Expression, Step
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.matmul_float import matmul_float
 from qcompiler.kernels.matmul_int8 import matmul_int8, pack
+from qcompiler.kernels.matmul_packed import matmul_packed, packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.target import Target
 
 # Multiply-accumulates of an instruction on whole registers, by its name.
-MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "mla": 4, "fmla": 4, "smlal": 4, "smlal2": 4,
-            "umlal": 4, "umlal2": 4}  # fmt: skip
+MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "usmmla": 32, "mla": 4, "fmla": 4, "smlal": 4,
+            "smlal2": 4, "umlal": 4, "umlal2": 4}  # fmt: skip
 CASES = (
+    ("tvm:aarch64:i8mm", isas.I8MM, "int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "int8"),
+    ("tvm:aarch64:dotprod", isas.DOTPROD, "4-bit × int8"),
+    ("tvm:aarch64:dotprod", isas.DOTPROD, "2-bit × int8"),
     ("tvm:aarch64", isas.NEON, "int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "float32"),
     ("tvm:aarch64", isas.NEON, "float32"),
@@ -66,6 +70,9 @@ class Loop:
 def assembly(target: str, isa: Isa, dtype: str, shape: tuple[int, int, int]) -> str:
     """The text of a product (M, N, K) compiled for a target."""
     m, n, k = shape
+    product = Product(m, n, k, k)
+    if "bit" in dtype:
+        return _text(target, _packed(isa, int(dtype[0]), product))
     size = pack(torch.zeros(n, k, dtype=torch.int8), isa).numel()
     kind = "int32" if dtype == "int8" else "float32"
     arguments = [
@@ -76,11 +83,28 @@ def assembly(target: str, isa: Isa, dtype: str, shape: tuple[int, int, int]) -> 
     expression = Expression(
         (m, n), (Step("anchor", kind),), ((0, Access(2, kind, 0, (n, 1))),)
     )  # fmt: skip
-    product = Product(m, n, k, k)
     if dtype == "int8":
         made = matmul_int8("product", arguments, product, True, expression, isa)
     else:
         made = matmul_float("product", arguments, product, expression, isa)
+    return _text(target, made)
+
+
+def _packed(isa: Isa, bits: int, product: Product) -> Kernel:
+    """Weights of few bits in groups of 32 by int8 activations."""
+    m, n, k = product.rows, product.columns, product.depth
+    form = packing(bits, 32, 1 << (bits - 1), True, isa)
+    arguments = [
+        Argument("a", "int8", m * k), Argument("b", "uint8", n * k * bits // 8),
+        Argument("s", "float32", n * k // 32), Argument("t", "int32", m * k // 32),
+        Argument("c", "float32", m * n),
+    ]  # fmt: skip
+    store = Access(4, "float32", 0, (n, 1))
+    expression = Expression((m, n), (Step("anchor", "float32"),), ((0, store),))
+    return matmul_packed("product", arguments, product, form, expression, isa)
+
+
+def _text(target: str, made: Kernel) -> str:
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         library = tvm.tirx.build(
             tvm.IRModule({"product": made.function}),
@@ -132,7 +156,8 @@ def main() -> None:
         for shape in SHAPES:
             loop = inner_loop(assembly(target, isa, dtype, shape))
             count = len(loop.lines)
-            widest = 16 if any("dot" in line for line in loop.lines) else 4
+            names = {line.split()[0] for line in loop.lines}
+            widest = max(MULTIPLY.get(name, 0) for name in names)
             rate = loop.macs / loop.cycles
             print(
                 f"| {target} {dtype} | {shape[0]} | {loop.multiplies} | {loop.loads} "

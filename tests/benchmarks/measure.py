@@ -61,12 +61,14 @@ def ahead(realtime: bool) -> Iterator[None]:
         return
     threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
     for thread in threads:
-        os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
     try:
         yield
     finally:
         for thread in threads:
-            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Metered:

@@ -173,7 +173,7 @@ def test_bfloat16(writer: Any, run: Run, case: str) -> None:
 
 
 def test_bfloat16_on_arm(writer: Any, emulate: Run) -> None:
-    isa = isas.DOTPROD_BF16
+    isa = isas.I8MM_BF16
     built = [
         made(writer, CASES[name], isa, f"a{i}", torch.bfloat16) for i, name in enumerate(NARROW)
     ]

@@ -36,6 +36,27 @@ def test_the_dot_product_is_sdot(instructions: ModuleType, rows: int) -> None:
     assert loop.loads <= loop.multiplies * (1 if rows == 1 else 0.5)
 
 
+@pytest.mark.parametrize("rows", [1, 128])
+def test_matrix_instructions(instructions: ModuleType, rows: int) -> None:
+    """Two rows by two columns: for one row half of it is lost, and no more."""
+    text = instructions.assembly("tvm:aarch64:i8mm", isas.I8MM, "int8", (rows, 384, 384))
+    loop = instructions.inner_loop(text)
+    assert "smmla" in {line.split()[0] for line in loop.lines}
+    assert loop.macs == 32 * loop.multiplies
+    assert loop.stores == 0
+    assert loop.loads <= loop.multiplies * (1.1 if rows == 1 else 0.6)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_are_unpacked_in_registers(instructions: ModuleType, bits: int) -> None:
+    kind = f"{bits}-bit × int8"
+    text = instructions.assembly("tvm:aarch64:dotprod", isas.DOTPROD, kind, (128, 384, 384))
+    loop = instructions.inner_loop(text)
+    names = {line.split()[0] for line in loop.lines}
+    assert "sdot" in names
+    assert not names & {"mul", "mla", "smull", "smlal"}
+
+
 def test_without_it_there_is_none(instructions: ModuleType) -> None:
     text = instructions.assembly("tvm:aarch64", isas.NEON, "int8", (128, 384, 384))
     assert "sdot" not in text

@@ -62,7 +62,7 @@ def test_arm(writer: Any, emulate: Run) -> None:
     """BFMMLA makes two rows at once: odd and even numbers of them, and one alone."""
     sizes = [(1, 33, 8), (2, 16, 4), (7, 50, 37), (13, 16, 12)]
     given_ = [(normal(m, k), normal(n, k, seed=1)) for m, n, k in sizes]
-    isa = isas.DOTPROD_BF16
+    isa = isas.I8MM_BF16
     cases = [made(writer, isa, x, w, f"g{i}") for i, (x, w) in enumerate(given_)]
     for (found,), (x, w) in zip(emulate("tvm:aarch64:bf16", cases), given_, strict=True):
         close(found, x, w)

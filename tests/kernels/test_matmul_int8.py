@@ -21,7 +21,7 @@ from qcompiler.kernels.tiles import ROWS, Product
 NATIVE = [isas.VNNI, isas.AVX2, isas.SSE, isas.NEON, isas.ARMV7, isas.SCALAR]
 FOREIGN = {
     "tvm:aarch64": isas.NEON, "tvm:aarch64:dotprod": isas.DOTPROD, "tvm:armv7": isas.ARMV7,
-    "tvm:riscv64": isas.SCALAR,
+    "tvm:aarch64:i8mm": isas.I8MM, "tvm:riscv64": isas.SCALAR,
 }  # fmt: skip
 
 Run = Callable[..., Any]
@@ -49,18 +49,26 @@ def weights(n: int, k: int, seed: int = 7) -> Tensor:
     )
 
 
-def bare(writer: Any, isa: Isa, x: Tensor, w: Tensor, name: str = "g") -> tuple[Kernel, Any]:
-    """The product alone, corrected for the sign that the instruction wants: int32 (M, N)."""
+def bare(
+    writer: Any, isa: Isa, x: Tensor, w: Tensor, name: str = "g", started: bool = False
+) -> tuple[Kernel, Any]:
+    """The product alone, corrected for the sign that the instruction wants: int32 (M, N).
+
+    Where `started`, the accumulators begin with numbers that are taken off again.
+    """
     (m, k), n = x.shape, w.shape[0]
     deep = -(-k // isa.depth) * isa.depth
     padded = torch.zeros(m, deep, dtype=x.dtype)
     padded[:, :k] = x
     signed = x.dtype == torch.int8
-    e = writer((m, n), padded, pack(w, isa))
     sums = (-zero_shift(isa, signed) * w.int().sum(1)).int()
-    e.store(e.step("add", "int32", e.step("anchor", "int32"), e.load(sums, (0, 1))), torch.int32)
+    begin = torch.arange(n + isa.panel, dtype=torch.int32) * 1000
+    e = writer((m, n), padded, pack(w, isa), *([begin] if started else []))
+    sums = sums - begin[:n] if started else sums
+    total = e.step("add", "int32", e.step("anchor", "int32"), e.load(sums, (0, 1)))
+    e.store(total, torch.int32)
     product = Product(m, n, deep, deep)
-    return matmul_int8(name, e.arguments, product, signed, e.expression, isa), e
+    return matmul_int8(name, e.arguments, product, signed, e.expression, isa, started), e
 
 
 @pytest.mark.parametrize("isa", NATIVE, ids=lambda isa: isa.name)
@@ -157,7 +165,7 @@ def test_other_machines(writer: Any, emulate: Run, target: str) -> None:
     for number, (m, n, k) in enumerate(shapes):
         for signed in (False, True):
             x, w = activations(signed, m, k), weights(n, k)
-            cases.append(bare(writer, isa, x, w, f"g{number}{int(signed)}"))
+            cases.append(bare(writer, isa, x, w, f"g{number}{int(signed)}", number == 1))
             wants.append(reference(x, w).reshape(-1))
     for (found,), want in zip(emulate(target, cases), wants, strict=True):
         assert torch.equal(found, want)
