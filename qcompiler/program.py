@@ -144,18 +144,23 @@ class Program:
         values: dict[Node, Any] = {}
         given = iter(batch)
         constants = self.constants()
+
+        def value(source: Node) -> Any:
+            known = values[source]
+            # Weights are widened where they are read: all at once they would take twice the model.
+            return known.double() if double and is_float32(known) else known
+
         for node in graph.nodes:
             if node.op == "placeholder":
-                value = constants[node.name] if node.name in constants else next(given)
-                values[node] = value.double() if double and is_float32(value) else value
+                values[node] = constants[node.name] if node.name in constants else next(given)
                 continue
             if node.op == "output":
-                return tuple(values[n] if isinstance(n, Node) else n for n in node.args[0])
+                return tuple(value(n) if isinstance(n, Node) else n for n in node.args[0])
             if node.op == "get_attr":
                 values[node] = getattr(self.exported.graph_module, str(node.target))
                 continue
-            args = torch.fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
+            args = torch.fx.node.map_arg(node.args, value)
+            kwargs = torch.fx.node.map_arg(node.kwargs, value)
             if double:
                 args, kwargs = pytree.tree_map(_double_dtype, (args, kwargs))
             result = node.target(*args, **kwargs)
