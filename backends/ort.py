@@ -23,6 +23,7 @@ from qcompiler.backends.ort_cache import (
     prune_logits,
     use_grouped_attention,
 )
+from qcompiler.backends.ort_session import MODEL, SHARED, session
 from qcompiler.backends.ort_store import KEY, read_metadata, write_metadata
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
 from qcompiler.backends.ort_translate import OPSET, translations
@@ -30,8 +31,8 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.program import Program
 from qcompiler.regions import CONVS, LINEAR
 
-MODEL = "model.onnx"
-SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be written over their past
+__all__ = ["MODEL", "SHARED", "load", "load_model", "lower", "session"]
+
 DATA = "model.onnx.data"
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights; protobuf ends at 2 GiB
 IR_VERSION = 11
@@ -196,31 +197,6 @@ def _tidy(model: onnx.ModelProto, program: Program) -> None:
     del model.graph.value_info[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
-
-
-def session(
-    path: Path, threads: int | None = None, optimised: Path | None = None, rest: bool = False
-) -> Any:
-    """An ONNX Runtime session on the CPU.
-
-    Args:
-        path: the model.
-        threads: of one operator; ONNX Runtime's choice when not given.
-        optimised: where to write the graph that the session really runs.
-        rest: let idle threads stop at the end of a run, instead of spinning for the next one: for
-            several sessions that take turns, whose threads would hold each other's cores.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-    if rest:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:

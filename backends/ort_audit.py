@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 
 from qcompiler.audit import Audit, Layer
-from qcompiler.backends.ort import MODEL, session
 from qcompiler.backends.ort_cache import JOINED
+from qcompiler.backends.ort_session import MODEL, session
 from qcompiler.backends.ort_store import read_metadata
 
 INTEGER = {

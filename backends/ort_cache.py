@@ -25,11 +25,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from qcompiler.backends.ort_session import FIRST
 from qcompiler.backends.ort_store import Store, narrow
 from qcompiler.backends.ort_translate import INTERNAL
 
 MICROSOFT = "com.microsoft"
-FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
 JOINED = " + "  # between the names of layers that one node computes
 PRODUCTS = ("MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 SCALES = 12  # inputs of GroupQueryAttention before the scales of its cache

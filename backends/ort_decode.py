@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.backends.ort import MODEL, SHARED, session
-from qcompiler.backends.ort_cache import FIRST
+from qcompiler.backends.ort_session import FIRST, MODEL, SHARED, session
 from qcompiler.errors import InputError
 
 ROUND = 64  # capacities are multiples of this

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from qcompiler.backends.ort import MODEL, SHARED
+from qcompiler.backends.ort_session import MODEL, SHARED
 
 CONFIG = "genai_config.json"
 # Families that its generic decoder class knows by name. Another name is an error there, and the

@@ -1,4 +1,8 @@
-"""Artifacts: a folder with the compiled model, its manifest, its report and verification data."""
+"""Artifacts: a folder with the compiled model, its manifest, its report and verification data.
+
+torch is imported where tensors are handled: writing text with a language model needs none, and it
+would take more memory than a small model does.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
-from qcompiler.program import Batch
-from qcompiler.qtype import QType
-from qcompiler.target import Target
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qcompiler.generation import Generated, Generator
+    from qcompiler.program import Batch
+
+    Loader = Callable[[Path, int | None], Callable[..., tuple[Tensor, ...]]]
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 FORMAT = 1  # of the manifest
 REFERENCE = "reference"  # folder of the float model
 DATA = "verify"  # folder with the verification batches and programs
-
-Loader = Callable[[Path, int | None], Callable[..., tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,8 @@ class Artifact:
         Args:
             threads: of one operator; the runtime's choice when not given.
         """
+        from torch.utils import _pytree as pytree
+
         hazard = self.hazard()
         if hazard:
             warnings.warn(hazard, stacklevel=2)
@@ -110,6 +111,9 @@ class Artifact:
 
     def hazard(self) -> str:
         """Why this machine's integer kernels may compute wrongly with this model, or nothing."""
+        from qcompiler.qtype import QType
+        from qcompiler.target import Target
+
         formats = [QType.parse(row["qtype"]) for row in self.manifest.get("plan", [])]
         integer = any(kind.element == "uint8" for kind in formats)
         if not integer or any(kind.reduced for kind in formats):
@@ -192,6 +196,8 @@ class Artifact:
 
     def batches(self, kind: str) -> list[Batch]:
         """The verification batches kept with the artifact; kind is "calibration" or "held-out"."""
+        from safetensors.torch import load_file
+
         path = self.folder / DATA / f"{kind}.safetensors"
         if not path.is_file():
             return []
@@ -221,6 +227,8 @@ def unpack_batches(tensors: Mapping[str, Tensor], names: list[str]) -> list[Batc
 
 def save_batches(folder: Path, kind: str, batches: list[Batch], names: list[str]) -> None:
     """Keep verification batches with the artifact."""
+    from safetensors.torch import save_file
+
     if batches:
         (folder / DATA).mkdir(exist_ok=True)
         save_file(pack_batches(batches, names), folder / DATA / f"{kind}.safetensors")
@@ -289,6 +297,8 @@ def _umask() -> int:
 
 def describe_tensor(name: str, value: Any, symbols: Mapping[str, str]) -> dict[str, Any]:
     """Name, dtype and shape of an input or output for the manifest; dynamic sizes by name."""
+    from torch import Tensor
+
     if not isinstance(value, Tensor):
         return {"name": name, "dtype": type(value).__name__, "shape": []}
     sizes: Iterable[Any] = value.shape  # symbols where they are dynamic
@@ -300,6 +310,8 @@ def versions() -> dict[str, str]:
     """Versions of what made the artifact."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
+
+    import torch
 
     from qcompiler import __version__
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +245,18 @@ def test_the_command_line_writes_and_measures(
     assert found["last_word"]["texts"] == 1
     app(["eval", folder, *options[:-1]], standalone_mode=False)
     assert "non-overlapping windows of 48" in capsys.readouterr().out
+
+
+def test_writing_needs_neither_torch_nor_onnx(language_artifact: Artifact) -> None:
+    """They take more memory than a small model."""
+    code = f"""
+import sys
+from pathlib import Path
+from qcompiler.cli_language import write
+write(Path({str(language_artifact.folder)!r}), "a b", 3, {{}}, 1, True)
+print("loaded:", *sorted({{"torch", "onnx", "onnxscript", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
