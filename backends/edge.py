@@ -12,7 +12,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from qcompiler.backends.edge_memory import ALIGN, plan
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
 from qcompiler.backends.edge_model import Tensor as Placed
 from qcompiler.backends.edge_target import Machine, machine
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, trace
+from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, rows_looked_up, trace
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.kernels import isa as isas
 from qcompiler.program import Program
@@ -153,6 +153,11 @@ def lower(
             for name, port in zip(program.inputs, ports, strict=True)
         }
         traced = trace(program, shapes)
+        rows = rows_looked_up(traced)
+        ports = tuple(
+            replace(port, limit=rows.get(name, 0))
+            for name, port in zip(program.inputs, ports, strict=True)
+        )
         calls = Calls(traced, isa, constants)
         placed = _outputs_placed(traced, calls)
         entries.append(_entry(sizes, traced, placed, calls, code, weights))
@@ -220,13 +225,15 @@ def _lower_decoder(
         narrowed = Trace((tokens, spot), traced.outputs, traced.ops)
         entries.append(_entry({"tokens": new}, narrowed, placed, calls, code, weights))
         outputs, states, last = placed, calls.states, calls
+        rows = rows_looked_up(traced)
     assert last is not None
     say("compile kernels")
     objects = (("kernels.o", _build(code.functions, where)),)
     logits = outputs[0].shape
     middle: int | str = logits[1] if logits[1] == 1 else "tokens"
     ports = (
-        Port(found.tokens, "int64", (1, "tokens")), Port("position", "int64", (1,)),
+        Port(found.tokens, "int64", (1, "tokens"), rows.get(found.tokens, 0)),
+        Port("position", "int64", (1,)),
     )  # fmt: skip
     made = (Port("logits", "float32", (1, middle, logits[2])),)
     edge = EdgeModel(

@@ -57,11 +57,13 @@ class Port:
         name: as in the captured model.
         dtype: numpy's name.
         shape: sizes, or names of sizes; one name is one size.
+        limit: of an int64 input: its numbers are rows of a table of that many; 0 for the rest.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    limit: int = 0
 
 
 @dataclass(frozen=True)

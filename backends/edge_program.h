@@ -67,6 +67,7 @@ struct program {
   uint64_t weights, checksum[2], state;
   const model_port *inputs, *outputs;
   int input_count, output_count;
+  const int64_t *limits; /* by input: int64 numbers must be 0 and more, and below it; or 0 */
   const char *const *size_names;
   const uint8_t *padded; /* by size: whether an input may be smaller than the entry */
   int size_count;

@@ -56,6 +56,7 @@ def check(edge: EdgeModel) -> None:
     for port in ports:
         _demand(port.dtype in DTYPES, f"{port.name}: unknown dtype {port.dtype}")
         _demand(len(port.shape) <= MAX_RANK, f"{port.name}: more than {MAX_RANK} dimensions")
+        _demand(not port.limit or port.dtype == "int64", f"{port.name}: a limit of {port.dtype}")
     for number, entry in enumerate(edge.entries):
         where = f"entry {number} {dict(entry.sizes)}"
         _demand({*names} <= {*entry.sizes}, f"{where}: a size of {names} has no value")
@@ -122,6 +123,7 @@ def program_source(edge: EdgeModel) -> str:
     parts += [*shapes.lines, *(line for lines, _ in bodies for line in lines)]
     parts.append(_array("model_port", "inputs", [_port(port) for port in edge.inputs]))
     parts.append(_array("model_port", "outputs", [_port(port) for port in edge.outputs]))
+    parts.append(_array("int64_t", "limits", [str(port.limit) for port in edge.inputs]))
     parts.append(_array("char *const", "size_names", [quoted(name) for name in names]))
     parts.append(_array("uint8_t", "padded", [str(int(name in edge.padded)) for name in names]))
     parts.append(_array("struct entry", "entries", [row for _, row in bodies]))
@@ -134,6 +136,7 @@ def program_source(edge: EdgeModel) -> str:
         "inputs": "inputs",
         "outputs": "outputs",
         "input_count": str(len(edge.inputs)),
+        "limits": "limits",
         "output_count": str(len(edge.outputs)),
         "size_names": "size_names",
         "padded": "padded",

@@ -32,6 +32,18 @@ static void shape_text(char *text, size_t size, int rank, const int64_t *shape,
   if (used < size) snprintf(text + used, size - used, ")");
 }
 
+/* Whether numbers that are looked up in a table are inside it. */
+static int check_rows(model *m, const model_port *port, const model_tensor *input, int64_t limit) {
+  const int64_t *row = input->data;
+  int64_t count = 1;
+  for (int d = 0; d < input->rank; d++) count *= input->shape[d];
+  for (int64_t i = 0; i < count; i++)
+    if (row[i] < 0 || row[i] >= limit)
+      return FAIL(m, "input '%s' has the number %lld at position %lld, and the model's table has %lld rows",
+                  port->name, (long long)row[i], (long long)i, (long long)limit);
+  return 0;
+}
+
 /* Compares inputs with the ports and finds the value of each named size; −1 for those of outputs
  * alone. */
 static int check_inputs(model *m, const model_tensor *inputs, int64_t *sizes) {
@@ -68,6 +80,7 @@ static int check_inputs(model *m, const model_tensor *inputs, int64_t *sizes) {
                   wanted);
     }
     if (!input->data) return FAIL(m, "input '%s' has no data", port->name);
+    if (P->limits[i] && check_rows(m, port, input, P->limits[i])) return 1;
   }
   return 0;
 }

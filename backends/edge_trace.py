@@ -194,6 +194,20 @@ BASIC = frozenset(
 )  # fmt: skip
 
 
+def rows_looked_up(trace: Trace) -> dict[str, int]:
+    """Inputs whose numbers are rows of a table → the fewest rows that such a table has."""
+    found: dict[str, int] = {}
+    for op in trace.ops:
+        if op.target is not aten.embedding.default:
+            continue
+        table, index = op.args[:2]
+        whole = index.numel == index.storage.size and index.dtype == torch.int64
+        if index.storage.port and whole:
+            name = index.storage.port
+            found[name] = min(found.get(name, table.shape[0]), table.shape[0])
+    return found
+
+
 def trace(
     program: Program,
     sizes: Mapping[str, Sequence[int]],

@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from qcompiler.artifact import Artifact
 from qcompiler.cli import app
+from qcompiler.errors import InputError
+from qcompiler.passes.normalize import normalize
+from qcompiler.program import capture
+from qcompiler.target import Target
 
 
 @pytest.fixture(params=["tvm:native", "tvm:aarch64"])
@@ -60,3 +65,22 @@ def test_load_takes_names_and_structure(made: Any) -> None:
     y, runs = Artifact.open(folder).load(threads=1)(x=x)
     np.testing.assert_allclose(y.numpy(), small.expected(x.numpy()), rtol=1e-5, atol=1e-5)
     assert runs.item() == 1
+
+
+def test_numbers_outside_a_table(tmp_path: Path) -> None:
+    """An embedding's input is checked before anything runs, not clamped."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    from qcompiler.backends import edge as backend
+
+    table = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 3)).eval()
+    ids = torch.tensor([[0, 9, 4]])
+    program = normalize(capture(table, (ids,)))
+    backend.lower(program, Target.parse("tvm:native"), tmp_path)
+    run = backend.load(tmp_path, 1)
+    torch.testing.assert_close(run(ids)[0], table(ids), rtol=0, atol=1e-6)
+    for wrong in (10, -1, 1 << 40):
+        ids[0, 1] = wrong
+        with pytest.raises(InputError, match=rf"the number {wrong} at position 1, .* 10 rows"):
+            run(ids)
