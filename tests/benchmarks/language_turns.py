@@ -1,10 +1,11 @@
 """One language model in a process of its own, which runs when it is told to: see smollm2.py.
 
     python language_turns.py ours|genai FOLDER
+    python language_turns.py llama FILE.gguf
 
 Every line read is one turn, `prefill N` or `decode PAST N`; the answer is the seconds that N tokens
 took and the CPU seconds of that time. One thread. This file also runs where only onnxruntime-genai
-is installed.
+or llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -81,9 +82,41 @@ def genai(folder: str) -> tuple[Callable[[int], Any], Callable[[int, int], Any]]
     return prefill, decode
 
 
+def llama(path: str) -> tuple[Callable[[int], Any], Callable[[int, int], Any]]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=THREADS, n_threads_batch=THREADS,
+        verbose=False,
+    )  # fmt: skip
+
+    def likeliest() -> int:
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax())
+
+    def prefill(count: int) -> Any:
+        model.reset()
+        return lambda: (model.eval(tokens(count).tolist()), likeliest())
+
+    def decode(past: int, count: int) -> Any:
+        model.reset()
+        model.eval(tokens(past).tolist())
+        first = likeliest()
+
+        def run() -> None:
+            token = first
+            for _ in range(count):
+                model.eval([token])
+                token = likeliest()
+
+        return run
+
+    return prefill, decode
+
+
 def main() -> None:
     kind, folder = sys.argv[1:]
-    prefill, decode = {"ours": ours, "genai": genai}[kind](folder)
+    prefill, decode = {"ours": ours, "genai": genai, "llama": llama}[kind](folder)
     for line in sys.stdin:
         what, *sizes = line.split()
         run = (prefill if what == "prefill" else decode)(*map(int, sizes))

@@ -1,7 +1,7 @@
 """SmolLM2 as text is written: tokens per second of ours, of the float model and of a peer.
 
     python tests/benchmarks/smollm2.py build/smollm2-w4 [build/other …]
-        [--genai-python PYTHON --genai FOLDER]
+        [--genai-python PYTHON --genai FOLDER] [--llama-python PYTHON --llama FILE.gguf]
 
 Decoding 32 tokens after 128 and reading a prompt of 512, one thread. Each model has a process of
 its own; they take turns in rounds, and what is printed are medians over the rounds and of the ratio
@@ -10,6 +10,9 @@ artifact's float model is the reference, or with --genai the folder that onnxrun
 builder made of the same weights:
 
     python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu
+
+llama.cpp takes part through llama-cpp-python (compiled from its source package, without BLAS) with
+the file that gguf_q4.py writes.
 """
 
 from __future__ import annotations
@@ -54,9 +57,12 @@ def main() -> None:
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("--genai", type=Path, action="append", default=[])
     parser.add_argument("--genai-python", default=sys.executable)
+    parser.add_argument("--llama", type=Path, action="append", default=[])
+    parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     peers = [Peer(f"genai {f.name}", options.genai_python, "genai", f) for f in options.genai]
+    peers += [Peer(f"llama.cpp {f.stem}", options.llama_python, "llama", f) for f in options.llama]
     float_model = options.artifacts[0] / "reference"
     if float_model.is_dir():
         peers.append(Peer("our float ONNX", sys.executable, "ours", float_model))
