@@ -213,6 +213,7 @@ def _lower_decoder(
     outputs: tuple[Ref, ...] = ()
     states: list[Storage] = []
     last = None
+    rows: dict[str, int] = {}
     for new in chunks:
         say(f"generate code for {new} tokens")
         position = Storage(torch.int64, 1, port="position")
