@@ -6,8 +6,6 @@ there (float: what other layers lose is left out), and the rest of the program r
 format with this unit alone changed. So the memory is that of one block, and a unit that was
 measured before is passed over.
 
-The gradients need a pass of their own over whole batches, one at a time (`measure_gradients`).
-
 Units: linears that feed one fused attention and read the same tensor (query, key and value become
 one product there) move together; every other linear is its own. Convolutions and embeddings keep
 the recipe's format.
@@ -15,8 +13,7 @@ the recipe's format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
-from qcompiler.divergence import Divergence, sampled_loss
+from qcompiler.divergence import Divergence
 from qcompiler.format import Format
 from qcompiler.observe import Statistics, choose_range
 from qcompiler.plan import Rounded
@@ -41,32 +38,9 @@ from qcompiler.rounding import (
     search_grid,
 )
 from qcompiler.stages import Function, Stages
-from qcompiler.study import Columns, Findings, Option, Unit, with_options
+from qcompiler.study import Columns, Findings, Option, Settings, Unit, with_options
 
 ATTENTIONS = {"qc.attention.default", "qc.cached_attention.default"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a study measures.
-
-    Attributes:
-        gptq: rounding by GPTQ rather than to nearest.
-        clip: search each scale's range.
-        calibration: how static ranges of activations are drawn; see `observe.choose_range`.
-        parameter: its percentile or p.
-        logits: whether the first output is logits.
-        mask: name of the input that is 0 at padding.
-        trials: batches at the end of the data on which divergences are measured.
-    """
-
-    gptq: bool
-    clip: bool
-    calibration: str
-    parameter: float
-    logits: bool
-    mask: str
-    trials: int
 
 
 def find_units(program: Program, fixed: Callable[[Node], bool]) -> list[Unit]:
@@ -320,116 +294,3 @@ def simulated(
         return linear(ops.dequantize(q, s, z, 0, 0), weight, bias)
 
     return static
-
-
-def measure_gradients(
-    program: Program,
-    units: Mapping[int, Unit],
-    batches: Sequence[Batch],
-    settings: Settings,
-    findings: Findings,
-    probes: int = 2,
-) -> dict[int, Unit]:
-    """The units with `first` and `second` on every option.
-
-    Memory: the activations of one batch, and the gradients of all weights.
-
-    Args:
-        program: as for `measure_sensitivity`.
-        units: measured.
-        batches: real data; the last `settings.trials` are used, one at a time.
-        settings: as for `measure_sensitivity`.
-        findings: with the rounded weights.
-        probes: draws of the output for each batch.
-    """
-    constants = program.constants()
-    nodes = {n.name: n for n in program.exported.graph.nodes}
-    leaves = {
-        operand(nodes[name], 1).name: constants[operand(nodes[name], 1).name]
-        .detach()
-        .requires_grad_()
-        for unit in units.values()
-        for name in unit.nodes
-    }
-
-    def moved(index: int) -> dict[str, list[Tensor]]:
-        """Ŵ − W of a unit's layers, by format."""
-        exact = [constants[operand(nodes[name], 1).name] for name in units[index].nodes]
-        return {
-            text: [r - w for r, w in zip(rounded, exact, strict=True)]
-            for text, rounded in findings.weights(index).items()
-        }
-
-    squares = dict.fromkeys(units, 0.0)
-    products: dict[tuple[int, str], float] = {}
-    total, count = 0, 0
-    for number, batch in enumerate(batches[-settings.trials :]):
-        mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
-        outputs = [t for t in differentiable(program, batch, leaves) if t.requires_grad]
-        used = outputs[:1] if settings.logits else outputs
-        rows = [unpadded(t, mask) for t in used]
-        count += rows[0].numel() // rows[0].shape[-1] if settings.logits else rows[0].numel()
-        for probe in range(probes):
-            seed = number * probes + probe
-            loss = torch.stack([sampled_loss(t, mask, settings.logits, seed) for t in used]).sum()
-            last = probe == probes - 1
-            gradients = torch.autograd.grad(
-                loss, [*leaves.values()], retain_graph=not last, allow_unused=True
-            )
-            by_name = dict(zip(leaves, gradients, strict=True))
-            for index, unit in units.items():
-                found = [by_name[operand(nodes[name], 1).name] for name in unit.nodes]
-                parts = [torch.zeros(1) if g is None else g for g in found]
-                squares[index] += sum(float(g.double().square().sum()) for g in parts)
-                for text, errors in moved(index).items():
-                    pairs = zip(parts, errors, strict=True)
-                    error = sum(float((g * e).sum(dtype=torch.float64)) for g, e in pairs)
-                    products[index, text] = products.get((index, text), 0.0) + abs(error)
-            total += 1
-    measured = {}
-    for index, unit in units.items():
-        mean = squares[index] / max(1, count * probes)  # tr(F) for each row
-        distances = {
-            text: sum(float(e.double().square().sum()) for e in errors)
-            for text, errors in moved(index).items()
-        }
-        options = []
-        for option in unit.options:
-            measures = {
-                **option.measures,
-                "first": products.get((index, option.format), 0.0) / max(1, total),
-                "second": 0.5 * mean / unit.weights * distances.get(option.format, 0.0),
-            }
-            options.append(replace(option, measures=measures))
-        measured[index] = with_options(unit, options)
-    return measured
-
-
-def differentiable(program: Program, batch: Batch, leaves: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """The outputs for one batch with a graph of gradients behind them.
-
-    Args:
-        program: in float.
-        batch: the inputs.
-        leaves: constants' names → tensors that require a gradient.
-    """
-    values: dict[Node, Any] = {}
-    given = iter(batch)
-    constants = program.constants()
-    with torch.enable_grad():
-        for node in program.exported.graph.nodes:
-            if node.op == "placeholder":
-                known = node.name in constants
-                value = leaves.get(node.name, constants.get(node.name)) if known else next(given)
-                values[node] = value
-            elif node.op == "get_attr":
-                values[node] = getattr(program.exported.graph_module, str(node.target))
-            elif node.op == "output":
-                return tuple(values[n] if isinstance(n, Node) else n for n in operand(node, 0))
-            else:
-                function: Any = ops.TRACEABLE.get(node.target, node.target)
-                args = torch.fx.node.map_arg(node.args, values.__getitem__)
-                values[node] = function(
-                    *args, **torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-                )
-    raise AssertionError("a graph without an output node")

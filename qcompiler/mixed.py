@@ -1,8 +1,7 @@
 """Mixed precision: study what formats cost, choose them within a budget, and measure the choice.
 
-A driver: it joins the study (`passes/measure_sensitivity`), the integer program (`allocation`) and
-the recipe. The additive model only proposes; every plan that is kept ran end to end, with all of
-its layers quantized together.
+A driver: it joins the study and the plans (`mixer`), the integer program (`allocation`) and the
+recipe.
 """
 
 from __future__ import annotations
@@ -10,44 +9,25 @@ from __future__ import annotations
 import csv
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from qcompiler import allocation, costs, figures
-from qcompiler.allocation import Choice, Limit
+from qcompiler import allocation, figures
+from qcompiler.allocation import Choice
 from qcompiler.data import Data
-from qcompiler.divergence import Divergence
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import Format
-from qcompiler.journal import fingerprint
-from qcompiler.passes.measure_sensitivity import (
-    Settings,
-    find_units,
-    measure_gradients,
-    measure_sensitivity,
-    simulated,
-)
-from qcompiler.plan import Plan
-from qcompiler.program import Batch, Program
+from qcompiler.mixer import Mixer, Point, Say
+from qcompiler.program import Program
 from qcompiler.recipe import Recipe
-from qcompiler.rewrite import module_path, operand
 from qcompiler.spec import ModelSpec
-from qcompiler.stages import Stages
-from qcompiler.study import MEASURES, Findings, Study
+from qcompiler.study import Study
 from qcompiler.target import Target
-from qcompiler.workers import Task, measure_in_processes
 
-POINTS = 13  # budgets of the Pareto front
-TRIALS = 10  # neighbours of a chosen plan that are measured as well, at each descent
-DESCENTS = 3  # at most, from the best plan to a better neighbour
-SEARCH = 6  # plans that are measured to find the cheapest within a loss
-TOKENS, SAMPLES = 256, 16  # of the data that divergences are measured on
 WEIGHTS_ALONE = ("int2:g32:affine", "int3:g32:affine", "int4:g32", "int6:g32", "int8:g32")
 # Runtime → the formats that it runs fast, where a budget of time or loss is given.
 FAST = {
@@ -58,31 +38,6 @@ FAST = {
     ),
     "tvm": ("int4:g32/int8:token", "int8:channel/int8:token"),
 }
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A plan that was run end to end.
-
-    Attributes:
-        label: what proposed it.
-        choice: option of each unit.
-        bits: mean over the weights, scales not counted.
-        bytes: of the weights, scales included.
-        loss: measured divergence, all units together.
-        additive: what the additive model expects.
-        latency: milliseconds that the units take by phase; empty where not measured.
-    """
-
-    label: str
-    choice: Choice
-    bits: float
-    bytes: int
-    loss: float
-    additive: float
-    latency: Mapping[str, float] = field(default_factory=dict)
 
 
 def candidates(recipe: Recipe, target: Target, spec: ModelSpec) -> tuple[str, ...]:
@@ -120,399 +75,6 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
         if both is not None:
             settings |= {"weights": str(both.weight), "activations": str(both.activation)}
     return recipe.updated(settings)
-
-
-class Mixer:
-    """The study of one program, and plans measured on it."""
-
-    def __init__(
-        self,
-        program: Program,
-        data: Data,
-        recipe: Recipe,
-        target: Target,
-        folder: Path,
-        say: Say,
-        jobs: int = 1,
-        ray: str | None = None,
-    ) -> None:
-        """Read the data; nothing is measured yet.
-
-        Args:
-            program: as it is when formats are allocated.
-            data: calibration data.
-            recipe: from `prepared`.
-            target: what will run the model.
-            folder: where the study is kept.
-            say: told of each step.
-            jobs: processes that measure.
-            ray: address of a cluster that measures; "local" starts one.
-        """
-        if not data.real:
-            raise InputError("mixed precision studies the model on real data: give --calibration")
-        self.program, self.recipe, self.target, self.spec = program, recipe, target, data.spec
-        self.folder, self.say, self.jobs, self.ray = folder, say, jobs, ray
-        self.formats = [Format.parse(text) for text in recipe.candidates]
-        batches = list(data.calibration())
-        trials = _trials(batches)
-        self.batches = batches + trials
-        self.settings = Settings(
-            recipe.rounding == "gptq",
-            recipe.clip,
-            recipe.calibration,
-            recipe.p if recipe.calibration == "pnorm" else recipe.percentile,
-            data.spec.generation is not None or data.spec.logits,
-            data.mask,
-            len(trials),
-        )
-        constants = program.constants()
-        readers: dict[str, int] = {}
-        for node in program.exported.graph.nodes:
-            for source in node.all_input_nodes:
-                readers[source.name] = readers.get(source.name, 0) + 1
-
-        def fixed(node: torch.fx.Node) -> bool:
-            weight = operand(node, 1).name
-            named = recipe.format_of(module_path(node), node.name) != recipe.format
-            kept = any(
-                recipe.keep_float and _matches(pattern, node) for pattern in recipe.keep_float
-            )
-            return named or kept or readers[weight] > 1 or weight not in constants
-
-        self.units = find_units(program, fixed)
-        if not self.units:
-            raise UnsupportedError("mixed precision: the model has no linear that could choose")
-        self.fingerprint = fingerprint(
-            program,
-            Plan(),
-            {"formats": recipe.candidates, "settings": self.settings, "target": str(target)},
-            self.batches,
-        )
-        self.findings = Findings(folder, self.fingerprint)
-
-    def study(self) -> Study:
-        """Measure what is not on disk yet, and keep it there."""
-        began = time.perf_counter()
-        stale = self._stale()
-        self.say("sensitivity")
-        count = len(self.units)
-        told = iter(range(1, count + 1))
-        if self.jobs == 1 and self.ray is None:
-            measured = measure_sensitivity(
-                self.program, self.units, self.formats, self.batches, self.settings, self.findings,
-                self.target.stored_bits,
-                say=lambda name: self.say(f"sensitivity {next(told)}/{count}"),
-            )  # fmt: skip
-        else:
-            task = Task(
-                self.units, [*map(str, self.formats)], self.settings, str(self.target),
-                self.fingerprint,
-            )  # fmt: skip
-            measured = measure_in_processes(
-                self.program, self.batches, task, self.folder, self.jobs, self.say, self.ray
-            )
-        self.say("gradients")
-        measured = measure_gradients(
-            self.program, measured, self.batches, self.settings, self.findings
-        )
-        units = tuple(measured[i] for i in sorted(measured))
-        notes = list(stale)
-        notes.append(
-            f"{len(units)} units with {sum(u.weights for u in units) / 1e6:.1f} M weights; "
-            f"divergence on {self.settings.trials} calibration batches"
-        )
-        self.units = list(units)
-        found = Study(
-            units, self.fingerprint, str(self.target), {}, tuple(notes),
-            time.perf_counter() - began,
-        )  # fmt: skip
-        found.save(self.folder)
-        return found
-
-    def _stale(self) -> list[str]:
-        try:
-            before = Study.read(self.folder)
-        except InputError:
-            return []
-        if before.fingerprint == self.fingerprint:
-            return []
-        return [f"a study of another model, data or version lay in {self.folder}: measured again"]
-
-    def time(self) -> dict[str, Any]:
-        """Put measured latencies on the units' options; those without a kernel are dropped.
-
-        Returns:
-            What was timed, for the report: milliseconds of the whole model by format.
-
-        Raises:
-            UnsupportedError: this machine is not the target.
-        """
-        if not costs.here(self.target):
-            raise UnsupportedError(
-                f"--latency: this machine is not {self.target}, so nothing can be timed; give a "
-                "budget of --bits or --size"
-            )
-        spec, batch = self.spec, self.batches[-1]
-        phases = {"prefill": _rows(batch)}
-        if spec.generation is not None:
-            phases["decode"] = 1
-        texts = [*map(str, self.formats)]
-        shapes = sorted({shape for unit in self.units for shape in unit.shapes})
-        times = costs.micro(self.target, shapes, texts, phases, self.folder, self.say)
-        whole: dict[str, float] = {}
-        if spec.generation is None:
-            programs = {"float": self.program}
-            for text in texts:
-                made = self._simulated(text)
-                if made is not None:
-                    programs[text] = made
-            whole = costs.anchors(
-                programs, self.target, batch, spec.dynamic_shapes, self.settings.mask, self.say
-            )
-        self.units = costs.with_latency(self.units, times, whole)
-        return whole
-
-    def _simulated(self, text: str) -> Program | None:
-        """The model with one format for all units, rounded to nearest, for timing."""
-        formats = {n: text for unit in self.units for n in unit.nodes}
-        recipe = self.recipe.updated({"formats": {**self.recipe.formats, **formats}})
-        return costs.quantized_program(self.program, recipe, self.target)
-
-    def latency_limit(self, share: float, whole: Mapping[str, float]) -> Limit:
-        """Milliseconds of the units, so that the model takes that share of the float one's time.
-
-        Of language models, where the whole is not timed, the share is that of the units at decode.
-        """
-        phase = "decode" if self.spec.generation is not None else "prefill"
-        cost = allocation.latency(phase)
-        base = sum(cost(u, u.option("float")) for u in self.units)
-        total = whole.get("float", base)
-        return Limit(
-            f"share of the float model's time ({phase})",
-            lambda u, o: (cost(u, o) + (total - base) * u.weights / self.weights) / total,
-            share,
-        )
-
-    @property
-    def weights(self) -> int:
-        """Number of weights of all units."""
-        return sum(unit.weights for unit in self.units)
-
-    def measure(self, choices: Mapping[str, Choice]) -> list[Point]:
-        """Run plans end to end, all units quantized together, on the trial batches."""
-        first = len(self.batches) - self.settings.trials
-        trials = self.batches[first:]
-        masks = [dict(zip(self.program.inputs, b, strict=True)).get(self.settings.mask)
-                 for b in trials]  # fmt: skip
-        nodes = {n.name: n for n in self.program.exported.graph.nodes}
-        objective = allocation.measure("kl")
-        points = []
-        with Stages(self.program, trials) as stages:
-            reference = Divergence(list(stages.outputs()), masks, self.settings.logits)
-            for label, choice in choices.items():
-                functions = {}
-                for index, (unit, chosen) in enumerate(zip(self.units, choice, strict=True)):
-                    option = unit.options[chosen]
-                    if option.format == "float":
-                        continue
-                    weights = self.findings.weights(index, [option.format])[option.format]
-                    activation = Format.parse(option.format).activation
-                    reach = self.findings.ranges(index).get(str(activation))
-                    for name, weight in zip(unit.nodes, weights, strict=True):
-                        functions[nodes[name]] = simulated(weight, activation, reach)
-                loss = reference(list(stages.outputs(functions)))
-                points.append(self.point(label, choice, loss, objective))
-        return points
-
-    def point(self, label: str, choice: Choice, loss: float, objective: allocation.Cost) -> Point:
-        """A measured plan with its costs."""
-        phases = set.intersection(
-            *(set(u.options[i].latency) for u, i in zip(self.units, choice, strict=True))
-        )
-        return Point(
-            label, choice,
-            allocation.total(self.units, choice, allocation.bits) / self.weights,
-            int(allocation.total(self.units, choice, allocation.size)),
-            loss,
-            allocation.total(self.units, choice, objective),
-            {
-                name: allocation.total(self.units, choice, allocation.latency(name))
-                for name in sorted(phases)
-            },
-        )  # fmt: skip
-
-    def bits_limit(self, wanted: float) -> Limit:
-        """Mean bits of a weight."""
-        return Limit("bits a weight", lambda u, o: o.bits * u.weights / self.weights, wanted)
-
-    def size_limit(self, megabytes: float) -> Limit:
-        """Bytes of the units' weights, scales included."""
-        return Limit("MB of weights", lambda u, o: o.bytes / 1e6, megabytes)
-
-    def propose(self, limits: Sequence[Limit]) -> dict[str, Choice]:
-        """Plans within the limits: one for each measure, and the two baselines for the first."""
-        found: dict[str, Choice] = {}
-        for name in MEASURES:
-            found[f"integer program on {name}"] = allocation.solve(
-                self.units, allocation.measure(name), limits
-            )
-        for label, choice in self.uniform_choices().items():
-            kept = (
-                allocation.total(self.units, choice, x.cost) <= x.limit * (1 + 1e-9) for x in limits
-            )
-            if all(kept):
-                found[label] = choice
-        if len(limits) == 1:
-            found["greedy"] = allocation.greedy(self.units, allocation.measure("kl"), limits[0])
-            noise = allocation.noise_weights(self.units)
-            found["closed form"] = allocation.closed_form(self.units, limits[0], noise)
-        return found
-
-    def best(self, limits: Sequence[Limit]) -> tuple[Point, list[Point]]:
-        """The plan with the least measured loss within the limits, and all that were measured."""
-        self.say("measure plans")
-        points = self.measure(self.propose(limits))
-        best = min(points, key=lambda p: p.loss)
-        for _ in range(DESCENTS):
-            tried = {p.choice for p in points}
-            near = allocation.neighbours(self.units, best.choice, allocation.measure("kl"), limits)
-            fresh = [choice for choice in near if choice not in tried][:TRIALS]
-            points += self.measure({f"{best.label}, changed ({i})": c for i, c in enumerate(fresh)})
-            better = min(points, key=lambda p: p.loss)
-            if better.loss >= best.loss:
-                break
-            best = better
-        return best, points
-
-    def within(self, loss: float, cost: allocation.Cost) -> tuple[Point, list[Point]]:
-        """The cheapest plan whose measured loss is at most `loss`.
-
-        The additive model proposes; where its plan loses more than it says, it is asked for less.
-
-        Raises:
-            InputError: no plan loses so little; says what the finest formats lose.
-        """
-        self.say("measure plans")
-        points: list[Point] = []
-        best: Point | None = None
-        low, high = 0.0, loss * 4  # of the additive model
-        asked = loss
-        for step in range(SEARCH):
-            limit = Limit("loss", allocation.measure("kl"), asked)
-            choice = allocation.solve(self.units, cost, [limit])
-            (point,) = self.measure({f"additive loss {asked:.3g}": choice})
-            points.append(point)
-            if point.loss <= loss:
-                low = asked
-                cheaper = best is None or allocation.total(
-                    self.units, choice, cost
-                ) < allocation.total(self.units, best.choice, cost)
-                best = point if cheaper else best
-            else:
-                high = asked
-            asked = min(asked * loss / max(point.loss, 1e-30), high) if step == 0 else 0.0
-            if not low < asked < high:
-                asked = (low + high) / 2
-        if best is None:
-            raise InputError(
-                f"max_loss: {loss:.3g} cannot be kept; the closest plan that was measured loses "
-                f"{min(p.loss for p in points):.3g}: allow more, or add finer --set candidates="
-            )
-        return best, points
-
-    def uniform_choices(self) -> dict[str, Choice]:
-        """Every format for all units; those that do not have it stay float."""
-        found: dict[str, Choice] = {}
-        for wanted in map(str, self.formats):
-            texts = [[o.format for o in unit.options] for unit in self.units]
-            found[f"all {wanted}"] = tuple(
-                t.index(wanted if wanted in t else "float") for t in texts
-            )
-        return found
-
-    def front(self) -> list[Point]:
-        """Measured plans between the fewest and the most bits, evenly spaced."""
-        self.say("Pareto front")
-        least = min(o.bits for u in self.units for o in u.options)
-        most = max(o.bits for u in self.units for o in u.options if o.format != "float")
-        choices: dict[str, Choice] = {}
-        for step in range(POINTS):
-            wanted = least + (most - least) * step / (POINTS - 1)
-            choices[f"{wanted:.2f} bits"] = allocation.solve(
-                self.units, allocation.measure("kl"), [self.bits_limit(wanted)]
-            )
-        return self.measure(choices)
-
-    def recipe_of(self, point: Point) -> Recipe:
-        """A recipe that gives every unit its format, and has no budget."""
-        no_budget = {"bits": None, "size": None, "latency": None, "max_loss": None}
-        formats = {**self.recipe.formats, **self.formats_of(point.choice)}
-        return self.recipe.updated({"formats": formats, "candidates": (), **no_budget})
-
-    def describe(
-        self,
-        study: Study,
-        tried: Sequence[Point],
-        uniform: Sequence[Point],
-        front: Sequence[Point],
-        best: Point | None = None,
-    ) -> dict[str, Any]:
-        """Everything for the manifest and the report."""
-
-        def rows(points: Iterable[Point]) -> list[dict[str, Any]]:
-            return [{k: v for k, v in asdict(p).items() if k != "choice"} for p in points]
-
-        units = []
-        for index, unit in enumerate(self.units):
-            row = {"name": unit.name, "weights": unit.weights, "shapes": unit.shapes,
-                   "options": [asdict(option) for option in unit.options]}  # fmt: skip
-            if best is not None:
-                row["format"] = unit.options[best.choice[index]].format
-            units.append(row)
-        return {
-            "loss": "KL divergence, nats" if self.settings.logits else "half of noise ÷ signal",
-            "candidates": list(self.recipe.candidates),
-            "chosen": rows([best])[0] if best is not None else None,
-            "tried": rows(tried),
-            "uniform": rows(uniform),
-            "front": rows(front),
-            "units": units,
-            "notes": list(study.notes),
-            "seconds": study.seconds,
-            "folder": str(self.folder),
-        }
-
-    def write(self, front: Sequence[Point], best: Point | None = None) -> None:
-        """The front as JSON and CSV, and each of its plans as a recipe that `compile` takes."""
-        named = {f"{i:02d}": point for i, point in enumerate(front)}
-        if best is not None:
-            named["chosen"] = best
-        rows = [
-            {"point": name, "bits": p.bits, "bytes": p.bytes, "loss": p.loss,
-             "additive": p.additive}
-            for name, p in named.items()
-        ]  # fmt: skip
-        (self.folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")
-        with (self.folder / "front.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-        plans = self.folder / "points"
-        plans.mkdir(exist_ok=True)
-        for name, point in named.items():
-            fields = self.recipe_of(point).model_dump(mode="json", exclude_defaults=True)
-            fields["name"] = f"{self.recipe.name}-{name}"
-            (plans / f"{name}.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-
-    def formats_of(self, choice: Choice) -> dict[str, str]:
-        """A choice as the recipe's `formats`: module path, or the node where that is shared."""
-        paths = [p for u in self.units for p in u.paths]
-        found = {}
-        for unit, i in zip(self.units, choice, strict=True):
-            for node, path in zip(unit.nodes, unit.paths, strict=True):
-                key = path if path and paths.count(path) == 1 else node
-                found[key] = unit.options[i].format
-        return found
 
 
 def choose(
@@ -561,10 +123,10 @@ def choose(
     else:
         best, tried = mixer.best(limits)
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    described = mixer.describe(study, tried, uniform, front, best) | {"timed": timed}
-    mixer.write(front, best)
+    described = describe(mixer, study, tried, uniform, front, best) | {"timed": timed}
+    write(mixer, front, best)
     figures.write(described, folder)
-    return mixer.recipe_of(best), described
+    return recipe_of(mixer, best), described
 
 
 def explore(
@@ -581,41 +143,82 @@ def explore(
     mixer = Mixer(program, data, recipe, target, folder, say, jobs, ray)
     study = mixer.study()
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    mixer.write(front)
-    described = mixer.describe(study, [], uniform, front)
+    write(mixer, front)
+    described = describe(mixer, study, [], uniform, front)
     figures.write(described, folder)
     return described
 
 
-def _matches(pattern: str, node: torch.fx.Node) -> bool:
-    from fnmatch import fnmatch
-
-    return fnmatch(module_path(node), pattern)
-
-
-def _rows(batch: Batch) -> int:
-    """Rows that a linear multiplies for a batch: tokens, or samples."""
-    first = batch[0]
-    return int(first.shape[0]) if first.is_floating_point() else first.numel()
+def recipe_of(mixer: Mixer, point: Point) -> Recipe:
+    """A recipe that gives every unit its format, and has no budget."""
+    no_budget = {"bits": None, "size": None, "latency": None, "max_loss": None}
+    formats = {**mixer.recipe.formats, **formats_of(mixer, point.choice)}
+    return mixer.recipe.updated({"formats": formats, "candidates": (), **no_budget})
 
 
-def _trials(batches: Sequence[Batch]) -> list[Batch]:
-    """Single samples from the calibration data on which divergences are measured."""
-    found: list[Batch] = []
-    size = 0
-    for batch in reversed(batches):
-        tokens = not batch[0].is_floating_point()
-        for sample in _samples(batch):
-            found.append(sample)
-            size += sample[0].numel() if tokens else 1
-            if size >= (TOKENS if tokens else SAMPLES):
-                return found
+def describe(
+    mixer: Mixer,
+    study: Study,
+    tried: Sequence[Point],
+    uniform: Sequence[Point],
+    front: Sequence[Point],
+    best: Point | None = None,
+) -> dict[str, Any]:
+    """Everything for the manifest and the report."""
+
+    def rows(points: Iterable[Point]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in asdict(p).items() if k != "choice"} for p in points]
+
+    units = []
+    for index, unit in enumerate(mixer.units):
+        row = {"name": unit.name, "weights": unit.weights, "shapes": unit.shapes,
+               "options": [asdict(option) for option in unit.options]}  # fmt: skip
+        if best is not None:
+            row["format"] = unit.options[best.choice[index]].format
+        units.append(row)
+    return {
+        "loss": "KL divergence, nats" if mixer.settings.logits else "half of noise ÷ signal",
+        "candidates": list(mixer.recipe.candidates),
+        "chosen": rows([best])[0] if best is not None else None,
+        "tried": rows(tried),
+        "uniform": rows(uniform),
+        "front": rows(front),
+        "units": units,
+        "notes": list(study.notes),
+        "seconds": study.seconds,
+        "folder": str(mixer.folder),
+    }
+
+
+def write(mixer: Mixer, front: Sequence[Point], best: Point | None = None) -> None:
+    """The front as JSON and CSV, and each of its plans as a recipe that `compile` takes."""
+    named = {f"{i:02d}": point for i, point in enumerate(front)}
+    if best is not None:
+        named["chosen"] = best
+    rows = [
+        {"point": name, "bits": p.bits, "bytes": p.bytes, "loss": p.loss,
+         "additive": p.additive}
+        for name, p in named.items()
+    ]  # fmt: skip
+    (mixer.folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")
+    with (mixer.folder / "front.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    plans = mixer.folder / "points"
+    plans.mkdir(exist_ok=True)
+    for name, point in named.items():
+        fields = recipe_of(mixer, point).model_dump(mode="json", exclude_defaults=True)
+        fields["name"] = f"{mixer.recipe.name}-{name}"
+        (plans / f"{name}.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+
+
+def formats_of(mixer: Mixer, choice: Choice) -> dict[str, str]:
+    """A choice as the recipe's `formats`: module path, or the node where that is shared."""
+    paths = [p for u in mixer.units for p in u.paths]
+    found = {}
+    for unit, i in zip(mixer.units, choice, strict=True):
+        for node, path in zip(unit.nodes, unit.paths, strict=True):
+            key = path if path and paths.count(path) == 1 else node
+            found[key] = unit.options[i].format
     return found
-
-
-def _samples(batch: Batch) -> list[Batch]:
-    """The samples of a batch, where all of its tensors have one leading size."""
-    counts = {t.shape[0] for t in batch if t.ndim}
-    if len(counts) != 1 or counts == {1}:
-        return [batch]
-    return [tuple(t[i : i + 1] for t in batch) for i in range(counts.pop())]

@@ -91,6 +91,29 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a study measures.
+
+    Attributes:
+        gptq: rounding by GPTQ rather than to nearest.
+        clip: search each scale's range.
+        calibration: how static ranges of activations are drawn; see `observe.choose_range`.
+        parameter: its percentile or p.
+        logits: whether the first output is logits.
+        mask: name of the input that is 0 at padding.
+        trials: batches at the end of the data on which divergences are measured.
+    """
+
+    gptq: bool
+    clip: bool
+    calibration: str
+    parameter: float
+    logits: bool
+    mask: str
+    trials: int
+
+
+@dataclass(frozen=True)
 class Study:
     """Units and their options, and what they were measured on.
 

@@ -24,9 +24,9 @@ import torch
 
 from qcompiler.errors import InputError, QCompilerError, UnsupportedError
 from qcompiler.format import Format
-from qcompiler.passes.measure_sensitivity import Settings, measure_sensitivity
+from qcompiler.passes.measure_sensitivity import measure_sensitivity
 from qcompiler.program import Batch, Program
-from qcompiler.study import Findings, Unit
+from qcompiler.study import Findings, Settings, Unit
 from qcompiler.target import Target
 
 RETRIES = 2  # how often units of dead workers are given out again

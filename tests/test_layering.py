@@ -33,7 +33,7 @@ LEVELS = (
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {
-    "compiler", "mixed", "costs", "workers", "deliver", "lowering", "cli", "cli_language",
+    "compiler", "mixed", "mixer", "costs", "workers", "deliver", "lowering", "cli", "cli_language",
     "cli_mixed", "__init__", "__main__",
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

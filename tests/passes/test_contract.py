@@ -43,6 +43,7 @@ TINY = [name for name in ZOO if name.startswith("tiny-")]
 ANALYSES = {
     "allocate",
     "learn_rotation",
+    "measure_gradients",
     "measure_sensitivity",
     "round_weights",
     "search_awq",

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from qcompiler.format import Format
 from qcompiler.passes.fuse_attention import fuse_attention
+from qcompiler.passes.measure_gradients import measure_gradients
 from qcompiler.passes.measure_sensitivity import (
-    Settings,
     find_units,
-    measure_gradients,
     measure_sensitivity,
     simulated,
 )
 from qcompiler.qtype import QType
-from qcompiler.study import Findings, Study
+from qcompiler.study import Findings, Settings, Study
 from qcompiler.verify import Sqnr
 
 PLAIN = Settings(False, False, "minmax", 99.99, False, "", 2)
