@@ -28,7 +28,7 @@ from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR
-from qcompiler.rewrite import operand
+from qcompiler.rewrite import operand, place
 from qcompiler.rounding import (
     DAMPING,
     gptq,
@@ -98,7 +98,10 @@ def round_weights(
                         hessian = _hessian(stages.values(x), masks)
                     kind = plan[sites[node.name]].qtype
                     weight = constants[operand(node, 1).name]
-                    rounded = _round(weight, hessian, kind, method, clip)
+                    try:
+                        rounded = _round(weight, hessian, kind, method, clip)
+                    except InputError as error:
+                        raise InputError(f"{place(node)}: {error}") from error
                     if moment:
                         rounded = keep_moment(weight, rounded, kind)
                     if journal is not None:

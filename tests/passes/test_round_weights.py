@@ -102,6 +102,17 @@ def test_nan_in_the_hessian_is_named() -> None:
         gptq(torch.ones(2, 4), torch.full((4, 4), torch.nan).double(), QType.parse("int4:channel"))
 
 
+def test_the_layer_with_nan_is_named() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval()
+    batch = (correlated(8, 16),)
+    program = capture(model, batch)
+    _, second = (n.name for n in program.exported.graph.nodes if "linear" in str(n.target))
+    plan = Plan({Site(second, 1): Assignment(QType.parse("int4:channel"))})
+    bad = (batch[0].index_fill(0, torch.tensor(2), torch.nan),)
+    with pytest.raises(InputError, match=rf"{second} .*: calibration: NaN or Inf in the Hessian"):
+        round_weights(program, plan, [bad])
+
+
 def test_each_layer_sees_the_rounded_layers_before_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
