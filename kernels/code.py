@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 LANES = 16
+GPU: ContextVar[bool] = ContextVar("GPU", default=False)  # whether the open kernel is one for a GPU
 FLOAT = "float32"
 STACK = 64 << 10  # bytes of scratch up to which it lies on the stack, not in the workspace
 
@@ -141,7 +143,9 @@ def bits(value: Any, dtype: str, lanes: int = LANES) -> Any:
 
 
 def intrinsic(name: str, dtype: str, *values: Any) -> Any:
-    """One of LLVM's intrinsics."""
+    """One of LLVM's intrinsics; for a GPU, C's function of that name for float32."""
+    if GPU.get():
+        return T.call_pure_extern(dtype, f"{name.removeprefix('llvm.')}f", *values)
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *values, dtype=dtype)
 
 

@@ -23,7 +23,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import GPU, Argument
 from qcompiler.kernels.cuda_device import DEVICE
 
 WARP = 32
@@ -74,7 +74,10 @@ def cuda_kernel(
         The kernel, its buffers, the block's indices, the thread's index, and shared memory as
         a buffer of bytes (None without).
 
-    A kernel must call `qc_after_previous` before it touches what other kernels write.
+    Kernels overlap: each calls `qc_after_previous` before it touches what other kernels write, and
+    only then `qc_let_next`. So two run at once at most. With the calls the other way round a third
+    one waits on a processor whose first-level cache the first one still fills: measured on an
+    H200, it then read lines that the second had overwritten.
     """
     made = CudaKernel(name, arguments, blocks, threads, shared, resident)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -85,7 +88,9 @@ def cuda_kernel(
         frames.append(T.launch_thread("threadIdx.x", threads))
         indices = [frame.__enter__() for frame in frames]
         memory = T.alloc_buffer((shared,), "uint8", scope="shared.dyn") if shared else None
+        outside = GPU.set(True)
         yield made, buffers, indices[:-1], indices[-1], memory
+        GPU.reset(outside)
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
     made.function = builder.get()

@@ -293,4 +293,25 @@ __device__ __forceinline__ void qc_add8(float* to, const float* other) {
   return x;
 }""",
     ),
+    # A float in shared memory; as calls, so that TVM adds no barriers of its own.
+    "qc_get": (
+        "float32",
+        """__device__ __forceinline__ float qc_get(const void* from) {
+  return *(const volatile float*)from;
+}""",
+    ),
+    "qc_put": (
+        "void",
+        """__device__ __forceinline__ void qc_put(void* to, float x) {
+  *(volatile float*)to = x;
+}""",
+    ),
+    # Over the lanes of a warp, all of which take part; each gets the result.
+    "qc_warp_sum": (
+        "float32",
+        """__device__ __forceinline__ float qc_warp_sum(float x) {
+  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(0xffffffff, x, i);
+  return x;
+}""",
+    ),
 }

@@ -186,12 +186,12 @@ def gemm(
                                 address(b, step * 2, 2),
                             )
 
-        call("qc_let_next")
         for i in range(tiles * columns * 4):
             T.buffer_store(total, T.float32(0), [i])
         for early in range(min(ring - 1, turns)):
             weights(early, early)
         call("qc_after_previous")
+        call("qc_let_next")
         for early in range(ring - 1):
             if early < turns:
                 activations(early, early)

@@ -140,8 +140,8 @@ def gemm_hopper(
                     with T.If(stage < count), T.Then():
                         call("qc_barrier_expect", ring.full(stage), bytes_of_stage)
                         bring_weights(stage, stage)
-                call("qc_let_next")
                 call("qc_after_previous")
+                call("qc_let_next")
                 for stage in range(early):
                     with T.If(stage < count), T.Then():
                         bring_activations(stage, stage)

@@ -112,8 +112,8 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
                 for stage in range(early):
                     call("qc_barrier_expect", ring.full(stage), p.slot)
                     bring_weights(stage, stage)
-                call("qc_let_next")
                 call("qc_after_previous")
+                call("qc_let_next")
                 for stage in range(early):
                     bring_activations(stage, stage)
                 with T.serial(0, stages - early) as later:

@@ -82,8 +82,8 @@ def cuda_rows(name: str, arguments: Sequence[Argument], what: Rows) -> CudaKerne
         held = registers(each * PIECE, "float32")
         other = registers(PIECE, "float32")
         start = T.Bind(T.cast(row, "int64") * what.width)
-        call("qc_let_next")
         call("qc_after_previous")
+        call("qc_let_next")
         for i in range(each * PIECE):
             T.buffer_store(held, T.float32(0), [i])
 

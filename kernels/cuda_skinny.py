@@ -29,6 +29,7 @@ from qcompiler.kernels.cuda_code import (
     sync,
 )
 from qcompiler.kernels.cuda_weights import ROWS, Weights
+from qcompiler.kernels.expression import Emitter, Expression
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,19 @@ def choose(tokens: int, form: Weights, processors: int = 132) -> Skinny:
 
 
 def skinny(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Skinny
-) -> CudaKernel:
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Skinny,
+    expression: Expression | None = None,
+) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
         arguments: x (M·K float16), packed weights (uint8), out (M·N float16); without groups also
-            the rows' scales (N float32).
+            the rows' scales (N float32). With an expression there is no out, and its own follow.
         tokens: M, at most 64.
         form: of the weights.
         how: the partition.
+        expression: over (…, N), with the float32 sums as value 0; it stores them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
     columns = _whole(tokens) // 8  # fragments of 8 tokens
@@ -110,7 +113,7 @@ def skinny(
     with cuda_kernel(name, arguments, (blocks,), warps * WARP, how.shared(tokens, form)) as (
         made, buffers, (block,), thread, memory,
     ):  # fmt: skip
-        x, packed, out = buffers[:3]
+        x, packed = buffers[:2]
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         mine = T.Bind(warp * (ring * slot))
         total = registers(tiles * columns * 4, "float32")
@@ -198,13 +201,13 @@ def skinny(
                                 address(memory, at),
                             )
 
-        call("qc_let_next")
         zero(total, tiles * columns * 4)
         # All of the ring at once where no slot is used twice.
         begun = turns if turns <= ring else ring - 1
         for early in range(begun):
             weights(early, early)
         call("qc_after_previous")
+        call("qc_let_next")
         for early in range(begun):
             activations(early, early)
             call("qc_commit")
@@ -253,6 +256,10 @@ def skinny(
                 for other in range(1, warps):
                     value = value + sums[other * room + index]
                 if not form.group:
-                    value = value * buffers[3][row]
-                T.buffer_store(out, T.cast(value, "float16"), [token * form.rows + row])
+                    value = value * buffers[3 if expression is None else 2][row]
+                if expression is not None:
+                    emitter = Emitter(expression, buffers)
+                    emitter.vector(emitter.coordinates(token), row, 1, T.Bind(value))
+                    continue
+                T.buffer_store(buffers[2], T.cast(value, "float16"), [token * form.rows + row])
     return made

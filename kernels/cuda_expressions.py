@@ -1,0 +1,184 @@
+"""Kernels around expressions on a GPU: elementwise, norms and softmax, reductions, float products.
+
+They compute what `elementwise`, `rows` and `matmul_float` compute on a CPU, one element a thread,
+one row or one result a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels import code
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_code import (
+    WARP,
+    CudaKernel,
+    address,
+    call,
+    cuda_kernel,
+    registers,
+    value,
+)
+from qcompiler.kernels.elementwise import collapsed
+from qcompiler.kernels.expression import Emitter, Expression
+from qcompiler.kernels.tiles import Product
+
+THREADS = 256
+SCRATCH = 128  # bytes: a float for each warp of a block
+
+
+def elementwise(name: str, arguments: Sequence[Argument], expression: Expression) -> CudaKernel:
+    """The kernel; arguments are what the expression reads and writes."""
+    expression = collapsed(expression)
+    width, count = expression.width, expression.rows * expression.width
+    with cuda_kernel(name, arguments, (-(-count // THREADS),), THREADS) as (
+        made, buffers, (block,), thread, _,
+    ):  # fmt: skip
+        emitter = Emitter(expression, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        index = T.Bind(block * THREADS + thread)
+        with T.If(index < count), T.Then():
+            emitter.vector(emitter.coordinates(T.Bind(index // width)), index % width, 1)
+    return made
+
+
+def _fold(
+    count: int, thread: Any, threads: int, start: float, step: Callable[[Any, Any], Any]
+) -> Any:
+    """step(total, i) over i = thread, thread + threads, … below count: a thread's own part."""
+    total = registers(1, "float32")
+    T.buffer_store(total, T.float32(start), [0])
+    with T.serial(0, -(-count // threads)) as turn:
+        index = T.Bind(turn * threads + thread)
+        with T.If(index < count), T.Then():
+            T.buffer_store(total, step(total[0], index), [0])
+    return total[0]
+
+
+def rows(
+    name: str, arguments: Sequence[Argument], kind: str, source: Expression,
+    expression: Expression, epsilon: float = 0.0,
+) -> CudaKernel:  # fmt: skip
+    """A kernel that normalizes rows; see `rows.rows`."""
+    width = source.width
+    threads = min(1024, -(-width // WARP) * WARP)
+    warps = threads // WARP
+    with cuda_kernel(name, arguments, (source.rows,), threads, SCRATCH) as (
+        made, buffers, (row,), thread, memory,
+    ):  # fmt: skip
+        read, write = Emitter(source, buffers), Emitter(expression, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        place = read.coordinates(row)
+
+        def over(start: float, step: Callable[[Any, Any], Any], kind: str) -> Any:
+            part = _fold(width, thread, threads, start,
+                         lambda total, i: step(total, read.value(place, i, 1)))  # fmt: skip
+            return T.Bind(value(f"qc_block_{kind}", part, address(memory), warps))
+
+        if kind == "softmax":
+            top = over(-3.4e38, code.maximum, "max")
+            total = over(0.0, lambda t, x: t + code.exp(x - top, 1), "sum")
+            factor = T.Bind(T.float32(1) / total)
+
+            def normal(x: Any) -> Any:
+                return code.exp(x - top, 1) * factor
+        elif kind in ("layer_norm", "rms_norm"):
+            mean: Any = T.float32(0)
+            if kind == "layer_norm":
+                mean = T.Bind(over(0.0, lambda t, x: t + x, "sum") * code.number(1 / width, 1))
+            power = over(0.0, lambda t, x: code.fma(x - mean, x - mean, t, 1), "sum")
+            power = code.fma(power, code.number(1 / width, 1), code.number(epsilon, 1), 1)
+            factor = T.Bind(T.float32(1) / code.intrinsic("llvm.sqrt", "float32", power))
+
+            def normal(x: Any) -> Any:
+                return (x - mean) * factor
+        else:
+            raise UnsupportedError(f"no row kernel '{kind}'")
+        with T.serial(0, -(-width // threads)) as turn:
+            index = T.Bind(turn * threads + thread)
+            with T.If(index < width), T.Then():
+                result = code.bind(normal(read.value(place, index, 1)))
+                write.vector(write.coordinates(row), index, 1, result)
+    return made
+
+
+def reduction(
+    name: str, arguments: Sequence[Argument], kind: str, source: Expression, outer: int,
+    expression: Expression,
+) -> CudaKernel:  # fmt: skip
+    """A kernel that reduces the last dimensions of a tensor; see `rows.reduction`."""
+    kept, gone = source.shape[:outer], source.shape[outer:]
+    count, results = prod(gone), prod(kept)
+    threads = min(THREADS, -(-count // WARP) * WARP)
+    largest = kind in ("max", "min")
+    sign = -1.0 if kind == "min" else 1.0
+    with cuda_kernel(name, arguments, (results,), threads, SCRATCH) as (
+        made, buffers, (block,), thread, memory,
+    ):  # fmt: skip
+        read, write = Emitter(source, buffers), Emitter(expression, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+
+        def spots(flat: Any, sizes: tuple[int, ...]) -> list[Any]:
+            found: list[Any] = []
+            for size in reversed(sizes):
+                found.insert(0, flat % size if size > 1 else 0)
+                flat = flat // size if size > 1 else flat
+            return found
+
+        def step(total: Any, index: Any) -> Any:
+            where = [*spots(block, kept), *spots(index, gone)]
+            x = read.value(where[:-1], where[-1], 1) * code.number(sign, 1)
+            return code.maximum(total, x) if largest else total + x
+
+        part = _fold(count, thread, threads, -3.4e38 if largest else 0.0, step)
+        over = "max" if largest else "sum"
+        result = value(f"qc_block_{over}", part, address(memory), threads // WARP)
+        result = result * code.number(sign / (count if kind == "mean" else 1), 1)
+        result = T.Bind(result)
+        with T.If(thread == 0), T.Then():
+            place = spots(block, kept)
+            write.vector(place[:-1], place[-1] if kept else 0, 1, result)
+    return made
+
+
+def matmul_float(
+    name: str, arguments: Sequence[Argument], product: Product, expression: Expression, panel: int
+) -> CudaKernel:
+    """A float32 product, one result a thread; see `matmul_float.matmul_float`.
+
+    Panels of `panel` columns lie side by side, so that a warp reads whole lines of the weight.
+    """
+    batch = prod(product.batch)
+    columns, depth = product.columns, product.depth
+    blocks = (-(-columns // THREADS), product.rows, batch)
+    with cuda_kernel(name, arguments, blocks, THREADS) as (
+        made, buffers, (block, row, member), thread, _,
+    ):  # fmt: skip
+        emitter = Emitter(expression, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        column = T.Bind(block * THREADS + thread)
+        left: Any = product.offset + row * product.row_stride
+        right: Any = 0
+        rest: Any = member
+        for size, a, b in reversed([*zip(product.batch, product.left, product.right, strict=True)]):
+            left, right = left + rest % size * a, right + rest % size * b
+            rest = rest // size
+        left = T.Bind(left)
+        right = T.Bind(right + column // panel * (depth * panel) + column % panel)
+        with T.If(column < columns), T.Then():
+            total = registers(1, "float32")
+            T.buffer_store(total, T.float32(0), [0])
+            with T.serial(0, depth) as k:
+                a, b = buffers[0][left + k], buffers[1][right + k * panel]
+                T.buffer_store(total, code.fma(a, b, total[0], 1), [0])
+            emitter.vector(emitter.coordinates(member * product.rows + row), column, 1, total[0])
+    return made
