@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from qcompiler.audit import Audit, Layer
-from qcompiler.backends import edge_folder, edge_load
+from qcompiler.backends import edge_folder
+from qcompiler.backends.edge_artifact import SIZES, load
 from qcompiler.backends.edge_calls import Call, Calls
 from qcompiler.backends.edge_decoder import (
     CAPACITY,
@@ -42,8 +43,9 @@ from qcompiler.kernels import isa as isas
 from qcompiler.program import Program
 from qcompiler.target import Target
 
+__all__ = ("choose_isa", "load", "lower")
+
 PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
-SIZES = "sizes.json"
 
 
 @dataclass
@@ -51,14 +53,50 @@ class _Code:
     """Kernels by what they compute, for all entries."""
 
     names: dict[Any, str] = field(default_factory=dict)
-    functions: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
 
     def symbol(self, call: Call) -> str:
         if call.key not in self.names:
             name = f"qc_{len(self.names)}_{call.kind}"
             self.names[call.key] = name
-            self.functions[name] = call.build(name).function
+            self.kernels[name] = call.build(name)
         return self.names[call.key]
+
+
+class Maker:
+    """What differs between machines: the calls, the compiler, the folder.
+
+    Attributes:
+        isa: that kernels are written for.
+        features: that the machine must have.
+    """
+
+    chunks: tuple[int, ...] = TOKENS  # of a language model's prompt, where none are asked for
+
+    def __init__(self, target: Target) -> None:
+        self.machine = machine(target)
+        self.isa, self.features = choose_isa(self.machine), self.machine.features
+
+    def calls(self, *given: Any) -> Calls:
+        """The calls of a trace."""
+        return Calls(*given)
+
+    def compile(self, kernels: Mapping[str, Any]) -> tuple[tuple[str, bytes], ...]:
+        """Files with the kernels' code."""
+        functions = {name: made.function for name, made in kernels.items()}
+        return (("kernels.o", _build(functions, self.machine)),)
+
+    def write(self, edge: EdgeModel, folder: Path) -> None:
+        """Write the model."""
+        edge_folder.write(edge, folder)
+
+
+def _maker(target: Target) -> Maker:
+    if target.device == "cuda":
+        from qcompiler.backends.edge_cuda_folder import CudaMaker
+
+        return CudaMaker(target)
+    return Maker(target)
 
 
 class _Weights:
@@ -134,8 +172,7 @@ def lower(
         UnsupportedError: for an op without a kernel, or where the target's C compiler is missing.
         InputError: for sizes that the model has not.
     """
-    where = machine(target)
-    isa = choose_isa(where)
+    maker = _maker(target)
     found = roles(program)
     if found is not None:
         return _lower_decoder(
@@ -158,22 +195,22 @@ def lower(
             replace(port, limit=rows.get(name, 0))
             for name, port in zip(program.inputs, ports, strict=True)
         )
-        calls = Calls(traced, isa, constants)
+        calls = maker.calls(traced, maker.isa, constants)
         placed = _outputs_placed(traced, calls)
         entries.append(_entry(sizes, traced, placed, calls, code, weights))
         if not outputs:
             outputs = _output_ports(program, ports, placed, output_names, len(entries_at) > 1)
         last = calls
     say("compile kernels")
-    objects = (("kernels.o", _build(code.functions, where)),)
+    objects = maker.compile(code.kernels)
     padded = frozenset(_masked_sizes(ports, padding_mask, program))
     edge = EdgeModel(
-        target=str(target), features=where.features, inputs=ports, outputs=outputs,
+        target=str(target), features=maker.features, inputs=ports, outputs=outputs,
         entries=tuple(entries), padded=padded, state=0, objects=objects,
         weights=b"".join(weights.parts) or b"\0" * ALIGN,
     )  # fmt: skip
     say("link")
-    edge_folder.write(edge, folder)
+    maker.write(edge, folder)
     described = {
         "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in outputs],
         "entries": [dict(e.sizes) for e in entries], "padded": sorted(padded),
@@ -194,8 +231,7 @@ def _lower_decoder(
     say: Callable[[str], None],
 ) -> Audit:
     """A language model: chunks of tokens, the cache in the model's state."""
-    where = machine(target)
-    isa = choose_isa(where)
+    maker = _maker(target)
     unknown = [name for name in buckets if name not in ("tokens", "capacity")]
     if unknown:
         raise InputError(
@@ -206,7 +242,7 @@ def _lower_decoder(
     if found.context:
         capacity = min(capacity, found.context)
     capacity = -(-capacity // 32) * 32
-    chunks = sorted({1, *(n for n in buckets.get("tokens", TOKENS) if n <= capacity)})
+    chunks = sorted({1, *(n for n in buckets.get("tokens", maker.chunks) if n <= capacity)})
     module = last_token(program)
     code, weights, constants = _Code(), _Weights(), Constants()
     entries: list[Entry] = []
@@ -219,7 +255,7 @@ def _lower_decoder(
         position = Storage(torch.int64, 1, port="position")
         counted = {found.positions: position} if found.positions else {}
         traced = trace(program, input_shapes(program, found, new), module, counted)
-        calls = Calls(traced, isa, constants, Decoding(capacity, position))
+        calls = maker.calls(traced, maker.isa, constants, Decoding(capacity, position))
         placed = _outputs_placed(traced, calls)
         tokens = next(r for r in traced.inputs if r.storage.port == found.tokens)
         spot = Ref(position, torch.int64, 0, (1,), (1,))
@@ -229,7 +265,7 @@ def _lower_decoder(
         rows = rows_looked_up(traced)
     assert last is not None
     say("compile kernels")
-    objects = (("kernels.o", _build(code.functions, where)),)
+    objects = maker.compile(code.kernels)
     logits = outputs[0].shape
     middle: int | str = logits[1] if logits[1] == 1 else "tokens"
     ports = (
@@ -238,14 +274,14 @@ def _lower_decoder(
     )  # fmt: skip
     made = (Port("logits", "float32", (1, middle, logits[2])),)
     edge = EdgeModel(
-        target=str(target), features=where.features, inputs=ports, outputs=made,
+        target=str(target), features=maker.features, inputs=ports, outputs=made,
         entries=tuple(entries), padded=frozenset() if middle == 1 else frozenset({"tokens"}),
         state=sum(_state_bytes(s) for s in states), objects=objects,
         weights=b"".join(weights.parts) or b"\0" * ALIGN,
         decoder=Decoder(found.tokens, "position", "logits", capacity),
     )  # fmt: skip
     say("link")
-    edge_folder.write(edge, folder)
+    maker.write(edge, folder)
     described = {
         "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in made],
         "entries": [dict(e.sizes) for e in entries], "padded": [], "capacity": capacity,
@@ -447,7 +483,8 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
-    main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise"}
+    main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise",
+            "skinny"}  # fmt: skip
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
         made = by_label.get(label)
@@ -475,96 +512,3 @@ def _kernel(op: Op, calls: Calls) -> tuple[str, str]:
     if op.args[1].storage.weight is not None:
         return "float", "no kernel multiplies its input by this format: stored as float32"
     return "float", "its weight is not quantized"
-
-
-def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
-    """The artifact's model as a function of flat inputs, returning flat outputs.
-
-    Inputs whose leading size (a batch) has no code of its own are run one after another. Arguments
-    and
-    errors: see `edge_load.load`.
-    """
-    run = edge_load.load(folder, threads)
-    path = folder / SIZES
-    if not path.is_file():
-        return run
-    described = json.loads(path.read_text())
-    if "capacity" in described:
-        return _Language(run, described)
-    size = _batch_size(described)
-    if size is None:
-        return run
-    compiled = {int(entry[size]) for entry in described["entries"]}
-    inside = [shape[:1] == [size] for shape in described["inputs"]]
-    split = _Split(run, inside, compiled)
-    for name in ("emulator", "inputs"):
-        if hasattr(run, name):
-            setattr(split, name, getattr(run, name))
-    return split
-
-
-def limits(folder: Path) -> dict[str, Any]:
-    """The shapes of the ports (`inputs`, `outputs`, with names of sizes) and the `entries`."""
-    found: dict[str, Any] = json.loads((folder / SIZES).read_text())
-    return found
-
-
-def _batch_size(described: Mapping[str, Any]) -> str | None:
-    """The size that leads every output and nothing but leads inputs; None where there is none."""
-    shapes = [*described["inputs"], *described["outputs"]]
-    leading = {shape[0] for shape in described["outputs"] if shape}
-    names = {d for shape in shapes for d in shape if isinstance(d, str)} & leading
-    for name in names:
-        if all(name not in shape[1:] for shape in shapes) and all(
-            shape and shape[0] == name for shape in described["outputs"]
-        ):
-            return str(name)
-    return None
-
-
-class _Language:
-    """A language model on the flat inputs of the program: one text, read from its beginning.
-
-    Returns the logits after the last token, (1, 1, vocabulary). What is asked of the cache beyond
-    that is in `edge_decode.Decoder`.
-    """
-
-    def __init__(self, run: Any, described: Mapping[str, Any]) -> None:
-        self.run, self.index = run, int(described["tokens"])
-        self.emulator = getattr(run, "emulator", ())
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        tokens = inputs[self.index]
-        if tokens.ndim != 2 or tokens.shape[0] != 1:
-            raise InputError(f"one text at a time: (1, tokens), not {tuple(tokens.shape)}")
-        if self.emulator:
-            found: tuple[Tensor, ...] = self.run(tokens, torch.zeros(1, dtype=torch.int64))
-            return (found[0][:, -1:],)
-        self.run.reset()
-        return (self.run.read(tokens[0]).reshape(1, 1, -1),)
-
-
-class _Split:
-    """Runs a batch piece by piece."""
-
-    def __init__(
-        self, run: Callable[..., tuple[Tensor, ...]], inside: list[bool], compiled: set[int]
-    ) -> None:
-        self.run, self.inside, self.compiled = run, inside, compiled
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        rows = [x.shape[0] for x, mine in zip(inputs, self.inside, strict=False) if mine]
-        if not rows or rows[0] in self.compiled or rows[0] == 0:
-            return self.run(*inputs)
-        fitting = [size for size in self.compiled if rows[0] % size == 0]
-        if not fitting:
-            return self.run(*inputs)  # says which sizes there are
-        step = max(fitting)
-        parts = [
-            self.run(*(
-                x[first : first + step] if mine else x
-                for x, mine in zip(inputs, self.inside, strict=True)
-            ))
-            for first in range(0, rows[0], step)
-        ]  # fmt: skip
-        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

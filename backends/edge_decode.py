@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qcompiler.backends.edge_cuda_load import CudaModel
 from qcompiler.backends.edge_load import Native, load
 from qcompiler.errors import InputError, UnsupportedError
 
@@ -22,7 +23,7 @@ class Decoder:
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         model = load(folder, threads)
-        if not isinstance(model, Native):
+        if not isinstance(model, Native | CudaModel):
             raise UnsupportedError(
                 f"{folder} holds code for another machine; it writes text there with "
                 "model --generate ids.npy"

@@ -26,7 +26,8 @@ from qcompiler.kernels.expression import Access, Expression, Step
 
 aten = torch.ops.aten
 
-HELD = {torch.bool: "uint8", torch.bfloat16: "uint16"}  # what kernels declare, for their bits
+# What kernels declare, for their bits; float16 is stored by kernels for a GPU alone.
+HELD = {torch.bool: "uint8", torch.bfloat16: "uint16", torch.float16: "float16"}
 LINEAR = aten.linear.default
 CONV = aten.conv2d.default
 ROWS = {
@@ -233,7 +234,8 @@ class Writer:
             0 if n == 1 else s for n, s in zip(ref.shape, ref.strides, strict=True)
         )
         placed = tuple(strides[d] for d in self.order)
-        return Access(self.argument(ref.storage), NAMES[ref.dtype], ref.offset, placed)
+        kind = NAMES.get(ref.dtype) or HELD[ref.dtype]
+        return Access(self.argument(ref.storage), kind, ref.offset, placed)
 
     def add(self, step: Step) -> int:
         """A step, or the equal one that is there."""
@@ -311,7 +313,7 @@ class Writer:
     def kernel_arguments(self) -> list[Argument]:
         """The arguments as the kernel declares them."""
         return [
-            Argument(f"a{i}", HELD.get(s.dtype, NAMES[s.dtype]), s.size)
+            Argument(f"a{i}", HELD.get(s.dtype) or NAMES[s.dtype], s.size)
             for i, s in enumerate(self.arguments)
         ]
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcompiler.backends.edge_cuda_load import PROGRAM, CudaModel
 from qcompiler.backends.edge_folder import RUNNER, SHARED, WEIGHTS
 from qcompiler.backends.edge_target import MACHINES, host_family, missing
 from qcompiler.errors import InputError, UnsupportedError
@@ -63,6 +64,8 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
         InputError: if a file is missing or not the one that was compiled.
         UnsupportedError: if neither this machine nor an emulator on it runs the code.
     """
+    if (folder / PROGRAM).is_file():
+        return CudaModel(folder)
     for name in (SHARED, RUNNER, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing; compile the model again")

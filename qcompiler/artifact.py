@@ -135,7 +135,7 @@ class Artifact:
             case "ort":
                 backend = import_module("qcompiler.backends.ort")
             case "tvm":
-                backend = import_module("qcompiler.backends.edge")
+                backend = import_module("qcompiler.backends.edge_artifact")
             case _:
                 raise UnsupportedError(f"no backend loads '{self.manifest['target']}'")
         runner: Callable[..., tuple[Tensor, ...]] = backend.load(self.folder, threads)

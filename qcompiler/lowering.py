@@ -40,6 +40,8 @@ class Lowered:
         fit: kept batches → batches that the artifact takes.
         view: a program's outputs → those that the artifact has.
         outputs: how many of them it has; all when None.
+        ran: whether `run` is the compiled model; False where this machine cannot run it, so that
+            `run` is the quantized program in torch.
         notes: for the report's warnings.
         extra: further entries of the manifest.
     """
@@ -52,6 +54,7 @@ class Lowered:
     fit: Callable[[Sequence[Batch]], list[Batch]] = list
     view: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
     outputs: int | None = None
+    ran: bool = True
     notes: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -168,7 +171,7 @@ def _edge(
     say: Progress,
 ) -> Lowered:
     try:
-        from qcompiler.backends import edge, edge_folder
+        from qcompiler.backends import edge, edge_artifact
     except ImportError as error:
         raise UnsupportedError(
             f"{target} needs TVM, which is not installed ({error}): pip install 'qcompiler[tvm]'"
@@ -183,15 +186,20 @@ def _edge(
     )  # fmt: skip
     seconds = time.perf_counter() - since
     reference = _reference(folder, spec, plain, names, say)
-    run = edge.load(folder, 1)
+    run, absent = _edge_run(folder, target, quantized)
     emulator = " ".join(getattr(run, "emulator", ()))
     notes = []
+    if absent:
+        notes.append(
+            f"not run: {absent}; errors are those of the quantized program in torch. Check it on "
+            f"the machine that it is for: qcompiler verify"
+        )
     if emulator:
         notes.append(
             f"compiled for {target}; on this machine it ran under {emulator}: "
             "its results were checked, its speed was not measured"
         )
-    limits = edge.limits(folder)
+    limits = edge_artifact.limits(folder)
     kind = recipe.activation_type
     if limits["padded"] and kind is not None and kind.dynamic and kind.granularity == "tensor":
         notes.append(
@@ -201,23 +209,36 @@ def _edge(
         )
     extra = {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator}
     sizes = (
-        sum((folder / name).stat().st_size for name in (edge_folder.WEIGHTS, edge_folder.RUNNER)),
+        sum((folder / name).stat().st_size for name in edge_artifact.files(target)),
         model_size(reference / ort.MODEL),
     )
-    run_float = None if emulator else ort.load(reference, 1)
+    run_float = None if emulator or absent else ort.load(reference, 1)
     described = asdict(audit) | {"time_share": []}
     if "capacity" in limits:
         extra["capacity"] = limits["capacity"]
         return Lowered(
             run, run_float, described, *sizes, lambda batches: texts(batches, limits),
-            lambda outputs: (outputs[0][:, -1:],), 1, notes, extra,
+            lambda outputs: (outputs[0][:, -1:],), 1, not absent, notes, extra,
         )  # fmt: skip
 
     def fit(batches: Sequence[Batch]) -> list[Batch]:
         """Batches cut to what there is code for: single samples, none longer than the longest."""
         return fitted(batches, limits, EMULATED if emulator else None)
 
-    return Lowered(run, run_float, described, *sizes, fit, extra=extra, notes=notes)
+    return Lowered(run, run_float, described, *sizes, fit, ran=not absent, extra=extra, notes=notes)
+
+
+def _edge_run(folder: Path, target: Target, quantized: Program) -> tuple[Run, str]:
+    """What runs the model; or the quantized program in torch, and why."""
+    from qcompiler import integer
+    from qcompiler.backends.edge_artifact import load
+
+    if target.device != "cuda":
+        return load(folder, 1), ""
+    try:
+        return load(folder, 1), ""
+    except UnsupportedError as error:
+        return lambda *batch: tuple(integer.run(quantized, batch)), str(error)
 
 
 TEXTS = 4  # texts of a batch with which a language model is verified

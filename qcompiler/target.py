@@ -15,6 +15,7 @@ tvm:aarch64:bf16         … with BFMMLA too
 tvm:armv7                machine code for 32-bit ARM with NEON and VFPv4, hard float
 tvm:riscv64              machine code for RV64GC
 tvm:native               machine code for the machine that compiles
+tvm:cuda:sm_90           machine code for NVIDIA GPUs of compute capability 9.0; sm_80, sm_86, sm_89
 torch:cpu                no machine: the formats simulated in torch, for measuring what they cost
 """
 
@@ -59,6 +60,12 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
         "armv7": {"": "32-bit ARM with NEON and VFPv4"},
         "riscv64": {"": "64-bit RISC-V (RV64GC)"},
         "native": {"": "the CPU of this machine"},
+        "cuda": {
+            "sm_80": "NVIDIA GPUs of compute capability 8.0 (A100)",
+            "sm_86": "NVIDIA GPUs of compute capability 8.6 (A10, RTX 30)",
+            "sm_89": "NVIDIA GPUs of compute capability 8.9 (L4, L40, RTX 40)",
+            "sm_90": "NVIDIA GPUs of compute capability 9.0 (H100, H200)",
+        },
     },
 }
 
@@ -158,6 +165,8 @@ class Target:
             return None
         if self.quantizes_itself(weight, activation):
             activation = None
+        if self.device == "cuda":
+            return _cuda_refusal(weight, activation)
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
 
     @property
@@ -229,6 +238,18 @@ def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> st
             "generated code keeps its key-value cache in float; compile for ort:cpu, or leave it "
             "in float (--set keys=none --set values=none)"
         )
+    return None
+
+
+def _cuda_refusal(weight: QType | None, activation: QType | None) -> str | None:
+    if activation is not None:
+        return f"GPU targets read float activations as yet, not {activation}: w4a16, w8a16, w8"
+    if weight is None:
+        return None
+    if weight.bits not in (4, 8) or not weight.symmetric:
+        return f"GPU targets read symmetric weights of 4 or 8 bits as yet, not {weight}"
+    if weight.group not in (None, 32, 64, 128):
+        return f"GPU targets read groups of 32, 64 or 128 as yet, not {weight}"
     return None
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from qcompiler.backends import edge, edge_load
+from qcompiler.backends import edge, edge_artifact, edge_load
 from qcompiler.backends.edge_memory import ALIGN, plan
 from qcompiler.backends.edge_target import host_family, machine
 from qcompiler.backends.edge_trace import Storage
@@ -289,7 +289,7 @@ def test_entries_share_their_weights(tiny: Callable[[str], Any], tmp_path: Path)
     program = quantized(made.captured, made.spec, "w8a8")
     one, _ = lowered(program, made.spec, tmp_path / "one", buckets={"batch": [4]})
     run, _ = lowered(program, made.spec, tmp_path / "many", buckets={"batch": [1, 4, 7]})
-    assert edge.limits(tmp_path / "many")["entries"] == [{"batch": n} for n in (1, 4, 7)]
+    assert edge_artifact.limits(tmp_path / "many")["entries"] == [{"batch": n} for n in (1, 4, 7)]
     sizes = [(tmp_path / name / "weights.bin").stat().st_size for name in ("one", "many")]
     assert sizes[0] == sizes[1]
     x = torch.randn(14, 32)

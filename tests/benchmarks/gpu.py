@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from gpu_cases import CASES, Case, kernel, trial
 
-from qcompiler.backends.cuda_driver import Launch, Module, device, driver_version
+from qcompiler.backends.edge_cuda_driver import Launch, Module, device, driver_version
 
 CACHE = 400 << 20  # bytes that a rotation reads at least: several times the L2 cache
 REPLAYS = 9
@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # of ‖out − ref‖ / ‖ref‖: float16 output and scales 
 
 def build(folder: Path) -> None:
     """Compile all cases."""
-    from qcompiler.backends.cuda_build import build as compiled
+    from qcompiler.backends.edge_cuda_build import build as compiled
 
     folder.mkdir(parents=True, exist_ok=True)
     table = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from qcompiler.backends import cuda_build, cuda_driver
+from qcompiler.backends import edge_cuda_build, edge_cuda_driver
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import MAX_SHARED, generate
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
@@ -110,7 +110,7 @@ def test_source_is_made_without_a_gpu(cases: ModuleType) -> None:
 
 
 nvcc = pytest.mark.skipif(
-    not any(shutil.which(name) for name in cuda_build.NVCC), reason="nvcc is not installed"
+    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
 )
 
 
@@ -118,14 +118,14 @@ nvcc = pytest.mark.skipif(
 def test_kernels_compile(cases: ModuleType) -> None:
     """One of each kind, for the GPUs that it is for."""
     few, many = cases.Case("skinny", 3, 200, 576, 4, 32), cases.Case("gemm", 50, 130, 264)
-    image, launches = cuda_build.build([cases.kernel(c)[0] for c in (few, many)], [80, 89, 90])
+    image, launches = edge_cuda_build.build([cases.kernel(c)[0] for c in (few, many)], [80, 89, 90])
     assert image[:4] == b"\x50\xed\x55\xba"  # a fat binary
     assert launches[few.name].threads == 256
     hopper = [
         cases.Case("hopper", 40, 1000, 264), cases.Case("int8", 70, 300, 200, 8, 0),
         cases.Case("rows", 5, 0, 576, variant=(True, True, "int8")),
     ]  # fmt: skip
-    _, launches = cuda_build.build([cases.kernel(c)[0] for c in hopper], [90])
+    _, launches = edge_cuda_build.build([cases.kernel(c)[0] for c in hopper], [90])
     assert [*launches] == [c.name for c in hopper]
 
 
@@ -133,13 +133,13 @@ def test_kernels_compile(cases: ModuleType) -> None:
 def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
     made, _ = cases.kernel(cases.Case("int8", 70, 300, 200, 8, 0))
     with pytest.raises(UnsupportedError, match="nvcc refused"):
-        cuda_build.build([made], [80])
+        edge_cuda_build.build([made], [80])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line() -> None:
     with pytest.raises(UnsupportedError, match="no GPU: ") as raised:
-        cuda_driver.device()
+        edge_cuda_driver.device()
     assert "\n" not in str(raised.value)
 
 
@@ -148,8 +148,8 @@ def test_kernels_agree_with_float64(cases: ModuleType) -> None:
     """The tails of every kind on the GPU; `tests/benchmarks/gpu.py` goes through all sizes."""
     checked = [case for case in cases.CASES if not case.timed]
     made = [cases.kernel(case) for case in checked]
-    image, launches = cuda_build.build([k for k, _ in made], [90])
-    module = cuda_driver.Module(image)
+    image, launches = edge_cuda_build.build([k for k, _ in made], [90])
+    module = edge_cuda_driver.Module(image)
     for case, (_, extra) in zip(checked, made, strict=True):
         trial = cases.trial(case, extra)
         module.run(launches[case.name], [a.data_ptr() for a in trial.arguments])

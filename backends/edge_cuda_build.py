@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompiler.backends.cuda_driver import Launch
+from qcompiler.backends.edge_cuda_driver import Launch
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import CudaKernel, generate
 

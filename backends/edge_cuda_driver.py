@@ -7,7 +7,8 @@ and streams are shared.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -197,3 +198,91 @@ class Module:
             ctypes.byref(config), function, pointers, ctypes.c_void_p(None)
         )
         check(code, f"launching {launch.name}")
+
+
+def free_memory() -> int:
+    """Bytes of device memory that are free."""
+    device()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    check(driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), "memory")
+    return free.value
+
+
+class Stream:
+    """Work in order, and graphs of it."""
+
+    def __init__(self) -> None:
+        device()
+        self._handle = ctypes.c_void_p()
+        check(driver().cuStreamCreate(ctypes.byref(self._handle), 1), "stream")
+
+    @property
+    def handle(self) -> int:
+        """For `Module.run`."""
+        return self._handle.value or 0
+
+    def wait(self) -> None:
+        """Until all work is done."""
+        check(driver().cuStreamSynchronize(self._handle), "running the kernels")
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """What `work` would launch on this stream, as a graph that is replayed at once."""
+        library, graph, made = driver(), ctypes.c_void_p(), ctypes.c_void_p()
+        check(library.cuStreamBeginCapture_v2(self._handle, 0), "capturing a graph")
+        work()
+        check(library.cuStreamEndCapture(self._handle, ctypes.byref(graph)), "capturing a graph")
+        code = library.cuGraphInstantiateWithFlags(ctypes.byref(made), graph, ctypes.c_ulonglong(0))
+        check(code, "making a graph")
+        library.cuGraphDestroy(graph)
+        return made
+
+    def replay(self, graph: Any) -> None:
+        """Launch a captured graph."""
+        check(driver().cuGraphLaunch(graph, self._handle), "launching a graph")
+
+
+class Memory:
+    """Device memory, freed with the object.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        device()
+        self.size = size
+        held = ctypes.c_uint64()
+        code = driver().cuMemAlloc_v2(ctypes.byref(held), ctypes.c_size_t(size))
+        check(code, f"{size >> 20} MiB on the GPU")
+        self.address = held.value
+        self._end = weakref.finalize(self, driver().cuMemFree_v2, held)
+
+    def write_from(self, host: int, size: int, stream: Stream) -> None:
+        """Copy from an address of the host; it is read before this returns."""
+        code = driver().cuMemcpyHtoDAsync_v2(
+            ctypes.c_uint64(self.address), ctypes.c_void_p(host), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream.handle),
+        )  # fmt: skip
+        check(code, "copying to the GPU")
+
+    def read_into(self, host: int, size: int, stream: Stream) -> None:
+        """Copy to an address of the host; done when the stream has been waited for."""
+        code = driver().cuMemcpyDtoHAsync_v2(
+            ctypes.c_void_p(host), ctypes.c_uint64(self.address), ctypes.c_size_t(size),
+            ctypes.c_void_p(stream.handle),
+        )  # fmt: skip
+        check(code, "copying from the GPU")
+
+    def write(self, data: bytes, stream: Stream) -> None:
+        """Copy bytes, and wait until they are there."""
+        self.write_from(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0, len(data),
+                        stream)  # fmt: skip
+        stream.wait()
+
+    def clear(self, stream: Stream) -> None:
+        """Set all to zero."""
+        code = driver().cuMemsetD8Async(
+            ctypes.c_uint64(self.address), 0, ctypes.c_size_t(self.size),
+            ctypes.c_void_p(stream.handle),
+        )  # fmt: skip
+        check(code, "clearing memory")

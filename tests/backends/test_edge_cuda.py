@@ -1,0 +1,144 @@
+"""Models compiled for a GPU: what the artifact holds, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tvm", reason="needs the extra [tvm]")
+
+import qcompiler
+from qcompiler.artifact import Artifact
+from qcompiler.backends import edge_cuda_build, edge_cuda_driver, edge_cuda_load
+from qcompiler.backends.edge_artifact import load
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.recipe import load_recipe
+from qcompiler.target import Target, known_targets
+
+nvcc = pytest.mark.skipif(
+    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
+)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+class Block(torch.nn.Module):
+    """Norm, two linears with an activation between them, a residual sum; one linear stays float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(64)
+        self.up, self.down = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.nn.functional.gelu(self.up(self.norm(x)))
+        return torch.softmax(x + self.down(inner), -1)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("cuda") / "block"
+    batches = [(torch.randn(5, 64),) for _ in range(2)]
+    return qcompiler.compile(
+        Block().eval(), batches[0], calibration=batches, target="tvm:cuda:sm_90",
+        recipe=load_recipe("w4a16"), out=out,
+    )  # fmt: skip
+
+
+def test_targets_parse_and_print() -> None:
+    for name in ("sm_80", "sm_86", "sm_89", "sm_90"):
+        assert str(Target.parse(f"tvm:cuda:{name}")) == f"tvm:cuda:{name}"
+        assert f"tvm:cuda:{name}" in known_targets()
+    with pytest.raises(UnsupportedError, match="sm_90"):
+        Target.parse("tvm:cuda:sm_91")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [("w8a8", "float activations"), ("w3a16", "4 or 8 bits"), ("w4a8", "float activations")],
+)
+def test_what_gpus_do_not_read_is_refused(recipe: str, said: str) -> None:
+    chosen = load_recipe(recipe)
+    refusal = Target.parse("tvm:cuda:sm_90").refusal(chosen.weight_type, chosen.activation_type)
+    assert refusal is not None
+    assert said in refusal
+
+
+@nvcc
+def test_the_artifact_is_code_weights_and_a_description(artifact: Artifact) -> None:
+    folder = artifact.folder
+    program = json.loads((folder / edge_cuda_load.PROGRAM).read_text())
+    assert (folder / edge_cuda_load.KERNELS).read_bytes()[:4] == b"\x50\xed\x55\xba"
+    assert (folder / edge_cuda_load.WEIGHTS).stat().st_size == program["weights"]
+    assert program["capability"] == 90
+    (entry,) = program["entries"]
+    for step in entry["steps"]:
+        launch = program["launches"][step["symbol"]]
+        assert len(step["tensors"]) > max(launch["order"])
+    kernels = artifact.manifest["audit"]["kernels"]
+    assert kernels["skinny"] == 2
+    assert kernels["layer_norm"] == kernels["softmax"] == 1
+
+
+@nvcc
+@no_gpu
+def test_without_a_gpu_nothing_is_claimed(artifact: Artifact) -> None:
+    assert any(w.startswith("not run: no GPU") for w in artifact.manifest["warnings"])
+    assert artifact.manifest["errors"]["lowering"] == []
+    assert artifact.manifest["latency"] == []
+
+
+@nvcc
+@no_gpu
+def test_run_without_a_gpu_is_one_line(artifact: Artifact) -> None:
+    command = [sys.executable, "-m", "qcompiler", "run", str(artifact.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no GPU: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@nvcc
+def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / edge_cuda_load.PROGRAM).write_text("{}")
+    with pytest.raises(InputError, match=edge_cuda_load.KERNELS):
+        load(tmp_path)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, capability: int, free: int) -> None:
+    """A GPU that is only described."""
+    found = edge_cuda_driver.Device(0, "a GPU", capability, free)
+    monkeypatch.setattr(edge_cuda_load, "device", lambda: found)
+    monkeypatch.setattr(edge_cuda_load, "free_memory", lambda: free)
+
+
+@nvcc
+def test_another_gpu_and_too_little_memory_are_named(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, 89, 1 << 30)
+    with pytest.raises(UnsupportedError, match=r"capability 9\.0, and a GPU has 8\.9"):
+        load(artifact.folder)
+    stub(monkeypatch, 90, 1 << 10)
+    with pytest.raises(UnsupportedError, match="0 MiB are free"):
+        load(artifact.folder)
+
+
+@nvcc
+@pytest.mark.gpu
+def test_the_gpu_gives_what_the_quantized_program_gives(artifact: Artifact) -> None:
+    from safetensors.torch import load_file
+
+    held = load_file(artifact.folder / "verify" / "held-out.safetensors")
+    wanted = load_file(artifact.folder / "verify" / "held-out-quantized.safetensors")
+    run = load(artifact.folder)
+    (name,) = {key.partition("/")[2] for key in held}
+    for key, want in wanted.items():
+        (got,) = run(held[f"{key.partition('/')[0]}/{name}"])
+        assert (got - want).norm() / want.norm() < 2e-3  # float16 activations
