@@ -174,9 +174,9 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
         if row.get("us") and case.kind != "rows":
             size = (case.tokens, case.rows, case.depth)
             if size not in peers:
-                four = case.bits == 4 and case.kind in ("skinny", "hopper")
-                peers[size] = cublas(case), onnx_runtime(case) if four else None
-            row["fp16_us"], row["ort_us"] = peers[size]
+                peers[size] = cublas(case), onnx_runtime(case) if case.bits == 4 else None
+            row["fp16_us"], ort = peers[size]
+            row["ort_us"] = ort if case.bits == 4 else None
         table.append(row)
         print(line(row, copy), flush=True)
         torch.cuda.empty_cache()
@@ -193,7 +193,9 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
     except ImportError:
         summary["onnxruntime"] = None
     if out is not None:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in table)
+        head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
+        out.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     print({k: v for k, v in summary.items() if k != "rows"})
     print(f"{wrong} of {len(table)} wrong" if wrong else f"all {len(table)} right")
     return int(wrong > 0)
