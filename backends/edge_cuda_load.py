@@ -24,6 +24,7 @@ class _Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    limit: int  # of int64: numbers are rows of a table of that many; 0 for the rest
 
     def size(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape at an entry's sizes."""
@@ -171,6 +172,8 @@ class CudaModel:
                     f"input '{port.name}' is {value.dtype} {tuple(value.shape)}; the model takes "
                     f"{dtype} {port.shape}"
                 )
+            if port.limit and bool(((value < 0) | (value >= port.limit)).any()):
+                raise InputError(f"input '{port.name}' has numbers outside 0 … {port.limit - 1}")
         return sizes
 
     def _fitting(self, sizes: Mapping[str, int]) -> int:
@@ -220,7 +223,7 @@ class CudaModel:
 
 
 def _port(raw: Mapping[str, Any]) -> _Port:
-    return _Port(raw["name"], raw["dtype"], tuple(raw["shape"]))
+    return _Port(raw["name"], raw["dtype"], tuple(raw["shape"]), raw["limit"])
 
 
 def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
