@@ -195,7 +195,8 @@ class Mixer:
                 f"--latency: this machine is not {self.target}, so nothing can be timed; give a "
                 "budget of --bits or --size"
             )
-        spec, batch = self.spec, self.batches[-1]
+        spec = self.spec
+        batch = max(self.batches[-self.settings.trials :], key=lambda b: b[0].numel())
         phases = {"prefill": _rows(batch)}
         if spec.generation is not None:
             phases["decode"] = 1

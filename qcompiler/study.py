@@ -25,7 +25,7 @@ import torch
 from qcompiler.errors import InputError
 from qcompiler.format import Format
 from qcompiler.plan import Rounded
-from qcompiler.qtype import dequantize
+from qcompiler.qtype import QType, dequantize
 from qcompiler.rounding import weight_axis
 
 MEASURES = ("kl", "error", "first", "second")
@@ -226,8 +226,7 @@ class Findings:
         """
         packed = {
             "weights": {
-                text: [_packed(rounded, Format.parse(text)) for rounded in rows]
-                for text, rows in weights.items()
+                text: [_packed(rounded, text) for rounded in rows] for text, rows in weights.items()
             },
             "columns": dict(columns or {}),
             "ranges": dict(ranges),
@@ -253,10 +252,10 @@ class Findings:
         for text, rows in loaded["weights"].items():
             if wanted and text not in wanted:
                 continue
-            kind = Format.parse(text).weight
-            assert kind is not None
-            axis, group = weight_axis(kind), kind.group or 0
-            found[text] = [dequantize(q, s, z, axis, group) for q, s, z in rows]
+            found[text] = []
+            for q, s, z in rows:
+                kind = _fitted(text, q.shape[1])
+                found[text].append(dequantize(q, s, z, weight_axis(kind), kind.group or 0))
             for weight, (kept, values) in zip(found[text], columns.get(text, ()), strict=False):
                 weight.index_add_(1, kept, values)
         return found
@@ -275,11 +274,18 @@ class Findings:
         return self.folder / "units" / f"{index:04d}.{suffix}"
 
 
-def _packed(rounded: Rounded, wanted: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kind = wanted.weight
-    assert kind is not None
+def _packed(rounded: Rounded, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kind = _fitted(text, rounded.weight.shape[1])
     q = kind.quantize(rounded.weight, rounded.scale, rounded.zero_point, weight_axis(kind))
     return q, rounded.scale, rounded.zero_point
+
+
+def _fitted(text: str, inputs: int) -> QType:
+    """What a weight with so many inputs has where its unit's format is `text`."""
+    kind = Format.parse(text).weight
+    fits = kind.fitted(inputs) if kind is not None else None
+    assert fits is not None
+    return fits
 
 
 def with_options(unit: Unit, options: Sequence[Option]) -> Unit:

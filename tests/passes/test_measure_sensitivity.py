@@ -230,3 +230,15 @@ def test_columns_in_float_are_an_option_with_their_cost(captured: Any, tmp_path:
         noise = sum(float((error @ x.T).double().square().sum()) for (x,) in data[2:])
         signal = sum(float(module(x).double().square().sum()) for (x,) in data[2:])
     assert split.measures["error"] == pytest.approx(noise / signal, rel=1e-3)
+
+
+def test_groups_that_were_made_smaller_are_kept_as_they_are(captured: Any, tmp_path: Path) -> None:
+    """48 inputs have no groups of 32: what is on disk is the weight in groups of 16."""
+    program = captured(Two().eval(), batches()[0][0])
+    units = find_units(program, lambda node: False)
+    findings = Findings(tmp_path, "a")
+    formats = [Format.parse("int4:g32")]
+    measure_sensitivity(program, units, formats, batches(), PLAIN, findings, stored)
+    weight = program.constants()["p_second_weight"]
+    want = QType.parse("int4:g16").round_trip(weight, 1)
+    assert torch.equal(findings.weights(1)["int4:g32"][0], want)

@@ -1,0 +1,122 @@
+"""Measured costs: kept and used again, scaled to the whole model, refused where nothing runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qcompiler
+from qcompiler import costs
+from qcompiler.errors import UnsupportedError
+from qcompiler.models import ZOO
+from qcompiler.recipe import load_recipe
+from qcompiler.study import Option, Unit
+from qcompiler.target import Target
+
+CPU = Target.parse("ort:cpu")
+FORMATS = ["int4:g32", "int8:channel/uint8:tensor:affine"]
+
+
+def unit(name: str, shape: tuple[int, int]) -> Unit:
+    options = tuple(Option(text, 8, 1) for text in (*FORMATS, "float"))
+    return Unit((name,), (name,), shape[0] * shape[1], (shape,), 1.0, options)
+
+
+def test_every_format_of_a_shape_is_timed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    rows = {"prefill": 8, "decode": 1}
+    found = costs.micro(CPU, [(64, 32)], FORMATS, rows, tmp_path, asked.append)
+    for text in (*FORMATS, "float"):
+        assert set(found[64, 32][text]) == {"prefill", "decode"}
+        assert all(0 < ms < 1000 for ms in found[64, 32][text].values())
+    assert len(asked) == 2
+    assert costs.micro(CPU, [(64, 32)], FORMATS, rows, tmp_path, asked.append) == found
+    assert len(asked) == 2
+    # Times of another machine or version are not used.
+    monkeypatch.setattr(costs, "_key", lambda target: "another")
+    monkeypatch.setattr(costs, "_timed", lambda *_: dict.fromkeys(("float", *FORMATS), 5.0))
+    other = costs.micro(CPU, [(64, 32)], FORMATS, rows, tmp_path, asked.append)
+    assert other[64, 32]["float"] == {"prefill": 5.0, "decode": 5.0}
+
+
+def test_latencies_sum_up_to_the_whole_model() -> None:
+    """Kernels alone say 4 → 1 and 2 ms; the model in one format gains other amounts."""
+    times: dict[Any, Any] = {
+        (64, 64): {"float": {"prefill": 4.0}, FORMATS[0]: {"prefill": 2.0},
+                   FORMATS[1]: {"prefill": 1.0}},
+        (128, 64): {"float": {"prefill": 8.0}, FORMATS[0]: {"prefill": 4.0},
+                    FORMATS[1]: {"prefill": 2.0}},
+    }  # fmt: skip
+    units = [unit("a", (64, 64)), unit("b", (128, 64))]
+    plain = costs.with_latency(units, times)
+    assert plain[1].option(FORMATS[1]).latency == {"prefill": 2.0}
+    whole = {"float": 20.0, FORMATS[0]: 17.0, FORMATS[1]: 9.5}
+    scaled = costs.with_latency(units, times, whole)
+    for text in FORMATS:
+        total = sum(u.option(text).latency["prefill"] for u in scaled)
+        base = sum(u.option("float").latency["prefill"] for u in scaled)
+        assert total - base == pytest.approx(whole[text] - whole["float"])
+    # The larger layer keeps the larger part of the difference.
+    gains = [4.0 - scaled[0].option(FORMATS[0]).latency["prefill"],
+             8.0 - scaled[1].option(FORMATS[0]).latency["prefill"]]  # fmt: skip
+    assert gains[1] == pytest.approx(2 * gains[0])
+
+
+def test_formats_without_a_time_are_no_options() -> None:
+    times: dict[Any, Any] = {(64, 64): {"float": {"prefill": 4.0}, FORMATS[0]: {"prefill": 2.0}}}
+    (found,) = costs.with_latency([unit("a", (64, 64))], times)
+    assert [o.format for o in found.options] == [FORMATS[0], "float"]
+
+
+def test_only_this_machine_is_timed(tmp_path: Path) -> None:
+    assert costs.here(CPU)
+    assert not costs.here(Target.parse("tvm:riscv64"))
+    assert not costs.here(Target.parse("torch:cpu"))
+    recipe = load_recipe("mixed", {"latency": "0.6x"})
+    with pytest.raises(UnsupportedError, match=r"this machine is not tvm:riscv64"):
+        qcompiler.compile(
+            ZOO["tiny-mlp"].build(), target="tvm:riscv64", recipe=recipe, out=tmp_path / "a"
+        )
+
+
+def test_a_budget_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With given times the plan keeps the budget, and loses less than the fastest format."""
+    fast = {"float": 1.0, "int4:g32": 0.9, "int8:channel/uint8:tensor:affine": 0.4,
+            "int8:channel/uint8:tensor:affine:dynamic": 0.5}  # fmt: skip
+
+    def micro(target: Any, shapes: Any, formats: Any, rows: Any, *_: Any) -> Any:
+        assert set(rows) == {"prefill"}
+        return {
+            shape: {t: {"prefill": v * shape[0] * shape[1]} for t, v in fast.items()}
+            for shape in shapes
+        }
+
+    def anchors(programs: Any, *_: Any) -> dict[str, float]:
+        return {text: 10.0 * fast[text] + 2.0 for text in programs}
+
+    monkeypatch.setattr(costs, "micro", micro)
+    monkeypatch.setattr(costs, "anchors", anchors)
+    recipe = load_recipe("mixed", {"latency": "0.7x", "rounding": "rtn", "clip": False})
+    spec = ZOO["tiny-attention-block"].build()
+    artifact = qcompiler.compile(spec, recipe=recipe, out=tmp_path / "a")
+    mixed = artifact.manifest["mixed"]
+    whole = {text: 10.0 * value + 2.0 for text, value in fast.items()}
+    assert mixed["timed"] == whole
+    base = sum(_latency(u, "float") for u in mixed["units"])
+    chosen = sum(_latency(u, u["format"]) for u in mixed["units"])
+    assert (whole["float"] - base + chosen) / whole["float"] <= 0.7 * (1 + 1e-6)
+    losses = {p["label"]: p["loss"] for p in mixed["uniform"]}
+    assert mixed["chosen"]["loss"] < losses["all int8:channel/uint8:tensor:affine"]
+    for point in mixed["uniform"]:
+        text = point["label"].removeprefix("all ")
+        total = whole["float"] - base + point["latency"]["prefill"]
+        assert total == pytest.approx(whole[text])
+
+
+def _latency(unit: dict[str, Any], text: str) -> float:
+    (found,) = [o["latency"]["prefill"] for o in unit["options"] if o["format"] == text]
+    return float(found)
