@@ -246,7 +246,7 @@ class Findings:
             index: of the unit.
             wanted: formats to read; all when not given.
         """
-        found = {}
+        found: dict[str, list[torch.Tensor]] = {}
         loaded = self._load(index)
         columns = loaded["columns"]
         for text, rows in loaded["weights"].items():
