@@ -86,7 +86,7 @@ def _turned(
     )  # fmt: skip
     writer = calls.writer(shape, [])
     a, b = (writer.value(half(x, which), FLOAT) for which in (0, 1))
-    c, s = (writer.lookup(table, spots, 0) for table in (cos, sin))
+    c, s = (writer.rows(table, spots) for table in (cos, sin))
     one = writer.step(
         "sub", FLOAT, writer.step("mul", FLOAT, a, c), writer.step("mul", FLOAT, b, s)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,19 +20,28 @@ from qcompiler.backends.edge_group import (
     LINEAR,
     POOLS,
     PRODUCTS,
-    REDUCE,
     ROWS,
     Constants,
     Group,
     Grouping,
     Writer,
     group,
+    in_integers,
 )
 from qcompiler.backends.edge_integer import integer_linear, layers
+from qcompiler.backends.edge_loops import (
+    FOLDS,
+    RANKS,
+    SCATTERS,
+    folded,
+    ranked,
+    reduced,
+    scattered,
+)
 from qcompiler.backends.edge_packed import packed_product
 from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_rotate import rotation
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
+from qcompiler.backends.edge_trace import OVERWRITE, Op, Ref, Storage, Trace, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention, matmul_float
@@ -146,9 +155,20 @@ class Calls:
             self._product(g, op, op.args[0], op.args[1])
         elif op.target in ATTENTION:
             self._attention(g, op)
+        elif op.target in FOLDS:
+            folded(self, op)
+        elif op.target in RANKS:
+            ranked(self, op)
+        elif op.target in SCATTERS:
+            scattered(self, op)
+        elif op.target is OVERWRITE:
+            self.copy(op.args[0], op.out, op.label)
+            self.copy(op.args[1], op.kwargs["to"], op.label)
+        elif in_integers(op):
+            reduced(self, op)
         elif op.target in ROWS:
             self._rows(g, op)
-        elif op.target in REDUCE:
+        elif op.target in edge_steps.REDUCE:
             self._reduce(g, op)
         elif op.target is aten.cat.default:
             self._cat(op)
@@ -170,13 +190,14 @@ class Calls:
     def add(
         self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
         written: int = 0,
+        also: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Note a call whose arguments the writer has collected.
 
-        It writes what the expression stores, and the first `written` arguments.
+        It writes what the expression stores, the first `written` arguments, and those in `also`.
         """
         declared = tuple((a.dtype, a.size) for a in writer.kernel_arguments())
-        stored = {*range(written), *(a.argument for _, a in writer.stores)}
+        stored = {*range(written), *also, *(a.argument for _, a in writer.stores)}
         self.calls.append(
             Call(
                 kind, label, (kind, key, declared), build, list(writer.arguments),
@@ -316,6 +337,12 @@ class Calls:
         isa = self.isa
         m, k, n = a.shape[-2] if len(a.shape) > 1 else 1, a.shape[-1], b.shape[-1]
         batch = tuple(op.out.shape[:-2])
+        if len(b.shape) == 2 and b.storage.constant is not None and not batch:
+            turned = Ref(b.storage, b.dtype, b.offset, b.shape[::-1], b.strides[::-1])
+            a, packed = self.contiguous(a, op.label), self.packed(turned)
+            product = Product(m, n, k, k, a.offset)
+            self.float_product(g, op, a.storage, packed.storage, product, bias)
+            return
         if a.strides[-1] not in (1, 0) or (k > 1 and a.strides[-1] != 1):
             a = self.contiguous(a, op.label)
         panels, own = -(-n // isa.panel), tuple(b.shape[:-2])
@@ -448,7 +475,7 @@ class Calls:
         )  # fmt: skip
 
     def _reduce(self, g: Group, op: Op) -> None:
-        x, kind = op.args[0], REDUCE[op.target]
+        x, kind = op.args[0], edge_steps.REDUCE[op.target]
         given = op.args[1] if len(op.args) > 1 and op.args[1] is not None else []
         dims = [d % len(x.shape) for d in (given if isinstance(given, list | tuple) else [given])]
         dims = dims or list(range(len(x.shape)))
@@ -517,12 +544,13 @@ def _narrowed(expression: Any, dims: list[int]) -> Any:
     """The expression over some of its dimensions; the others have size 1."""
     from dataclasses import replace
 
-    def cut(access: Access | None) -> Access | None:
-        if access is None:
-            return None
+    def cut(access: Access) -> Access:
         return replace(access, strides=tuple(access.strides[d] for d in dims))
 
-    steps = tuple(replace(s, access=cut(s.access), index=cut(s.index)) for s in expression.steps)
+    steps = tuple(
+        replace(s, access=s.access and cut(s.access), indices=tuple(map(cut, s.indices)))
+        for s in expression.steps
+    )
     stores = tuple((i, replace(a, strides=tuple(a.strides[d] for d in dims)))
                    for i, a in expression.stores)  # fmt: skip
     return replace(

@@ -17,7 +17,7 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
-from qcompiler.backends.edge_steps import NAMES
+from qcompiler.backends.edge_steps import LOOKUPS, NAMES, REDUCE
 from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
@@ -35,14 +35,6 @@ ROWS = {
     aten.rms_norm.default: "rms_norm",
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
-}
-REDUCE = {
-    aten.mean.dim: "mean",
-    aten.sum.dim_IntList: "sum",
-    aten.sum.default: "sum",
-    aten.mean.default: "mean",
-    aten.amax.default: "max",
-    aten.amin.default: "min",
 }
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 POOLS = frozenset({aten.max_pool2d_with_indices.default, aten.avg_pool2d.default})
@@ -88,6 +80,11 @@ def whole(ref: Ref, of: Ref) -> bool:
     )  # fmt: skip
 
 
+def in_integers(op: Op) -> bool:
+    """Whether it is a reduction that float32 would round."""
+    return op.target in REDUCE and not op.out.dtype.is_floating_point
+
+
 def quantized_operand(ref: Ref, rows: bool = False) -> Op | None:
     """The `qc::dequantize` that made a layer's input, or None.
 
@@ -124,6 +121,8 @@ def group(trace: Trace, direct: Mapping[Op, Sequence[int]]) -> Grouping:
         ):
             return False
         for reader in op.out.storage.readers:
+            if reader.target in LOOKUPS:
+                return False
             own = [reader.args[i].storage for i in direct.get(reader, ())]
             if any(storage is op.out.storage for storage in own):
                 continue
@@ -147,9 +146,11 @@ def group(trace: Trace, direct: Mapping[Op, Sequence[int]]) -> Grouping:
         target = groups[number]
         if target.anchor is not None and target.anchor.target not in ANCHORS:
             return False
+        if target.anchor is not None and in_integers(target.anchor):
+            return False
         if (op.out.shape, op.out.strides) != (target.out.shape, target.out.strides):
             return False
-        if op.target in (aten.embedding.default, aten.index_select.default):
+        if op.target in LOOKUPS:
             return False
         touched = False
         for ref in _leaves(op, inlined):
@@ -193,6 +194,20 @@ def _same_walk(ref: Ref, of: Ref) -> bool:
     if ref.offset != of.offset:
         return False
     return ref.shape == of.shape and ref.strides == of.strides
+
+
+def looked_up(op: Op) -> tuple[Ref, dict[int, Ref], int]:
+    """The table, the indices by the dimension that each picks from, where they come to lie."""
+    table, *rest = op.args
+    if op.target is aten.embedding.default:
+        return table, {0: rest[0]}, 0
+    if op.target is aten.index.Tensor:
+        found = {dim: ref for dim, ref in enumerate(rest[0]) if ref is not None}
+        dims = list(found)
+        together = dims == list(range(dims[0], dims[0] + len(dims)))
+        return table, found, dims[0] if together else 0
+    dim = rest[0] % max(len(table.shape), 1)
+    return table, {dim: rest[1]}, dim
 
 
 class Writer:
@@ -265,23 +280,57 @@ class Writer:
         ref = self.constants.known(ref)
         return self.add(Step("load", NAMES[ref.dtype], access=self.access(ref)))
 
-    def lookup(self, table: Ref, index: Ref, dim: int) -> int:
+    def lookup(self, op: Op) -> int:
         """See `edge_steps.Steps`."""
-        if dim != 0 or len(table.shape) != 2:
-            raise UnsupportedError("a lookup takes rows of a matrix")
+        return self._taken(*looked_up(op), op.target is aten.gather.default)
+
+    def rows(self, table: Ref, index: Ref) -> int:
+        """Rows of a matrix, found at run time."""
+        return self._taken(table, {0: index}, 0, False)
+
+    def _taken(self, table: Ref, found: Mapping[int, Ref], first: int, same: bool) -> int:
         table = self.constants.known(table)
-        width = table.shape[1]
-        spread = (0,) * (len(self.shape) - 1) + (0 if width == 1 else table.strides[1],)
-        place = Access(
-            self.argument(table.storage), NAMES[table.dtype], table.offset,
-            tuple(spread[d] for d in self.order),
-        )  # fmt: skip
-        spot = Ref(index.storage, index.dtype, index.offset, (*index.shape, 1), (*index.strides, 0))
-        if index.storage.maker in self.inlined:
-            raise UnsupportedError("a lookup's index is computed")
-        where = self.access(spot)
-        numbers = (float(table.strides[0]), float(table.shape[0]))
-        return self.add(Step("lookup", NAMES[table.dtype], (), place, numbers, where))
+        place, indices, numbers = self.spots(table, found, first, same)
+        return self.add(Step("lookup", NAMES[table.dtype], (), place, numbers, indices))
+
+    def spots(
+        self, table: Ref, found: Mapping[int, Ref], first: int, same: bool
+    ) -> tuple[Access, tuple[Access, ...], tuple[float, ...]]:
+        """Accesses under the expression's shape to a table and its indices; see `Step`.
+
+        Args:
+            table: a tensor.
+            found: indices by the table's dimension that they pick from.
+            first: the shape's dimension at which theirs begin.
+            same: they have the expression's shape.
+        """
+        rank = len(self.shape)
+
+        def access(ref: Ref, dims: dict[int, int]) -> Access:
+            """A tensor whose dimensions lie at those of the output."""
+            strides = [0] * rank
+            for dim, at in dims.items():
+                if ref.shape[dim] > 1:
+                    strides[at] = ref.strides[dim]
+            placed = tuple(strides[d] for d in self.order)
+            return Access(self.argument(ref.storage), NAMES[ref.dtype], ref.offset, placed)
+
+        wide = rank if same else max((len(ref.shape) for ref in found.values()), default=0)
+        kept: dict[int, int] = {}
+        at = 0
+        for dim in range(len(table.shape)):
+            if not same and at == first:
+                at += wide
+            if dim not in found:
+                kept[dim] = dim if same else at
+                at += 1
+        numbers: list[float] = []
+        indices = []
+        for dim, ref in found.items():
+            start = 0 if same else first + wide - len(ref.shape)
+            indices.append(access(ref, {d: start + d for d in range(len(ref.shape))}))
+            numbers += [float(table.strides[dim]), float(table.shape[dim])]
+        return access(table, kept), tuple(indices), tuple(numbers)
 
     def written(self, index: int) -> Step:
         """See `edge_steps.Steps`."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qcompiler import ops
-from qcompiler.backends.edge_trace import Op, Ref, Storage
-from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import division
 from qcompiler.kernels.expression import Step
+
+if TYPE_CHECKING:
+    from qcompiler.backends.edge_trace import Op, Ref, Storage
 
 aten = torch.ops.aten
 
@@ -35,11 +36,20 @@ UNARY = {
     aten.hardsigmoid.default: "hardsigmoid", aten.log.default: "log", aten.sin.default: "sin",
     aten.cos.default: "cos", aten.floor.default: "floor", aten.ceil.default: "ceil",
     aten.round.default: "round", aten.logical_not.default: "not", aten.bitwise_not.default: "not",
+    aten.sign.default: "sign", aten.expm1.default: "expm1", aten.log1p.default: "log1p",
+    aten.log2.default: "log2", aten.log10.default: "log10", aten.exp2.default: "exp2",
+    aten.tan.default: "tan", aten.asin.default: "asin", aten.acos.default: "acos",
+    aten.atan.default: "atan", aten.sinh.default: "sinh", aten.cosh.default: "cosh",
+    aten.trunc.default: "trunc",
 }  # fmt: skip
 BINARY = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div",
     aten.div.Scalar: "div", aten.maximum.default: "maximum", aten.minimum.default: "minimum",
-    aten.pow.Tensor_Tensor: "pow",
+    aten.pow.Tensor_Tensor: "pow", aten.atan2.default: "atan2",
+    aten.fmod.Tensor: "fmod", aten.fmod.Scalar: "fmod",
+    aten.remainder.Tensor: "remainder", aten.remainder.Scalar: "remainder",
+    aten.__lshift__.Scalar: "shl", aten.bitwise_left_shift.Tensor: "shl",
+    aten.__rshift__.Scalar: "shr", aten.bitwise_right_shift.Tensor: "shr",
 }  # fmt: skip
 SCALED = {  # a ± alpha · b
     aten.add.Tensor: ("add", False), aten.add.Scalar: ("add", False),
@@ -51,20 +61,35 @@ COMPARE = {
     for name in ("eq", "ne", "lt", "le", "gt", "ge")
     for form in ("Tensor", "Scalar")
 }
-LOGICAL = {
-    aten.logical_and.default: "and", aten.bitwise_and.Tensor: "and", aten.__and__.Tensor: "and",
-    aten.logical_or.default: "or", aten.bitwise_or.Tensor: "or", aten.__or__.Tensor: "or",
+LOGICAL = {  # on bool; integers bit by bit
+    aten.logical_and.default: "and", aten.bitwise_and.Tensor: "and", aten.bitwise_and.Scalar: "and",
+    aten.__and__.Tensor: "and", aten.__and__.Scalar: "and", aten.logical_or.default: "or",
+    aten.bitwise_or.Tensor: "or", aten.bitwise_or.Scalar: "or", aten.__or__.Tensor: "or",
+    aten.__or__.Scalar: "or", aten.bitwise_xor.Tensor: "xor", aten.bitwise_xor.Scalar: "xor",
+    aten.__xor__.Tensor: "xor", aten.__xor__.Scalar: "xor", aten.logical_xor.default: "xor",
 }  # fmt: skip
+LOOKUPS = frozenset(
+    {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default}
+)
 SPECIAL = frozenset(
     {
         aten.gelu.default, aten.relu6.default, aten.clamp.default, aten.hardtanh.default,
         aten.leaky_relu.default, aten.pow.Tensor_Scalar, aten.where.self, aten.where.ScalarOther,
         aten.masked_fill.Scalar, aten._to_copy.default, aten.clone.default,
-        aten.embedding.default, aten.index_select.default, aten.full.default, ops.quantize,
-        ops.dequantize,
+        aten.full.default,
+        aten.isnan.default, aten.floor_divide.default, ops.quantize, ops.dequantize, *LOOKUPS,
     }
 )  # fmt: skip
 ELEMENTWISE = frozenset({*UNARY, *BINARY, *SCALED, *COMPARE, *LOGICAL, *SPECIAL})
+
+REDUCE = {
+    aten.mean.dim: "mean",
+    aten.sum.dim_IntList: "sum",
+    aten.sum.default: "sum",
+    aten.mean.default: "mean",
+    aten.amax.default: "max",
+    aten.amin.default: "min",
+}
 
 
 class Steps(Protocol):
@@ -82,8 +107,8 @@ class Steps(Protocol):
     def step(self, op: str, dtype: str, *values: int, numbers: tuple[float, ...] = ()) -> int:
         """A new step."""
 
-    def lookup(self, table: Ref, index: Ref, dim: int) -> int:
-        """Rows of a table, found at run time."""
+    def lookup(self, op: Op) -> int:
+        """What an op in `LOOKUPS` takes, at places found at run time."""
 
     def written(self, index: int) -> Step:
         """The step of that index."""
@@ -93,8 +118,6 @@ def writes(op: Op) -> bool:
     """Whether the op is elementwise, and of dtypes that the kernels know."""
     if op.target not in ELEMENTWISE or op.out.dtype not in NAMES:
         return False
-    if op.target is aten.index_select.default:
-        return bool(op.args[1] % op.args[0].numel == 0 if op.args[0].shape else False)
     if op.target not in (aten._to_copy.default, aten.clone.default) and any(
         ref.dtype == torch.bfloat16 for ref in (op.out, *op.refs())
     ):
@@ -111,6 +134,10 @@ def write(op: Op, steps: Steps) -> int:
     target, args = op.target, op.args
     if target in UNARY:
         return steps.step(UNARY[target], kind, steps.value(args[0], kind))
+    if target is aten.isnan.default:
+        if args[0].dtype != torch.float32:
+            return steps.value(False, kind)
+        return steps.step("isnan", kind, steps.value(args[0], "float32"))
     if target in BINARY:
         return steps.step(
             BINARY[target], kind, steps.value(args[0], kind), steps.value(args[1], kind)
@@ -129,19 +156,18 @@ def write(op: Op, steps: Steps) -> int:
             COMPARE[target], "bool", steps.value(args[0], common), steps.value(args[1], common)
         )
     if target in LOGICAL:
+        a, b, name = steps.value(args[0], kind), steps.value(args[1], kind), LOGICAL[target]
         if kind != "bool":
-            raise UnsupportedError(f"'{target}' on {kind}")
-        return steps.step(
-            LOGICAL[target], kind, steps.value(args[0], kind), steps.value(args[1], kind)
-        )
+            name = f"bit{name}"
+        return steps.step(name, kind, a, b)
     return _SPECIAL[target](op, kind, steps)
 
 
 def _common(a: Any, b: Any) -> str:
     def kind(x: Any) -> Any:
-        if isinstance(x, Ref):
-            return torch.empty(x.shape or (), dtype=x.dtype, device="meta")
-        return x
+        if isinstance(x, bool | int | float):
+            return x
+        return torch.empty(x.shape or (), dtype=x.dtype, device="meta")
 
     return NAMES[torch.result_type(kind(a), kind(b))]
 
@@ -169,9 +195,13 @@ def _clamp(op: Op, kind: str, steps: Steps) -> int:
         bounds = _bounds(_argument(op, 1, "min_val", -1.0), _argument(op, 2, "max_val", 1.0))
     else:
         bounds = _bounds(_argument(op, 1, "min", None), _argument(op, 2, "max", None))
-    if kind != "float32":
-        raise UnsupportedError(f"'{op.target}' on {kind}")
-    return steps.step("clamp", kind, steps.value(op.args[0], kind), numbers=bounds)
+    value = steps.value(op.args[0], kind)
+    if kind == "float32":
+        return steps.step("clamp", kind, value, numbers=bounds)
+    for name, bound in zip(("maximum", "minimum"), bounds, strict=True):
+        if math.isfinite(bound):
+            value = steps.step(name, kind, value, steps.value(int(bound), kind))
+    return value
 
 
 def _leaky(op: Op, kind: str, steps: Steps) -> int:
@@ -204,12 +234,16 @@ def _copy(op: Op, kind: str, steps: Steps) -> int:
     return steps.value(op.args[0], kind)
 
 
-def _embedding(op: Op, kind: str, steps: Steps) -> int:
-    return steps.lookup(op.args[0], op.args[1], 0)
+def _lookup(op: Op, kind: str, steps: Steps) -> int:
+    return steps.lookup(op)
 
 
-def _select(op: Op, kind: str, steps: Steps) -> int:
-    return steps.lookup(op.args[0], op.args[2], op.args[1])
+def _floor_divide(op: Op, kind: str, steps: Steps) -> int:
+    a, b = steps.value(op.args[0], kind), steps.value(op.args[1], kind)
+    if kind != "float32":
+        return steps.step("floordiv", kind, a, b)
+    rest = steps.step("sub", kind, a, steps.step("remainder", kind, a, b))
+    return steps.step("round", kind, steps.step("div", kind, rest, b))
 
 
 def _full(op: Op, kind: str, steps: Steps) -> int:
@@ -270,8 +304,8 @@ _SPECIAL: dict[Any, Callable[[Op, str, Steps], int]] = {
     aten.masked_fill.Scalar: _where,
     aten._to_copy.default: _copy,
     aten.clone.default: _copy,
-    aten.embedding.default: _embedding,
-    aten.index_select.default: _select,
+    **dict.fromkeys(LOOKUPS, _lookup),
+    aten.floor_divide.default: _floor_divide,
     aten.full.default: _full,
     ops.quantize: _quantize,
     ops.dequantize: _dequantize,

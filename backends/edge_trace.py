@@ -17,9 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompiler import ops, qtype
+from qcompiler.backends.edge_decompose import Recorder
+from qcompiler.backends.edge_formulas import RECURRENT, transposed_convolution
 from qcompiler.cached import cached_attention
 from qcompiler.errors import QCompilerError, UnsupportedError
 from qcompiler.program import Program
@@ -143,6 +145,8 @@ class Trace:
     ops: tuple[Op, ...]
 
 
+OVERWRITE = "overwrite"  # the target of an op that writes a tensor into part of a copy of another
+TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
 # Taken as they are, not decomposed.
 NATIVE = frozenset(
     {
@@ -167,31 +171,6 @@ NATIVE = frozenset(
         cached_attention,
     }
 )
-# Known at the level below: recorded when torch reaches them.
-BASIC = frozenset(
-    {
-        aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
-        aten.abs.default, aten.relu.default, aten.sqrt.default, aten.rsqrt.default,
-        aten.reciprocal.default, aten.exp.default, aten.erf.default, aten.sigmoid.default,
-        aten.tanh.default, aten.clamp.default, aten.hardtanh.default, aten.leaky_relu.default,
-        aten.log.default, aten.sin.default, aten.cos.default, aten.floor.default,
-        aten.ceil.default, aten.round.default, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor,
-        aten.maximum.default, aten.minimum.default, aten.where.self, aten.where.ScalarOther,
-        aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
-        aten.ge.Scalar, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor,
-        aten.gt.Tensor, aten.ge.Tensor, aten.logical_and.default, aten.logical_or.default,
-        aten.logical_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
-        aten.bitwise_not.default, aten.__and__.Tensor, aten.__or__.Tensor, aten._to_copy.default,
-        aten.clone.default, aten.add.Scalar, aten.mul.Scalar, aten.sub.Scalar, aten.div.Scalar,
-        aten.rsub.Scalar, aten.rsub.Tensor, aten.masked_fill.Scalar, aten.gelu.default,
-        aten.silu.default, aten.hardswish.default, aten.hardsigmoid.default,
-        aten._softmax.default, aten.mean.dim, aten.sum.dim_IntList, aten.amax.default,
-        aten.amin.default, aten.cat.default, aten.constant_pad_nd.default, aten.full.default,
-        aten.index_select.default, aten.embedding.default, aten.bmm.default, aten.mm.default,
-        aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten.sum.default,
-        aten.mean.default,
-    }
-)  # fmt: skip
 
 
 def rows_looked_up(trace: Trace) -> dict[str, int]:
@@ -235,7 +214,7 @@ class _Tracer(Interpreter):
         self.extra_traceback = False  # errors say where already
         self.program = program
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.recorder = _Recorder(self)
+        self.recorder = Recorder(self)
         self.storages: dict[int, Storage] = {}
         self.kept: list[Any] = []  # tensors whose storages are known by address
         self.ops: list[Op] = []
@@ -305,11 +284,20 @@ class _Tracer(Interpreter):
             return target(*args, **kwargs)
         if target in (aten.conv2d.default, aten.conv1d.default):
             return self._convolution(target, args, kwargs)
+        if target in TRANSPOSED:
+            return self._transposed(target, args, kwargs)
+        if target is aten.softmax.int and args[1] % args[0].ndim != args[0].ndim - 1:
+            moved = args[0].movedim(args[1], -1)
+            found = self.call_function(target, (moved, -1, *args[2:]), kwargs)
+            return found.movedim(-1, args[1])
+        if target is aten.layer_norm.default and len(args[1]) > 1:
+            return self._wide_norm(*args, **kwargs)
         if target in NATIVE:
             with self.mode:
                 result = target(*args, **kwargs)
             self.record(target, args, kwargs, result)
             return result
+        target = RECURRENT.get(target, target)
         with self.mode, self.recorder:
             return target(*args, **kwargs)
 
@@ -356,6 +344,52 @@ class _Tracer(Interpreter):
                 result = result.squeeze(2)
         return result
 
+    def _transposed(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        """A transposed convolution as a convolution of an input with gaps."""
+        schema = target._schema.arguments
+        given = {a.name: a.default_value for a in schema} | dict(kwargs)
+        given |= {a.name: v for a, v in zip(schema, args, strict=False)}
+        x, weight = given["input"], given["weight"]
+        flat = target is aten.conv_transpose1d.default
+        names = ("stride", "padding", "output_padding", "dilation")
+        pairs = []
+        for name, least in zip(names, (1, 0, 0, 1), strict=True):
+            sizes = [*given[name]]
+            pairs.append([least, *sizes] if flat else sizes * (2 // len(sizes)))
+        stride, padding, output_padding, dilation = pairs
+        if isinstance(weight, FakeTensor):
+            raise UnsupportedError("a transposed convolution whose weight is computed or quantized")
+        with self.mode, self.recorder:
+            if flat:
+                x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+            x, weight = transposed_convolution(
+                x, weight, stride, padding, output_padding, given["groups"], dilation
+            )
+        result = self._convolution(
+            aten.conv2d.default,
+            (x, weight, given["bias"], [1, 1], [0, 0], dilation, given["groups"]), {},
+        )  # fmt: skip
+        with self.mode, self.recorder:
+            return result.squeeze(2) if flat else result
+
+    def _wide_norm(
+        self, x: Tensor, shape: Sequence[int], weight: Tensor | None = None,
+        bias: Tensor | None = None, eps: float = 1e-5, cudnn: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """A LayerNorm over several dimensions as one over their product."""
+        size, first = 1, x.ndim - len(shape)
+        for length in shape:
+            size *= length
+        with self.mode, self.recorder:
+            flat = x.flatten(first)
+            scale, shift = (None if p is None else p.reshape(size) for p in (weight, bias))
+        found = self.call_function(
+            aten.layer_norm.default, (flat, [size], scale, shift, eps, cudnn), {}
+        )
+        with self.mode, self.recorder:
+            whole: Tensor = found.reshape(x.shape)
+        return whole
+
     def record(self, target: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note an op, unless all that it made are views."""
 
@@ -376,6 +410,25 @@ class _Tracer(Interpreter):
         for made in op.outputs:
             made.storage.maker = op
         self.ops.append(op)
+
+    def assign(self, target: Tensor, value: Tensor) -> None:
+        """From now on the memory of `target` holds `value` there; what was read before stays."""
+        at, new = self.ref(target), self.ref(value)
+        address = _address(target)
+        full = at.numel == at.storage.size and new.numel == new.storage.size and not new.offset
+        if full and at.strides == new.strides and new.storage.constant is None:
+            self.storages[address] = new.storage
+            return
+        old = at.storage
+        made = Storage(old.dtype, old.size)
+        before, after = (Ref(s, s.dtype, 0, (s.size,), (1,)) for s in (old, made))
+        place_of = Ref(made, at.dtype, at.offset, at.shape, at.strides)
+        op = Op(OVERWRITE, (before, new), {"to": place_of}, (after,), self.label)
+        for ref in (before, new):
+            ref.storage.readers.append(op)
+        made.maker = op
+        self.ops.append(op)
+        self.storages[address] = made
 
     def ref(self, value: Tensor) -> Ref:
         """The tensor as a view of a known storage; constants are taken in."""
@@ -408,88 +461,3 @@ class _Tracer(Interpreter):
 
 def _address(value: Tensor) -> int:
     return int(value.untyped_storage()._cdata)
-
-
-class _Recorder(TorchDispatchMode):
-    """Records the basic ops that torch reduces an op to."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
-        self.decompositions = torch._decomp.core_aten_decompositions()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
-            with _disable_current_modes():
-                return func(*args, **kwargs)
-        if func is aten.as_strided_.default:  # only says how the memory is walked
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:
-            raise UnsupportedError(f"'{func}' changes a tensor in place")
-        if func is aten.index.Tensor:
-            moved = self._moved(args)
-            if moved is not None:
-                return moved
-        if func in (aten.bitwise_and.Tensor, aten.__and__.Tensor):
-            kept = self._unmasked(*args)
-            if kept is not None:
-                return kept
-        if func not in BASIC and not _is_view(func):
-            decomposition = self.decompositions.get(func)
-            if decomposition is not None:
-                with self:
-                    result = decomposition(*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-        result = func(*args, **kwargs)
-        before = len(self.tracer.ops)
-        self.tracer.record(func, args, kwargs, result)
-        if len(self.tracer.ops) > before and func not in BASIC and not _copies(func):
-            raise UnsupportedError(f"the code generator does not know '{func}'")
-        return result
-
-    def _unmasked(self, a: Any, b: Any) -> Tensor | None:
-        """The other operand, where one is constant and true throughout."""
-        for constant, other in ((a, b), (b, a)):
-            if isinstance(constant, Tensor) and not isinstance(constant, FakeTensor):
-                with _disable_current_modes():
-                    true = constant.dtype == torch.bool and bool(constant.all())
-                if true and other.dtype == torch.bool:
-                    shape = torch.broadcast_shapes(constant.shape, other.shape)
-                    kept: Tensor = other.expand(shape)
-                    return kept
-        return None
-
-    def _moved(self, args: Any) -> Tensor | None:
-        """Indexing by constants that is a strided view after all, or None."""
-        source, indices = args
-        if any(isinstance(i, FakeTensor) for i in indices if i is not None):
-            return None
-        with _disable_current_modes():
-            places = torch.arange(source.numel()).reshape(source.shape)
-            taken = places[tuple(slice(None) if i is None else i for i in indices)]
-            strides = []
-            first = int(taken.flatten()[0]) if taken.numel() else 0
-            for dim, size in enumerate(taken.shape):
-                step = 0 if size < 2 else int(taken.select(dim, 1).flatten()[0]) - first
-                strides.append(step)
-            same = torch.full(taken.shape, first)
-            for dim, (size, step) in enumerate(zip(taken.shape, strides, strict=True)):
-                shape = [1] * taken.ndim
-                shape[dim] = size
-                same = same + (torch.arange(size) * step).reshape(shape)
-            affine = torch.equal(same, taken) and all(s >= 0 for s in strides)
-        if not affine or not source.is_contiguous():
-            return None
-        moved: Tensor = source.as_strided(taken.shape, strides, source.storage_offset() + first)
-        return moved
-
-
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info is not None for r in func._schema.returns)
-
-
-def _copies(func: Any) -> bool:
-    return func in (aten.clone.default, aten._to_copy.default)

@@ -185,12 +185,18 @@ def round_half_even(value: Any, lanes: int = LANES) -> Any:
     return intrinsic("llvm.rint", named(FLOAT, lanes), value)
 
 
+def is_nan(value: Any, lanes: int = LANES) -> Any:
+    """By its bits: TVM takes a comparison of a value with itself for true."""
+    size = bits(value, "int32", lanes) & integer(0x7FFFFFFF, lanes)
+    return size > integer(0x7F800000, lanes)
+
+
 def round_bfloat16(value: Any, lanes: int = LANES) -> Any:
     """The nearest bfloat16 number, half to even, as a float32; NaN stays NaN."""
     have = bind(bits(value, "int32", lanes))
     odd = (have >> integer(16, lanes)) & integer(1, lanes)
     rounded = have + (odd + integer(0x7FFF, lanes))
-    kept = T.Select(value == value, rounded, have | integer(0x400000, lanes))
+    kept = T.Select(is_nan(value, lanes), have | integer(0x400000, lanes), rounded)
     return bits(bind(kept & integer(-0x10000, lanes)), FLOAT, lanes)
 
 
@@ -228,6 +234,40 @@ def exp(x: Any, lanes: int = LANES) -> Any:
         23, lanes
     )
     return bind(p * bits(power, FLOAT, lanes))
+
+
+def expm1(x: Any, lanes: int = LANES) -> Any:
+    """e^x − 1, relative error below 5e-7: Taylor's series below 0.35, where e^x − 1 cancels."""
+    series = polynomial(x, [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0], lanes) * x
+    one, near = number(1.0, lanes), number(0.35, lanes)
+    small = maximum(x, number(0.0, lanes) - x) < near
+    return bind(T.Select(small, series, exp(x, lanes) - one))
+
+
+def log1p(x: Any, lanes: int = LANES) -> Any:
+    """log(1 + x): the rounding of 1 + x is taken out (Higham 2002, section 1.14.1)."""
+    one = number(1.0, lanes)
+    total = bind(one + x)
+    log = bind(intrinsic("llvm.log", named(FLOAT, lanes), total))
+    small, none = bind(total - one), number(0.0, lanes)
+    # Where 1 + x is 1, it is x; where x is so large that 1 drops out, the correction is 1.
+    plain = T.Select(small == x, log, log * x / small)
+    return bind(T.Select(small == none, x, plain))
+
+
+def remainder(a: Any, b: Any, floored: bool, lanes: int = LANES) -> Any:
+    """What division leaves, with the sign of b where it is floored, else of a."""
+    none = number(0.0, lanes)
+    quotient = bind(intrinsic("llvm.trunc", named(FLOAT, lanes), a / b))
+    rest = bind(fma(none - quotient, b, a, lanes))
+    size = bind(maximum(b, none - b))
+    # a / b may have rounded up to a whole number: one step back.
+    rest = bind(T.Select(a < none, T.Select(rest > none, rest - size, rest),
+                         T.Select(rest < none, rest + size, rest)))  # fmt: skip
+    if not floored:
+        return rest
+    return bind(T.Select(b < none, T.Select(rest > none, rest + b, rest),
+                         T.Select(rest < none, rest + b, rest)))  # fmt: skip
 
 
 # erf(x) ≈ x·P(x²)/Q(x²) on |x| ≤ 4: the minimax rational of Eigen's float erf.

@@ -24,6 +24,10 @@ def elementwise(name: str, arguments: Sequence[Argument], expression: Expression
 
         def run(row: Any, first: Any, width: int) -> None:
             place = emitter.coordinates(row)
+            if expression.wanders:
+                with code.loop(width) as i:
+                    emitter.vector(place, first + i, 1)
+                return
             if width // LANES:
                 with code.loop(width // LANES) as i:
                     emitter.vector(place, first + i * LANES, LANES)
@@ -44,7 +48,7 @@ def elementwise(name: str, arguments: Sequence[Argument], expression: Expression
 
 
 def _accesses(expression: Expression) -> list[Access]:
-    found = [a for s in expression.steps for a in (s.access, s.index) if a is not None]
+    found = [a for s in expression.steps for a in (s.access, *s.indices) if a is not None]
     return found + [access for _, access in expression.stores]
 
 
@@ -68,9 +72,12 @@ def collapsed(expression: Expression) -> Expression:
     if len(shape) == len(expression.shape):
         return expression
 
-    def swap(access: Access | None) -> Access | None:
-        return None if access is None else replace(access, strides=tuple(strides[access]))
+    def swap(access: Access) -> Access:
+        return replace(access, strides=tuple(strides[access]))
 
-    steps = tuple(replace(s, access=swap(s.access), index=swap(s.index)) for s in expression.steps)
+    steps = tuple(
+        replace(s, access=s.access and swap(s.access), indices=tuple(map(swap, s.indices)))
+        for s in expression.steps
+    )
     stores = tuple((i, replace(a, strides=tuple(strides[a]))) for i, a in expression.stores)
     return Expression(tuple(shape), steps, stores)

@@ -46,12 +46,13 @@ class Step:
 
     Attributes:
         op: a name in `OPS`, or `anchor` (the result of the kernel that the expression follows),
-            `load` (with an access), `lookup` (an access into a table whose row is read from
-            `index`; numbers: elements from row to row, rows), `constant`.
+            `load` (with an access), `lookup` (an access into a table whose rows, in one or more
+            of its dimensions, are read from `indices`; numbers: for each of them the elements
+            from row to row and the rows; negative ones count from the end), `constant`.
         dtype: of the value.
         values: indices of earlier steps.
         access: for `load` and `lookup`.
-        index: for `lookup`, where the row numbers lie; of stride 0 along the last dimension.
+        indices: for `lookup`, where the row numbers lie.
         numbers: constants of the op.
     """
 
@@ -60,7 +61,12 @@ class Step:
     values: tuple[int, ...] = ()
     access: Access | None = None
     numbers: tuple[float, ...] = ()
-    index: Access | None = None
+    indices: tuple[Access, ...] = ()
+
+    @property
+    def wanders(self) -> bool:
+        """Whether neighbours along the last dimension are looked up apart."""
+        return any(index.strides and index.strides[-1] for index in self.indices)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,11 @@ class Expression:
     def rows(self) -> int:
         """The product of all dimensions but the last."""
         return prod(self.shape[:-1])
+
+    @property
+    def wanders(self) -> bool:
+        """Whether it must be computed element by element."""
+        return any(step.wanders for step in self.steps)
 
     @property
     def width(self) -> int:
@@ -162,26 +173,40 @@ def _unary(name: str, lanes: int, dtype: str, x: Any, numbers: tuple[float, ...]
             return code.round_half_even(x, lanes)
         case "not":
             return _select(x, _truth(False, lanes), _truth(True, lanes))
-        case "log" | "sin" | "cos" | "floor" | "ceil":
+        case "isnan":
+            return code.is_nan(x, lanes)
+        case "sign":
+            one = code.spread(T.Cast(dtype, T.int32(1)), lanes)
+            return _select(x > zero, one, _select(x < zero, zero - one, x))
+        case "expm1":
+            return code.expm1(x, lanes)
+        case "log1p":
+            return code.log1p(x, lanes)
+        case _ if name in LIBRARY:
             return code.intrinsic(f"llvm.{name}", code.named(FLOAT, lanes), x)
     raise UnsupportedError(f"no elementwise op '{name}'")
 
 
-UNARY = frozenset({
+LIBRARY = frozenset({
+    "log", "log2", "log10", "exp2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
+    "floor", "ceil", "trunc",
+})  # fmt: skip
+UNARY = LIBRARY | frozenset({
     "neg", "abs", "relu", "sqrt", "rsqrt", "reciprocal", "exp", "erf",
     "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "clamp",
-    "leaky_relu", "round", "not", "log", "sin", "cos", "floor", "ceil",
+    "leaky_relu", "round", "not", "sign", "expm1", "log1p", "isnan",
 })  # fmt: skip
 BINARY = frozenset({
     "add", "sub", "mul", "div", "maximum", "minimum", "pow", "eq",
-    "ne", "lt", "le", "gt", "ge", "and", "or",
+    "ne", "lt", "le", "gt", "ge", "and", "or", "atan2", "fmod", "remainder", "floordiv",
+    "xor", "bitand", "bitor", "bitxor", "shl", "shr",
 })  # fmt: skip
 # quantize divides by a scale; quantize_by multiplies with the two factors of `division.factors`.
 OTHER = frozenset({"where", "cast", "quantize", "quantize_by", "dequantize"})
 OPS = UNARY | BINARY | OTHER
 
 
-def _binary(name: str, lanes: int, a: Any, b: Any) -> Any:
+def _binary(name: str, lanes: int, dtype: str, a: Any, b: Any) -> Any:
     match name:
         case "add":
             return a + b
@@ -211,8 +236,29 @@ def _binary(name: str, lanes: int, a: Any, b: Any) -> Any:
             return a >= b
         case "and":
             return T.And(a, b) if lanes == 1 else _select(a, b, a)
+        case "xor":
+            turned = _select(b, _truth(False, lanes), _truth(True, lanes))
+            return _select(a, turned, b)
         case "or":
             return T.Or(a, b) if lanes == 1 else _select(a, a, b)
+        case "atan2":
+            return code.intrinsic("llvm.atan2", code.named(FLOAT, lanes), a, b)
+        case "fmod" | "remainder":
+            if dtype != FLOAT:
+                return T.truncmod(a, b) if name == "fmod" else T.floormod(a, b)
+            return code.remainder(a, b, name == "remainder", lanes)
+        case "floordiv":
+            return T.floordiv(a, b)
+        case "bitand":
+            return T.bitwise_and(a, b)
+        case "bitor":
+            return T.bitwise_or(a, b)
+        case "bitxor":
+            return T.bitwise_xor(a, b)
+        case "shl":
+            return T.shift_left(a, b)
+        case "shr":
+            return T.shift_right(a, b)
     raise UnsupportedError(f"no elementwise op '{name}'")
 
 
@@ -230,7 +276,8 @@ class Emitter:
             row = row // size if size > 1 else row
         return found
 
-    def _start(self, access: Access, row: list[Any], column: Any) -> Any:
+    def start(self, access: Access, row: list[Any], column: Any) -> Any:
+        """The index of an access's element at those coordinates."""
         start: Any = access.offset
         strides = access.strides or (0,)  # a single number
         for index, stride in zip([*row, column], strides, strict=True):
@@ -273,7 +320,7 @@ class Emitter:
             stride = access.strides[-1] if access.strides else 1
             code.store(
                 self.buffers[access.argument],
-                self._start(access, row, column),
+                self.start(access, row, column),
                 value,
                 lanes,
                 stride,
@@ -286,7 +333,7 @@ class Emitter:
         if step.op == "anchor":
             return anchor
         if step.op == "load" and access is not None:
-            value = self._read(access, self._start(access, row, column), lanes)
+            value = self._read(access, self.start(access, row, column), lanes)
             if access.dtype in ("int8", "uint8"):  # integers travel as int32
                 value = code.cast(value, "int32", lanes)
             return value
@@ -312,7 +359,7 @@ class Emitter:
             return q * given[1]
         if step.op in UNARY:
             return _unary(step.op, lanes, step.dtype, given[0], step.numbers)
-        return _binary(step.op, lanes, *given)
+        return _binary(step.op, lanes, step.dtype, *given)
 
     def _cast(self, step: Step, value: Any, lanes: int) -> Any:
         have = self.expression.steps[step.values[0]].dtype
@@ -331,23 +378,24 @@ class Emitter:
         return value if have == want else code.cast(value, want, lanes)
 
     def _lookup(self, step: Step, access: Access, row: list[Any], column: Any, lanes: int) -> Any:
-        if step.index is None or (lanes > 1 and step.index.strides[-1]):
+        if lanes > 1 and step.wanders:
             raise UnsupportedError("a lookup's row must not vary along the last dimension")
-        distance, rows = (int(n) for n in step.numbers)
-        found = code.load(
-            self.buffers[step.index.argument], self._start(step.index, row, column), 1
-        )
-        # Never read outside the table, whatever the caller passed.
-        found = T.Cast(
-            "int32",
-            T.min(
-                T.max(found, T.Cast(step.index.dtype, T.int32(0))),
-                T.Cast(step.index.dtype, T.int32(rows - 1)),
-            ),
-        )
-        start = self._start(access, row, column) + code.bind(found) * distance
+        start = self.start(access, row, column)
+        for index, distance, rows in zip(
+            step.indices, step.numbers[::2], step.numbers[1::2], strict=True
+        ):
+            start = start + self.found(index, row, column, int(rows)) * int(distance)
         value = self._read(access, start, lanes)
         return code.cast(value, "int32", lanes) if access.dtype in ("int8", "uint8") else value
+
+    def found(self, index: Access, row: list[Any], column: Any, rows: int) -> Any:
+        """The row number that is read there: never outside the table, whatever it holds."""
+        number = code.bind(
+            code.load(self.buffers[index.argument], self.start(index, row, column), 1)
+        )
+        zero, count, one = (T.Cast(index.dtype, T.int32(n)) for n in (0, rows, 1))
+        number = T.Select(number < zero, number + count, number)
+        return code.bind(T.Cast("int32", T.min(T.max(number, zero), count - one)))
 
     def value(self, row: list[Any], column: Any, lanes: int) -> Any:
         """The last step's value, where the expression is another kernel's input."""
@@ -362,13 +410,12 @@ class Emitter:
         """The same with dimension `dim` last, so that vectors run along it."""
         order = [i for i in range(len(self.expression.shape)) if i != dim] + [dim]
 
-        def turn(access: Access | None) -> Access | None:
-            if access is None:
-                return None
+        def turn(access: Access) -> Access:
             return replace(access, strides=tuple(access.strides[i] for i in order))
 
         steps = tuple(
-            replace(s, access=turn(s.access), index=turn(s.index)) for s in self.expression.steps
+            replace(s, access=s.access and turn(s.access), indices=tuple(map(turn, s.indices)))
+            for s in self.expression.steps
         )
         shape = tuple(self.expression.shape[i] for i in order)
         return Emitter(Expression(shape, steps, ()), self.buffers)

@@ -234,15 +234,17 @@ def test_a_single_number(writer: Any, run: Run) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_lookups_never_leave_the_table(writer: Any, run: Run, dtype: torch.dtype) -> None:
-    """Rows that the table has not are taken for the nearest that it has."""
+    """Negative rows count from the end; those that the table has not are the nearest it has."""
     table = (normal(10, 21) * 40).to(dtype)
     index = torch.tensor([3, 0, 9, 10, -1, 2**40, -(2**40)])
     kind = str(dtype).removeprefix("torch.")
     e = writer((7, 21), table, index)
     place, where = e.access(table, (0, 1)), e.access(index, (1, 0))
-    e.store(e.step("lookup", kind, access=place, index=where, numbers=(21, 10)), dtype)
+    e.store(e.step("lookup", kind, access=place, indices=(where,), numbers=(21, 10)), dtype)
     (found,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
-    assert torch.equal(found.reshape(7, 21), table[index.clamp(0, 9)])
+    assert torch.equal(
+        found.reshape(7, 21), table[torch.where(index < 0, index + 10, index).clamp(0, 9)]
+    )
 
 
 def test_refusals(writer: Any) -> None:
@@ -251,11 +253,19 @@ def test_refusals(writer: Any) -> None:
     e.store(e.step("gamma", "float32", e.load(x), e.load(x)))
     with pytest.raises(UnsupportedError, match="no elementwise op 'gamma'"):
         elementwise("e", e.arguments, e.expression)
-    e = writer((20,), x, torch.zeros(20, dtype=torch.int64))
-    where = e.access(e.tensors[1], (1,))
-    e.store(e.step("lookup", "float32", access=e.access(x, (0,)), index=where, numbers=(1, 20)))
-    with pytest.raises(UnsupportedError, match="must not vary along the last dimension"):
-        elementwise("e", e.arguments, e.expression)
+
+
+def test_lookups_element_by_element(writer: Any, run: Run) -> None:
+    """Where each element has its own place, in two dimensions of the table at once."""
+    table = normal(6, 7)
+    rows, columns = torch.tensor([[0, 5, -1]]).expand(4, 3), torch.tensor([[3], [6], [0], [-7]])
+    e = writer((4, 3), table, rows[0].contiguous(), columns.flatten())
+    place = e.access(table, (0, 0))
+    indices = (e.access(e.tensors[1], (0, 1)), e.access(e.tensors[2], (1, 0)))
+    found = e.step("lookup", "float32", access=place, indices=indices, numbers=(7, 6, 1, 7))
+    e.store(e.step("neg", "float32", found))
+    (got,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
+    assert torch.equal(got.reshape(4, 3), -table[rows, columns])
 
 
 @pytest.mark.parametrize("target", ["tvm:aarch64", "tvm:armv7", "tvm:riscv64"])
