@@ -36,8 +36,9 @@ from qcompiler.backends.edge_group import CONV, LINEAR, Constants
 from qcompiler.backends.edge_memory import ALIGN, plan
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
 from qcompiler.backends.edge_model import Tensor as Placed
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
 from qcompiler.backends.edge_target import Machine, machine
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, rows_looked_up, trace
+from qcompiler.backends.edge_trace import rows_looked_up, trace
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.kernels import isa as isas
 from qcompiler.program import Program

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler.backends.edge_group import Group
-from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.backends.edge_ops import Op, Ref
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cache import Cached, cache_elements, cached_attention, write_cache
 from qcompiler.kernels.code import LANES

@@ -38,10 +38,11 @@ from qcompiler.backends.edge_loops import (
     reduced,
     scattered,
 )
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, dense_order
 from qcompiler.backends.edge_packed import packed_product
 from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_rotate import rotation
-from qcompiler.backends.edge_trace import OVERWRITE, Op, Ref, Storage, Trace, dense_order
+from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention, matmul_float

@@ -19,8 +19,8 @@ from qcompiler import ops
 from qcompiler.backends import edge_steps
 from qcompiler.backends.edge_group import CONV, Group, whole
 from qcompiler.backends.edge_integer import Source, integer_product, scaled, start
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
 from qcompiler.backends.edge_packed import packed_product
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import matmul_float, matmul_int8
 from qcompiler.kernels.depthwise import EXACT_TAPS, Window, depthwise

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompiler.backends.edge_trace import Storage
+from qcompiler.backends.edge_ops import Storage
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.program import Program

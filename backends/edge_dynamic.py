@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler import ops
-from qcompiler.backends.edge_trace import Op, Ref, dense_order
+from qcompiler.backends.edge_ops import Op, Ref, dense_order
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.rows import quantize_rows, reduction
 from qcompiler.qtype import QType

@@ -17,8 +17,8 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, dense_order
 from qcompiler.backends.edge_steps import LOOKUPS, NAMES, REDUCE
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, dense_order
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument

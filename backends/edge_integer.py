@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qcompiler import ops
 from qcompiler.backends.edge_group import CONV, LINEAR, Group, Writer, quantized_operand
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_packed import packing
-from qcompiler.backends.edge_trace import Op, Ref, Storage, Trace, Weight
 from qcompiler.kernels import matmul_int8
 from qcompiler.kernels.isa import Isa, zero_shift
 from qcompiler.kernels.matmul_packed import Packing

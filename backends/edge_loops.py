@@ -16,7 +16,7 @@ from qcompiler.kernels.loops import fold, rank, scatter
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_calls import Calls
-    from qcompiler.backends.edge_trace import Op, Ref, Storage
+    from qcompiler.backends.edge_ops import Op, Ref, Storage
 
 aten = torch.ops.aten
 

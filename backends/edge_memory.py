@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcompiler.backends.edge_calls import Call
-from qcompiler.backends.edge_trace import Storage
+from qcompiler.backends.edge_ops import Storage
 
 ALIGN = 64  # bytes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.edge_group import CONV, LINEAR, Group
-from qcompiler.backends.edge_trace import Op, Ref, Weight
+from qcompiler.backends.edge_ops import Op, Ref, Weight
 from qcompiler.kernels import matmul_packed
 from qcompiler.kernels.code import LANES
 from qcompiler.kernels.isa import Isa

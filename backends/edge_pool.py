@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcompiler.backends.edge_group import Group
-from qcompiler.backends.edge_trace import Op, Ref
+from qcompiler.backends.edge_ops import Op, Ref
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.rows import reduction
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.edge_group import Group
-from qcompiler.backends.edge_trace import Op
+from qcompiler.backends.edge_ops import Op
 from qcompiler.errors import UnsupportedError
 from qcompiler.hadamard import sylvester
 from qcompiler.kernels.hadamard import Factor, rotate_rows

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qcompiler import ops
+from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.kernels import division
 from qcompiler.kernels.expression import Step
-
-if TYPE_CHECKING:
-    from qcompiler.backends.edge_trace import Op, Ref, Storage
 
 aten = torch.ops.aten
 

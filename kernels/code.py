@@ -247,7 +247,7 @@ def expm1(x: Any, lanes: int = LANES) -> Any:
 def log1p(x: Any, lanes: int = LANES) -> Any:
     """log(1 + x): the rounding of 1 + x is taken out (Higham 2002, section 1.14.1)."""
     one = number(1.0, lanes)
-    total = bind(one + x)
+    total = bind(fma(x, one, one, lanes))  # a plain sum less one, TVM would simplify to x
     log = bind(intrinsic("llvm.log", named(FLOAT, lanes), total))
     small, none = bind(total - one), number(0.0, lanes)
     # Where 1 + x is 1, it is x; where x is so large that 1 drops out, the correction is 1.

@@ -146,9 +146,9 @@ def _key(value: Any, dtype: str, whole: str) -> Any:
     """An integer that is ordered as the value is; −0 and 0 are equal, NaN is the largest."""
     if dtype != "float32":
         return T.Cast(whole, value)
-    plain = code.bind(value + code.number(0.0, 1))
-    bits = code.bind(code.bits(plain, "int32", 1))
-    turned = T.Select(bits < 0, T.bitwise_xor(bits, T.int32(0x7FFFFFFF)), bits)
+    bits = code.bind(code.bits(value, "int32", 1))
+    below = T.bitwise_xor(bits, T.int32(0x7FFFFFFF)) + T.int32(1)  # −0: −1 + 1
+    turned = T.Select(bits < 0, code.bind(below), bits)
     return T.Select(code.is_nan(value, 1), T.int32(0x7FFFFFFF), turned)
 
 

@@ -22,8 +22,8 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from qcompiler.backends import edge, edge_artifact, edge_load
 from qcompiler.backends.edge_memory import ALIGN, plan
+from qcompiler.backends.edge_ops import Storage
 from qcompiler.backends.edge_target import host_family, machine
-from qcompiler.backends.edge_trace import Storage
 from qcompiler.cli import app
 from qcompiler.compiler import quantize
 from qcompiler.data import Data

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler import ops
-from qcompiler.backends.edge_trace import Ref, Storage, Trace, dense_order, trace
+from qcompiler.backends.edge_ops import Ref, Storage, Trace, dense_order
+from qcompiler.backends.edge_trace import trace
 from qcompiler.errors import UnsupportedError
 from qcompiler.program import Program, capture
 
@@ -98,9 +99,9 @@ def test_quantized_weights_stay_integers() -> None:
 @pytest.mark.parametrize(
     ("formula", "said"),
     [
-        (lambda m, x: x.cumsum(1), "does not know 'aten.cumsum.default'"),
-        (lambda m, x: x.argmax(-1), "does not know 'aten.argmax.default'"),
-        (lambda m, x: x.sort(-1)[0], "does not know 'aten.sort"),
+        (lambda m, x: x.median(-1)[0], "does not know 'aten.median.dim'"),
+        (lambda m, x: x.erfinv(), "does not know 'prims.erf_inv"),
+        (lambda m, x: torch.fft.rfft(x).abs(), "does not know 'aten._fft_r2c"),
     ],
 )
 def test_refusals_name_the_op_and_the_line(formula: Any, said: str) -> None:

@@ -23,6 +23,8 @@ Run = Callable[..., Any]
 
 WIDE = torch.cat([torch.linspace(-30, 30, 3001), torch.tensor([0.0, -0.0, 1e-30, -1e-6, 1e4])])
 POSITIVE = torch.cat([torch.logspace(-20, 20, 2000), torch.tensor([1.0])])
+SMALL = torch.cat([torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500), torch.zeros(1)])
+UNIT = torch.linspace(-1, 1, 999)
 HALVES = torch.cat([torch.arange(-50, 50) / 2, torch.linspace(-9, 9, 777)])
 
 # op: inputs, numbers, reference in float64, rtol, atol. Zero for both: the correctly rounded value.
@@ -51,14 +53,32 @@ FLOATS: dict[str, tuple[Tensor, tuple[float, ...], Callable[[Tensor], Tensor], f
     "cos": (WIDE[:3001], (), torch.cos, 0, 2e-7),
     "floor": (HALVES, (), torch.floor, 0, 0),
     "ceil": (HALVES, (), torch.ceil, 0, 0),
+    "trunc": (HALVES, (), torch.trunc, 0, 0),
+    "sign": (WIDE, (), torch.sign, 0, 0),
+    "expm1": (SMALL, (), torch.expm1, 5e-7, 0),
+    "log1p": (torch.cat([SMALL[SMALL > -1], POSITIVE]), (), torch.log1p, 4e-7, 0),
+    "log2": (POSITIVE, (), torch.log2, 2e-7, 1e-7),
+    "log10": (POSITIVE, (), torch.log10, 2e-7, 1e-7),
+    "exp2": (torch.linspace(-120, 120, 1001), (), torch.exp2, 2e-7, 0),
+    "tan": (SMALL, (), torch.tan, 3e-7, 0),
+    "asin": (UNIT, (), torch.asin, 4e-7, 0),
+    "acos": (UNIT, (), torch.acos, 4e-7, 2e-7),
+    "atan": (WIDE, (), torch.atan, 3e-7, 0),
+    "sinh": (WIDE[:3001], (), torch.sinh, 4e-7, 0),
+    "cosh": (WIDE[:3001], (), torch.cosh, 4e-7, 0),
 }
 PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
     "maximum": torch.maximum, "minimum": torch.minimum, "pow": torch.pow,
     "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge,
-    "and": torch.logical_and, "or": torch.logical_or,
+    "and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor,
+    "atan2": torch.atan2, "fmod": torch.fmod, "remainder": torch.remainder,
 }  # fmt: skip
-TRUTHS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or"})
+TRUTHS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"})
+WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "floordiv": lambda a, b: a // b, "bitand": torch.bitwise_and, "bitor": torch.bitwise_or,
+    "bitxor": torch.bitwise_xor, "shl": torch.bitwise_left_shift, "shr": torch.bitwise_right_shift,
+}  # fmt: skip
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,9 +86,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_no_op_is_forgotten() -> None:
-    assert {*FLOATS, "not"} == UNARY
-    assert {*PAIRS} == BINARY
-    assert {*FLOATS, *PAIRS, "not", "where", "cast", "quantize", "quantize_by", "dequantize"} == OPS
+    assert {*FLOATS, "not", "isnan"} == UNARY
+    assert {*PAIRS, *WHOLE} == BINARY
+    assert {
+        *FLOATS,
+        *PAIRS,
+        *WHOLE,
+        "not",
+        "isnan",
+        "where",
+        "cast",
+        "quantize",
+        "quantize_by",
+        "dequantize",
+    } == OPS
 
 
 @pytest.mark.parametrize("op", FLOATS)
@@ -105,7 +136,7 @@ def test_pairs(writer: Any, run: Run, op: str) -> None:
     a, b = normal(3, 37), normal(3, 37, seed=1)
     b[:, ::3] = a[:, ::3]
     kind = "float32"
-    if op in ("and", "or"):
+    if op in ("and", "or", "xor"):
         a, b, kind = a > 0, b > 0, "bool"
     if op == "pow":
         a = a.abs() + 0.1
@@ -115,22 +146,26 @@ def test_pairs(writer: Any, run: Run, op: str) -> None:
     e.store(e.step(op, kind, e.load(a), e.load(b)), getattr(torch, kind))
     (found,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
     want = PAIRS[op](a, b) if kind == "bool" else PAIRS[op](a.double(), b.double()).float()
-    if op == "pow":
-        torch.testing.assert_close(found.reshape(3, 37), want, rtol=2e-7, atol=0)
+    if op in ("pow", "atan2", "fmod", "remainder"):
+        # A quotient that rounds to a whole number leaves a rest of that rounding.
+        atol = 0 if op == "pow" else 1e-6
+        torch.testing.assert_close(found.reshape(3, 37), want, rtol=3e-7, atol=atol)
     else:
         assert torch.equal(found.reshape(3, 37), want)
 
 
-@pytest.mark.parametrize("op", ["add", "sub", "mul", "maximum", "minimum", "lt", "eq"])
+@pytest.mark.parametrize(
+    "op", ["add", "sub", "mul", "maximum", "minimum", "lt", "eq", "fmod", "remainder", *WHOLE]
+)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_whole_numbers(writer: Any, run: Run, op: str, dtype: torch.dtype) -> None:
     a = torch.arange(-20, 21).to(dtype) * 1000003 % 4001
-    b = a.flip(0) - 7
+    b = a.flip(0) % 20 + 1 if op in ("shl", "shr") else a.flip(0) - 7
     kind = "bool" if op in TRUTHS else str(dtype).removeprefix("torch.")
     e = writer((41,), a, b)
     e.store(e.step(op, kind, e.load(a), e.load(b)), getattr(torch, kind))
     (found,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
-    assert torch.equal(found, PAIRS[op](a, b))
+    assert torch.equal(found, (PAIRS | WHOLE)[op](a, b))
 
 
 def test_where_and_not(writer: Any, run: Run) -> None:
@@ -142,6 +177,14 @@ def test_where_and_not(writer: Any, run: Run) -> None:
     e.store(e.step("where", "float32", always, first, second))
     (found,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
     assert torch.equal(found, torch.maximum(a, b))
+
+
+def test_nan_is_found(writer: Any, run: Run) -> None:
+    x = torch.tensor([0.0, math.nan, math.inf, -math.inf, -math.nan, 1.0] * 5)
+    e = writer((30,), x)
+    e.store(e.step("isnan", "bool", e.load(x)), torch.bool)
+    (found,) = run(elementwise("e", e.arguments, e.expression), e, isas.VNNI)
+    assert torch.equal(found, x.isnan())
 
 
 CASTS = [
