@@ -250,15 +250,14 @@ def test_models_of_torch(tmp_path: Path, name: str, recipe: str) -> None:
 @pytest.mark.parametrize(
     ("module", "shape", "said"),
     [
-        (nn.Sequential(nn.Upsample(scale_factor=2)), (1, 4, 8, 8), "does not know 'aten.upsample"),
-        (nn.LSTM(8, 8, batch_first=True), (1, 5, 8), "does not know 'aten."),
-        (nn.Sequential(nn.Softmax(1)), (1, 4, 8), "softmax over other than the last dimension"),
+        (nn.Sequential(nn.Conv3d(3, 4, 3)), (1, 3, 5, 5, 5), "does not know 'aten.convolution"),
+        (nn.Sequential(nn.LocalResponseNorm(3)), (1, 4, 8, 8), "does not know 'aten.avg_pool3d"),
         (
             nn.Sequential(nn.AvgPool2d(2, 2, 1, count_include_pad=False)), (1, 4, 8, 8),
             "a pool whose windows count different numbers",
         ),
     ],
-    ids=["upsample", "lstm", "softmax", "pool"],
+    ids=["three dimensions", "local response", "pool"],
 )  # fmt: skip
 def test_what_is_refused(
     tmp_path: Path, module: nn.Module, shape: tuple[int, ...], said: str
