@@ -6,7 +6,7 @@ by those for a GPU, and products with quantized weights read float16 activations
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_group import Group, Writer
-from qcompiler.backends.edge_trace import Op, Ref, Weight
+from qcompiler.backends.edge_ops import Op, Ref, Weight
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import cuda_cache, cuda_expressions
 from qcompiler.kernels.cuda_skinny import choose, skinny
@@ -52,7 +52,7 @@ class CudaCalls(Calls):
 
     def add(
         self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
-        written: int = 0,
+        written: int = 0, also: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """As for a CPU, with the GPU's kernel of that kind."""
         if kind != "skinny":
@@ -63,7 +63,7 @@ class CudaCalls(Calls):
             def build(name: str) -> Any:
                 return made(name, writer.kernel_arguments(), key)
 
-        super().add(kind, label, key, build, writer, written)
+        super().add(kind, label, key, build, writer, written, also)
 
     def _linear(self, g: Group, op: Op) -> None:
         weight = op.args[1].storage.weight
