@@ -105,10 +105,10 @@ def _source(op: Op) -> Source | None:
         if found is not None:
             return Source(found, pads, found.args[0])
         maker = ref.storage.maker
+        if maker is not None and maker.target is ops.dequantize:
+            return _seen_otherwise(ref, maker, pads)
         if op.target is not CONV or maker is None:
             return None
-        if maker.target is ops.dequantize:
-            return _seen_otherwise(ref, maker, pads)
         if len(maker.out.storage.readers) > 1:
             return None
         if maker.target is aten.clone.default and maker.out.shape == maker.args[0].shape:
@@ -126,7 +126,7 @@ def _source(op: Op) -> Source | None:
 
 
 def _seen_otherwise(ref: Ref, maker: Op, pads: tuple[int, int, int, int]) -> Source | None:
-    """The integers behind a view of a dequantized tensor: a signal as an image of one row."""
+    """The integers behind a view of a dequantized tensor: an image of one row, or a flat one."""
     q, out = maker.args[0], maker.out
     if quantized_operand(out) is None or (q.shape, q.strides) != (out.shape, out.strides):
         return None
