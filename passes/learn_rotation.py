@@ -44,6 +44,7 @@ from qcompiler.rotatable import heads_obstacle, stream_obstacle, stream_readers
 
 RATE = 0.5  # of the first step; SpinQuant takes 1.5 with larger batches
 MOMENTUM = 0.9
+COMPARED = 4  # texts at most over which the matrices found are compared with none
 SAVED = 10  # steps between two states in the journal
 Progress = Callable[[str], None]
 
@@ -56,11 +57,14 @@ class Learned:
         matrices: "R1.0", "R2.3", …: (n, n) float64, orthogonal; see `fuse_rotation`.
         losses: KL in nats of each step, before it.
         resumed: steps that were taken from a journal.
+        kept: whether they beat the rotations that were there, over the last texts; else there are
+            no matrices.
     """
 
     matrices: Mapping[str, Tensor]
     losses: tuple[float, ...]
     resumed: int = 0
+    kept: bool = True
 
 
 @dataclass
@@ -124,7 +128,17 @@ def learn_rotation(
             say(f"learn_rotation: step {step + 1} of {steps}, KL {state.losses[-1]:.4f}")
         if path is not None and ((step + 1) % SAVED == 0 or step + 1 == steps):
             state.save(path, fingerprint)
-    return Learned(state.matrices, tuple(state.losses), resumed)
+    # Steps see one text each and may lead astray: both ends are compared on the same texts.
+    start = {name: torch.eye(size) for name, size in uses.sizes.items()}
+    ends = {name: matrix.float() for name, matrix in state.matrices.items()}
+    before, after = 0.0, 0.0
+    with torch.no_grad():
+        for batch in batches[-COMPARED:]:
+            text = _first_text(program, batch)
+            before += float(_divergence(program, uses, start, text, mask))
+            after += float(_divergence(program, uses, ends, text, mask))
+    kept = after < before
+    return Learned(state.matrices if kept else {}, tuple(state.losses), resumed, kept)
 
 
 class _State:
@@ -199,12 +213,8 @@ def _step(
 ) -> float:
     """One step; the loss before it."""
     leaves = {n: m.float().requires_grad_(True) for n, m in state.matrices.items()}
-    seen = dict(zip(program.inputs, batch, strict=True)).get(mask)
-    with torch.no_grad():
-        wanted = unpadded(program.run(batch)[0], seen).flatten(0, -2).log_softmax(-1)
     with torch.enable_grad():
-        got = unpadded(_run(program, uses, leaves, batch), seen).flatten(0, -2).log_softmax(-1)
-        loss = torch.nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
+        loss = _divergence(program, uses, leaves, batch, mask)
         if not bool(torch.isfinite(loss)):
             raise InputError(
                 "rotation=learned: the quantized model's loss is not finite; check the data, or "
@@ -217,6 +227,17 @@ def _step(
         momentum = MOMENTUM * state.momenta[name] - leaf.grad.double()
         state.matrices[name], state.momenta[name] = cayley(state.matrices[name], momentum, rate)
     return float(loss.detach())
+
+
+def _divergence(
+    program: Program, uses: _Uses, matrices: Mapping[str, Tensor], batch: Batch, mask: str
+) -> Tensor:
+    """KL(float ‖ quantized) of the first output, in nats a row."""
+    seen = dict(zip(program.inputs, batch, strict=True)).get(mask)
+    with torch.no_grad():
+        wanted = unpadded(program.run(batch)[0], seen).flatten(0, -2).log_softmax(-1)
+    got = unpadded(_run(program, uses, matrices, batch), seen).flatten(0, -2).log_softmax(-1)
+    return torch.nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
 
 
 def cayley(r: Tensor, momentum: Tensor, rate: float) -> tuple[Tensor, Tensor]:

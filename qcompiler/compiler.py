@@ -428,6 +428,7 @@ def _learn(
     after = fuse_rotation(program, learned=learned.matrices)
     first, last = (sum(part) / len(part) for part in (learned.losses[:5], learned.losses[-5:]))
     note = f"{len(learned.losses)} steps, KL {first:.4f} to {last:.4f} nats (mean of five)"
+    note += "" if learned.kept else ": no better than the Hadamard rotations, which stay"
     entry = replace(after.history[-1], notes=(*after.history[-1].notes, note))
     return Program(after.exported, (*after.history[:-1], entry))
 

@@ -86,6 +86,19 @@ def test_the_loss_falls_and_the_function_stays(rotated: tuple[Program, Plan, Any
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
+def test_what_is_no_better_is_not_kept(
+    rotated: tuple[Program, Plan, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps up the slope, in place of down."""
+    down = module.cayley
+    monkeypatch.setattr(module, "cayley", lambda r, m, rate: down(r, -m, rate))
+    learned = learn(rotated)
+    assert not learned.kept
+    assert learned.matrices == {}
+    program = rotated[0]
+    assert fuse_rotation(program, learned=learned.matrices).exported is program.exported
+
+
 def test_an_interruption_changes_nothing(
     rotated: tuple[Program, Plan, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
