@@ -23,7 +23,6 @@ from qcompiler.kernels.cuda_weights import Weights, pack
 from qcompiler.kernels.isa import SCALAR
 
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns
-FEW = 64  # rows of activations that the product takes; more go piece by piece
 GROUPS = (32, 64, 128)
 
 # Kernel → how it is built from the name, the arguments and the call's key.
@@ -75,11 +74,6 @@ class CudaCalls(Calls):
         form = weights_form(weight, op)
         bias = op.args[2] if len(op.args) > 2 else None
         count = prod(op.out.shape[:-1])
-        if count > FEW:
-            raise UnsupportedError(
-                f"'{op.label}' reads {count} rows at once, and GPU targets take {FEW} at most as "
-                "yet; ask for smaller sizes (--bucket)"
-            )
         x = self._half(op.args[0], op.label)
         self.constants.held.append(weight)
         packed = self.constant((id(weight.q), form), lambda: _packed(weight, form))

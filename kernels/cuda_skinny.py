@@ -57,6 +57,9 @@ class Skinny:
         return self.tiles * _aligned(form.stage_bytes) + tokens * form.stage * 2
 
 
+FEW = 64  # tokens of a block
+
+
 def _whole(tokens: int) -> int:
     return -(-tokens // 8) * 8
 
@@ -67,6 +70,7 @@ def _aligned(size: int) -> int:
 
 def choose(tokens: int, form: Weights, processors: int = 132) -> Skinny:
     """A partition that fills the GPU: wide tiles where activations would cost more than weights."""
+    tokens = min(tokens, FEW)
     tiles = 1 if tokens <= 4 else 4 if 16 < tokens <= 32 else 2
     if 3 * processors <= form.tiles <= 4 * processors:  # all at once with two blocks a processor
         tiles = max(tiles, 2)
@@ -96,26 +100,28 @@ def skinny(
         name: of the function.
         arguments: x (M·K float16), packed weights (uint8), out (M·N float16); without groups also
             the rows' scales (N float32). With an expression there is no out, and its own follow.
-        tokens: M, at most 64.
+        tokens: M; where there are more than 64, other blocks take the rest and read weights again.
         form: of the weights.
         how: the partition.
         expression: over (…, N), with the float32 sums as value 0; it stores them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
+    whole, tokens = tokens, min(tokens, FEW)  # of all, and of a block
     columns = _whole(tokens) // 8  # fragments of 8 tokens
     slot, wide = how.slot(tokens, form), _aligned(form.stage_bytes)
     turns = -(-form.stages // warps)
     pieces = form.stage * 2 // 16  # 16-byte pieces of a token in a stage
     groups = form.stage // form.group if form.group else 1
     steps = form.stage // 16 // groups  # k16 steps of a group
-    blocks = -(-form.tiles // tiles)
+    blocks = (-(-form.tiles // tiles), -(-whole // tokens))
     words = form.bits // 4  # of a lane for a k16 step
-    with cuda_kernel(name, arguments, (blocks,), warps * WARP, how.shared(tokens, form)) as (
-        made, buffers, (block,), thread, memory,
+    with cuda_kernel(name, arguments, blocks, warps * WARP, how.shared(tokens, form)) as (
+        made, buffers, (block, token_block), thread, memory,
     ):  # fmt: skip
         x, packed = buffers[:2]
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         mine = T.Bind(warp * (ring * slot))
+        first_token = T.Bind(token_block * tokens)
         total = registers(tiles * columns * 4, "float32")
         part = registers(tiles * columns * 4, "float32")
         held = registers(tiles * 4, "int32")  # 16 bytes of packed weights of each tile
@@ -144,9 +150,10 @@ def skinny(
                 token, chunk = T.Bind(at // pieces), T.Bind(at % pieces)
                 to = mine + place * slot + tiles * wide + token * (form.stage * 2)
                 k = T.Bind(stage * form.stage + chunk * 8)
-                valid = k < form.depth
+                row = T.Bind(first_token + token)
+                valid = T.Bind(T.And(k < form.depth, row < whole))
                 call("qc_copy16", address(memory, to + T.bitwise_xor(chunk, token % 8) * 16),
-                     address(x, token * form.depth + T.Select(valid, k, 0)),
+                     address(x, T.Select(valid, T.cast(row, "int64") * form.depth + k, T.int64(0))),
                      T.cast(valid, "int32"))  # fmt: skip
 
             each(tokens * pieces, stage < form.stages, piece)
@@ -250,8 +257,10 @@ def skinny(
         count = rows * tokens
         for first in range(0, count, warps * WARP):
             index = T.Bind(thread + first)
-            row, token = T.Bind(block * rows + index % rows), T.Bind(index // rows)
-            with T.If(T.And(index < count, row < form.rows)), T.Then():
+            row = T.Bind(block * rows + index % rows)
+            token = T.Bind(first_token + index // rows)
+            inside = T.And(index < count, T.And(row < form.rows, token < whole))
+            with T.If(inside), T.Then():
                 value = sums[index]
                 for other in range(1, warps):
                     value = value + sums[other * room + index]
