@@ -20,6 +20,7 @@ from qcompiler.data import Data
 from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.journal import Journal, fingerprint
+from qcompiler.mixer import Mixer
 from qcompiler.observe import Statistics, choose_range, observe
 from qcompiler.passes.allocate import allocate
 from qcompiler.passes.correct_bias import correct_bias, measure_bias
@@ -262,7 +263,8 @@ def quantize(
     choice: dict[str, Any] = {}
     if recipe.mixed:
         assert study is not None
-        recipe, choice = mixed.choose(program, data, recipe, target, study, say, jobs, ray)
+        mixer = Mixer(program, data, recipe, target, study, say, jobs, ray)
+        recipe, choice = mixed.choose(mixer)
     split = split_layers(program, recipe)
     if split:
         say("split_columns")
@@ -409,7 +411,7 @@ def study(
     )  # fmt: skip
     data = Data(program, spec, recipe)
     ready = prepare(program, data, recipe, target, say)
-    return mixed.explore(ready.program, data, recipe, target, Path(out), say, jobs, ray)
+    return mixed.explore(Mixer(ready.program, data, recipe, target, Path(out), say, jobs, ray))
 
 
 def _learn(

@@ -11,18 +11,15 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qcompiler import allocation, figures
+from qcompiler import allocation, costs, figures
 from qcompiler.allocation import Choice
-from qcompiler.data import Data
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import Format
-from qcompiler.mixer import Mixer, Point, Say
-from qcompiler.program import Program
+from qcompiler.mixer import Mixer, Point
 from qcompiler.recipe import Recipe
 from qcompiler.spec import ModelSpec
 from qcompiler.study import Study
@@ -61,8 +58,17 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     the study, and smoothing prepares for it.
 
     Raises:
-        UnsupportedError: the target has no kernel for a candidate.
+        InputError: budgets that do not go together.
+        UnsupportedError: the target has no kernel for a candidate, or cannot be timed here.
     """
+    others = [recipe.bits, recipe.size, recipe.latency]
+    if recipe.max_loss is not None and any(value is not None for value in others):
+        raise InputError("give max_loss alone: it is what is kept, and size what is minimised")
+    if recipe.latency is not None and not costs.here(target):
+        raise UnsupportedError(
+            f"--latency: this machine is not {target}, so nothing can be timed; give a budget of "
+            "--bits or --size"
+        )
     texts = candidates(recipe, target, spec)
     chosen = [Format.parse(text) for text in texts]
     for wanted in chosen:
@@ -77,27 +83,11 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     return recipe.updated(settings)
 
 
-def choose(
-    program: Program,
-    data: Data,
-    recipe: Recipe,
-    target: Target,
-    folder: Path,
-    say: Say,
-    jobs: int = 1,
-    ray: str | None = None,
-) -> tuple[Recipe, dict[str, Any]]:
+def choose(mixer: Mixer) -> tuple[Recipe, dict[str, Any]]:
     """Formats for every unit within the recipe's budget.
 
     Args:
-        program: as it is when formats are allocated.
-        data: calibration data.
-        recipe: with a budget, from `prepared`.
-        target: what will run the model.
-        folder: of the study; made, or gone on with, or used as it is.
-        say: told of each step.
-        jobs: processes that measure.
-        ray: address of a cluster that measures; "local" starts one.
+        mixer: of the program as it is when formats are allocated, its recipe from `prepared`.
 
     Returns:
         The recipe with `formats` and without a budget, and how it came about: for the manifest.
@@ -105,7 +95,7 @@ def choose(
     Raises:
         InputError: nothing is within the budget; says the nearest that is.
     """
-    mixer = Mixer(program, data, recipe, target, folder, say, jobs, ray)
+    recipe = mixer.recipe
     study = mixer.study()
     timed = mixer.time() if recipe.latency is not None else {}
     limits = []
@@ -116,8 +106,6 @@ def choose(
     if recipe.size is not None:
         limits.append(mixer.size_limit(recipe.size))
     if recipe.max_loss is not None:
-        if limits:
-            raise InputError("give max_loss alone: it is what is kept, and size what is minimised")
         allowed = math.log1p(recipe.max_loss) if mixer.settings.logits else 0.5 * recipe.max_loss
         best, tried = mixer.within(allowed, allocation.size)
     else:
@@ -125,27 +113,17 @@ def choose(
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
     described = describe(mixer, study, tried, uniform, front, best) | {"timed": timed}
     write(mixer, front, best)
-    figures.write(described, folder)
+    figures.write(described, mixer.folder)
     return recipe_of(mixer, best), described
 
 
-def explore(
-    program: Program,
-    data: Data,
-    recipe: Recipe,
-    target: Target,
-    folder: Path,
-    say: Say,
-    jobs: int = 1,
-    ray: str | None = None,
-) -> dict[str, Any]:
-    """The study alone, with the plans of the Pareto front; the arguments are those of `choose`."""
-    mixer = Mixer(program, data, recipe, target, folder, say, jobs, ray)
+def explore(mixer: Mixer) -> dict[str, Any]:
+    """The study alone, with the plans of the Pareto front."""
     study = mixer.study()
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
     write(mixer, front)
     described = describe(mixer, study, [], uniform, front)
-    figures.write(described, folder)
+    figures.write(described, mixer.folder)
     return described
 
 

@@ -186,15 +186,7 @@ class Mixer:
 
         Returns:
             What was timed, for the report: milliseconds of the whole model by format.
-
-        Raises:
-            UnsupportedError: this machine is not the target.
         """
-        if not costs.here(self.target):
-            raise UnsupportedError(
-                f"--latency: this machine is not {self.target}, so nothing can be timed; give a "
-                "budget of --bits or --size"
-            )
         spec = self.spec
         batch = max(self.batches[-self.settings.trials :], key=lambda b: b[0].numel())
         phases = {"prefill": _rows(batch)}

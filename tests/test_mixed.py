@@ -144,6 +144,10 @@ def test_recipes_without_a_budget_or_a_kernel(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "needs a budget: --bits" in result.stderr
+    recipe = load_recipe("mixed", {"bits": 4, "max_loss": "1%"})
+    with pytest.raises(InputError, match="give max_loss alone"):
+        qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "b", study=tmp_path / "s")
+    assert not (tmp_path / "s").exists()  # before anything is measured
     recipe = load_recipe("mixed", {"bits": 4, "candidates": "int4:g32/int8:tensor"})
     with pytest.raises(UnsupportedError, match="candidate int4:g32/int8:tensor on target"):
         qcompiler.compile(tower(), recipe=recipe, out=tmp_path / "b")
