@@ -24,6 +24,7 @@ layers that are 576 wide. Streams and heads that `fuse_rotation` refuses are lef
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,8 @@ class _State:
     def load(self, path: Path, fingerprint: str) -> None:
         try:
             found = torch.load(path, weights_only=True)
-        except Exception:  # missing or damaged: it is learned again
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            # Missing or damaged: it is learned again.
             return
         if found.pop("fingerprint", None) == fingerprint:
             vars(self).update(found)

@@ -305,7 +305,9 @@ def find_sources(floating: Program, quantized: Program) -> list[_Site]:
             if bias is not None or layer is None:
                 continue  # an int32 bias is rounded a thousand times finer than what it is added to
             weight = constants[operand(exact[layer.name], 1).name]
-            source = Source(node.name, module_path(layer), "weight", _weight_kind(node, q), paths)
+            source = Source(
+                node.name, module_path(layer), "weight", _weight_kind(node, q, packed), paths
+            )
             site = _Site(source, node, {node: lambda *_, w=weight: w}, [layer], weight)
             found.append(site)
     return found
@@ -322,10 +324,12 @@ def _kind(q: Node) -> str:
     return f"{'uint' if low == 0 else 'int'}{bits}:tensor" + (":affine" if low == 0 else "")
 
 
-def _weight_kind(node: Node, q: Node) -> str:
+def _weight_kind(node: Node, q: Node, constants: Mapping[str, Any]) -> str:
     element = str(q.args[1]) if q.target is ops.unpack else "int8"
     group = int(operand(node, 4) or 0)
-    return f"{element}:g{group}" if group else f"{element}:channel"
+    zero = constants.get(operand(node, 2).name)
+    affine = zero is not None and bool((zero != QType(element).middle).any())
+    return f"{element}:{f'g{group}' if group else 'channel'}{':affine' if affine else ''}"
 
 
 def _float_biases(floating: Program, layers: Sequence[Node]) -> dict[Node, Function]:
@@ -380,13 +384,15 @@ def _changes(
 ) -> tuple[list[Change], dict[str, float]]:
     """The changes that would buy the most, measured; and what float in those places would buy."""
     found, gains = [], {}
+    kinds = (s.source for s in ranked if s.source.kind == "weight")
+    weights = {path: source.format for source in kinds for path in source.readers}
     with Stages(quantized, batches) as stages:
         for site in ranked[:CHANGES]:
             gain = total - reference(list(stages.outputs(site.bypass)))
             gains[site.source.node] = gain
             finer = _finer(site)
             if finer is None:
-                settings, to = _float_settings(site.source), "float"
+                settings, to = _float_settings(site.source, weights), "float"
                 predicted, measured = alone[site.source.node], gain
             else:
                 kind, function = finer
@@ -413,9 +419,12 @@ def _finer(site: _Site) -> tuple[QType, Function] | None:
     return finer, lambda *_, w=weight: w
 
 
-def _float_settings(source: Source) -> dict[str, Any]:
+def _float_settings(source: Source, weights: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe's fields that leave a source in float; `weights`: layer → its weight's format."""
     if source.kind == "kv cache":
         return {"keys": None, "values": None}
-    if source.kind == "activation":
-        return {"formats": dict.fromkeys(source.readers, "int8:channel")}
-    return {"formats": dict.fromkeys(source.readers or (source.path,), "float")}
+    if source.kind == "activation":  # the layers keep their weights
+        return {"formats": {path: weights[path] for path in source.readers if path in weights}}
+    if not source.readers:  # an embedding, which `formats` is not about
+        return {"keep_float": (source.path,)}
+    return {"formats": dict.fromkeys(source.readers, "float")}

@@ -89,5 +89,6 @@ def _recipe(recipe: dict[str, Any], settings: Any) -> str:
     """The recipe with changed fields, as YAML that `compile --recipe` takes."""
     fields = {**recipe, **settings}
     fields["formats"] = {**recipe.get("formats", {}), **settings.get("formats", {})}
+    fields["keep_float"] = [*recipe.get("keep_float", ()), *settings.get("keep_float", ())]
     kept = {key: value for key, value in fields.items() if value not in ((), [], {})}
     return yaml.safe_dump(kept, sort_keys=False)

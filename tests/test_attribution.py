@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qcompiler import ops
-from qcompiler.attribution import Attribution, attribute, find_sources
+from qcompiler.attribution import Attribution, _float_settings, attribute, find_sources
 from qcompiler.compiler import Compiled, compile, quantize
 from qcompiler.data import Data
 from qcompiler.explaining import explain
@@ -132,6 +132,25 @@ def test_the_sums_add_up(tiny: Callable[[str], Any]) -> None:
         error = plan[row.node].round_trip(weight, 0) - weight
         product *= 1 + float(error.norm() / weight.norm())
         assert row.bound == pytest.approx((product - 1) ** 2, rel=1e-3)
+
+
+def test_advice_says_what_was_measured(tiny: Callable[[str], Any]) -> None:
+    """An input in float leaves the weight as it is; an embedding in float is kept so by name."""
+    formats = {"down": "int4:g16/uint8:tensor:affine"}
+    made, _ = compiled(tiny, "w8a8", Target.parse("torch:cpu"), formats=formats)
+    sites = find_sources(made.floating, made.quantized)
+    weights = {p: s.source.format for s in sites if s.source.kind == "weight"
+               for p in s.source.readers}  # fmt: skip
+    assert weights["down"] == "int4:g16"
+    for site in sites:
+        settings = _float_settings(site.source, weights)
+        if site.source.kind == "activation" and site.source.readers == ("down",):
+            assert settings == {"formats": {"down": "int4:g16"}}
+        if site.source.path == "embedding":
+            assert settings == {"keep_float": ("embedding",)}
+    made, _ = compiled(tiny, "w2a16")
+    kinds = {s.source.format for s in find_sources(made.floating, made.quantized)}
+    assert any(kind.startswith("int2:g") and kind.endswith(":affine") for kind in kinds)
 
 
 def test_artifacts_explain_themselves(tiny: Callable[[str], Any], tmp_path: Path) -> None:
