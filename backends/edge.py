@@ -420,7 +420,7 @@ def _entry(
             for ref in (*traced.inputs, *outputs):
                 if ref.storage is storage:
                     shape = ref.shape
-            tensors.append(Placed(space, at, dtype, shape))  # type: ignore[arg-type]
+            tensors.append(Placed(space, at, dtype, shape))  # type: ignore[arg-type]  # a Literal
         return numbers[id(storage)]
 
     steps = tuple(
@@ -458,7 +458,7 @@ def _output_ports(
                     "compile for a single set of sizes (--bucket)"
                 )
             else:
-                shape.append(size)  # type: ignore[arg-type]
+                shape.append(size)  # type: ignore[arg-type]  # int or name
         found.append(Port(name, str(ref.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(found)
 

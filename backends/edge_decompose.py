@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
     """Records the basic ops that torch reduces an op to."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.tracer = tracer
         self.decompositions = torch._decomp.decomposition_table | FORMULAS
 

@@ -142,11 +142,11 @@ def _add(
     start, dtype = x.offset, NAMES[x.dtype]
     key = (sizes, dtype, start, tuple(more.items()))
     if kind == "rank":
-        build = lambda name: rank(  # noqa: E731
+        build = lambda name: rank(  # noqa: E731 - named as the other case
             name, writer.kernel_arguments(), sizes, start, dtype, **more
         )
     else:
-        build = lambda name: fold(  # noqa: E731
+        build = lambda name: fold(  # noqa: E731 - named as the other case
             name, writer.kernel_arguments(), kind, sizes, start, dtype
         )
     calls.add(kind, op.label, key, build, writer, written=len(outputs))

@@ -130,7 +130,7 @@ class Network(nn.Module):
         self.stem, self.norm = nn.Conv2d(3, 20, 3, padding=1, stride=2), nn.BatchNorm2d(20)
         self.left, self.right = nn.Conv2d(20, 7, 1), nn.Conv2d(20, 9, 3, padding=1)
         self.head = nn.Linear(16 * 4, 10)
-        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]  # not None
         nn.init.uniform_(self.norm.running_var, 0.5, 2)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
