@@ -58,6 +58,7 @@ class Decoder:
         """
         self.length = 0
         self._capacity = -(-max(capacity, 1) // ROUND) * ROUND
+        self._make_room(self._capacity)
         held = self._capacity if self._shared else 0
         caches = [
             _value(np.zeros((1, int(shape[1]), held, int(shape[3])), kind))
@@ -79,32 +80,47 @@ class Decoder:
         total = self.length + len(tokens)
         if self._shared and total > self._capacity:
             raise ValueError(f"{total} tokens in a cache for {self._capacity}")
+        if total > len(self._ones):
+            self._make_room(2 * total)
         binding = self._binding
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        self._ids[: len(tokens)] = tokens
+        self._place("attention_mask", self._ones[:total])
+        if self._bound != (len(tokens), last):
+            self._place("input_ids", self._ids[: len(tokens)])
+            rows = 1 if last and self._prunes else len(tokens)
+            if self._prunes:
+                self._first[0] = len(tokens) - rows
+                self._binding.bind_ortvalue_input(FIRST, _value(self._first))
+            if rows not in self._logits:
+                self._logits = {rows: _empty((1, rows, self.vocabulary))}
+            binding.bind_ortvalue_output("logits", self._logits[rows])
+            self._bound = (len(tokens), last) if self._shared else None
         if self._positions:
-            places = np.arange(self.length, total, dtype=np.int64)[None]
-            binding.bind_cpu_input("position_ids", places)
-        rows = len(tokens)
-        if last and self._prunes:
-            binding.bind_ortvalue_input(FIRST, _value(np.array([rows - 1], np.int64)))
-            rows = 1
-        elif self._prunes:
-            binding.bind_ortvalue_input(FIRST, _value(np.zeros(1, np.int64)))
-        if rows not in self._logits:
-            self._logits = {rows: _empty((1, rows, self.vocabulary))}
-        logits = self._logits[rows]
-        binding.bind_ortvalue_output("logits", logits)
+            self._place("position_ids", self._places[self.length : total])
         self._session.run_with_iobinding(binding)
         if not self._shared:
             self._bind(list(binding.get_outputs())[1:])  # in the order of binding: logits first
         self.length = total
+        (logits,) = self._logits.values()
         result: NDArray[np.float32] = logits.numpy()[0]
         return result[-1:].copy() if last else result.copy()
+
+    def _make_room(self, tokens: int) -> None:
+        """Memory for the inputs of a text, which is bound where it lies: a token allocates nothing."""
+        self._ids = np.zeros(tokens, np.int64)
+        self._ones = np.ones(tokens, np.int64)
+        self._places = np.arange(tokens, dtype=np.int64)
+        self._first = np.zeros(1, np.int64)
+        self._bound: tuple[int, bool] | None = None
+
+    def _place(self, name: str, row: NDArray[np.int64]) -> None:
+        """Bind one row of an input, (1, len(row)), without copying it."""
+        self._binding.bind_input(name, "cpu", 0, np.int64, (1, len(row)), row.ctypes.data)
 
     def _bind(self, caches: list[Any]) -> None:
         """Bind the caches, which for a shared buffer is done once for a text."""
         binding = self._binding = self._session.io_binding()
+        self._bound = None
         binding.bind_output("logits")
         for name, present, value in zip(self._past, self._present, caches, strict=True):
             binding.bind_ortvalue_input(name, value)
