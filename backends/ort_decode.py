@@ -106,7 +106,7 @@ class Decoder:
         return result[-1:].copy() if last else result.copy()
 
     def _make_room(self, tokens: int) -> None:
-        """Memory for the inputs of a text, which is bound where it lies: a token allocates nothing."""
+        """Memory for a text's inputs, bound where it lies, so that a token allocates nothing."""
         self._ids = np.zeros(tokens, np.int64)
         self._ones = np.ones(tokens, np.int64)
         self._places = np.arange(tokens, dtype=np.int64)
