@@ -273,19 +273,20 @@ def quantize(
     say("allocate")
     plan = allocate(program, recipe, target)
     floating = program
-    static = {s: a for s, a in plan.items() if _is_activation(program, s)}
+    taken = {s: a for s, a in plan.items() if _is_activation(program, s)}
+    static = {s: a for s, a in taken.items() if not a.qtype.dynamic}
     tensors = {s: _source(program, s) for s in static}
     axes = {name: _axis(program, name) for name in tensors.values()}
     say("calibrate")
-    after = observe(program, axes, data.calibration(), mask=data.mask) if axes else {}
+    # Their extremes and histograms are all that a range is drawn from: no rows are sampled.
+    after = observe(program, axes, data.calibration(), rows=0, mask=data.mask) if axes else {}
     ranges = {}
     for site, assignment in static.items():
-        if not assignment.qtype.dynamic:
-            parameter = recipe.p if recipe.calibration == "pnorm" else recipe.percentile
-            low, high = choose_range(
-                after[tensors[site]], assignment.qtype, recipe.calibration, parameter
-            )
-            ranges[site] = Assignment(assignment.qtype, low, high)
+        parameter = recipe.p if recipe.calibration == "pnorm" else recipe.percentile
+        low, high = choose_range(
+            after[tensors[site]], assignment.qtype, recipe.calibration, parameter
+        )
+        ranges[site] = Assignment(assignment.qtype, low, high)
     plan = plan.with_entries(ranges)
 
     rounded: Mapping[Site, Rounded] = {}

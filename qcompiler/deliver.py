@@ -274,6 +274,7 @@ def _manifest(
             for n, f in compiled.factors.items()
         ],
         "ranges": _ranges(compiled, path),
+        "unobserved": sum(a.qtype.dynamic for a in compiled.plan.values()),
         "sites": [{"node": n, "path": path(n), "sqnr_db": db} for n, db in compiled.sites.items()],
         "mixed": dict(compiled.choice),
         "seconds": compiled.seconds,
@@ -281,29 +282,42 @@ def _manifest(
 
 
 def _ranges(compiled: Compiled, path: Callable[[str], str]) -> list[dict[str, Any]]:
-    def describe(stats: Statistics | None) -> dict[str, Any] | None:
-        if stats is None:
-            return None
-        spread = torch.quantile(stats.absmax, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double())
+    """Ranges of the tensors that were observed.
+
+    Where a smoothed tensor's range is taken at run time, so that it was observed before smoothing
+    alone, what follows is computed: the extremes of (x - shift) / scale.
+    """
+
+    def describe(low: torch.Tensor, high: torch.Tensor) -> dict[str, Any]:
+        reach = torch.maximum(high, -low)
+        spread = torch.quantile(reach, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double())
         return {
-            "low": float(stats.low.min()),
-            "high": float(stats.high.max()),
+            "low": float(low.min()),
+            "high": float(high.max()),
             "channel_absmax": [float(v) for v in spread],
         }
 
+    def described(stats: Statistics | None) -> dict[str, Any] | None:
+        return describe(stats.low, stats.high) if stats is not None else None
+
     rows = []
+    known = set()
     for name, stats in compiled.ranges_after.items():
-        before = compiled.ranges_before.get(name) or compiled.ranges_before.get(
-            _origin(compiled, name)
-        )
-        rows.append(
-            {
-                "tensor": name,
-                "path": path(name),
-                "before": describe(before),
-                "after": describe(stats),
-            }
-        )
+        earlier = name if name in compiled.ranges_before else _origin(compiled, name)
+        known.add(earlier)
+        before = described(compiled.ranges_before.get(earlier))
+        after = described(stats)
+        rows.append({"tensor": name, "path": path(name), "before": before, "after": after})
+    for name, factor in compiled.factors.items():
+        seen = compiled.ranges_before.get(name)
+        if seen is not None and name not in known:
+            low, high = ((edge - factor.shift) / factor.scale for edge in (seen.low, seen.high))
+            rows.append(
+                {
+                    "tensor": name, "path": path(name),
+                    "before": described(seen), "after": describe(low, high),
+                }
+            )  # fmt: skip
     return rows
 
 

@@ -27,6 +27,10 @@ RANGES = (
     "smallest and largest channel. A tensor has one scale, so one long whisker to the right "
     "takes resolution from all other channels. Smoothing moves such channels into the weights."
 )
+RUN_TIME = (
+    "The ranges of {} are taken at run time and were not measured: of those only what smoothing "
+    "looked at is shown, its outcome computed from its factors."
+)
 KERNELS = {"integer": "good", "float": "mild", "weights only": "plain", "bfloat16": "plain"}
 
 
@@ -219,7 +223,9 @@ def _ranges(manifest: Mapping[str, Any]) -> Html | None:
         return None
     colours = {"pale": "before smoothing", "mark": "after, as quantized"}
     figure = tag("figure", charts.legend(colours), charts.ranges(rows))
-    return join([tag("p", RANGES, class_="soft"), figure])
+    unseen = int(manifest.get("unobserved") or 0)
+    lead = RANGES + (f" {RUN_TIME.format(count(unseen, 'tensor'))}" if unseen else "")
+    return join([tag("p", lead, class_="soft"), figure])
 
 
 def _speed(manifest: Mapping[str, Any]) -> Html | None:

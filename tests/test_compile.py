@@ -22,6 +22,7 @@ from qcompiler.compiler import compile, quantize, verify
 from qcompiler.data import Data
 from qcompiler.errors import CaptureError, InputError, QCompilerError, UnsupportedError, VerifyError
 from qcompiler.models import ZOO
+from qcompiler.observe import observe
 from qcompiler.program import capture, load_pt2
 from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
@@ -315,6 +316,25 @@ def test_a_rotated_decoder_compiles(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = spec.module.double()(**batch)
     assert sqnr(expected, artifact.load()(**batch)) > (25.0 if name == "w8a8-dynamic" else 8.0)
+
+
+def test_ranges_taken_at_run_time_are_not_observed_but_smoothing_is_shown(tmp_path: Path) -> None:
+    spec = ZOO["tiny-gqa-decoder"].build()
+    program = capture(spec.module, spec.example_inputs, spec.dynamic_shapes)
+    recipe = load_recipe("w8a8-dynamic")
+    data = Data(program, spec, recipe)
+    made = quantize(program, data, recipe, Target.parse("ort:cpu"), lambda step: None)
+    assert not made.ranges_after
+    artifact = compile(spec, recipe=recipe, out=tmp_path / "artifact")
+    rows = {row["tensor"]: row["after"] for row in artifact.manifest["ranges"]}
+    assert "were not measured" in (artifact.folder / "report.html").read_text()
+    assert set(rows) == set(made.factors)
+    kept = {n.name: -1 for n in made.floating.exported.graph.nodes if n.name in rows}
+    assert len(kept) >= 3
+    # What is computed from the factors is what the smoothed program has.
+    for name, stats in observe(made.floating, kept, data.calibration(), mask=data.mask).items():
+        measured = [float(stats.low.min()), float(stats.high.max())]
+        assert [rows[name]["low"], rows[name]["high"]] == pytest.approx(measured, rel=1e-4)
 
 
 def test_weight_only_recipes_need_no_data_and_say_so(tmp_path: Path) -> None:
