@@ -121,7 +121,7 @@ def writes(op: Op) -> bool:
     ):
         return False
     if op.target in (ops.quantize, ops.dequantize):
-        group = op.args[5 if op.target is ops.quantize else 4] if len(op.args) > 4 else 0
+        group = op.args[4] if len(op.args) > 4 else 0
         return group == 0 or not isinstance(group, int)
     return True
 
