@@ -39,12 +39,14 @@ def measure_bias(
     """
     masks = [dict(zip(floating.inputs, b, strict=True)).get(mask) for b in batches]
     layers = {
-        n.name
+        n.name: n
         for n in quantized.exported.graph.nodes
         if n.target in (LINEAR, *CONVS)
         and isinstance(operand(n, 2), Node)
         and any(getattr(a, "target", None) is ops.dequantize for a in n.args[:2])
     }
+    if not layers:
+        return {}
     expected: dict[str, Tensor] = {}
 
     def remember(node: Node, values: Any, compute: Callable[[int], Any]) -> list[Any] | None:
@@ -54,7 +56,8 @@ def measure_bias(
         expected[node.name] = _mean(node, outputs, masks)
         return outputs
 
-    floating.lockstep(batches, remember)
+    known = [n for n in floating.exported.graph.nodes if n.name in layers]
+    floating.lockstep(batches, remember, known[-1])
     found: dict[str, Tensor] = {}
 
     def correct(node: Node, values: Any, compute: Callable[[int], Any]) -> list[Any] | None:
@@ -66,7 +69,7 @@ def measure_bias(
         shape = [-1, *[1] * (outputs[0].ndim - 2)] if node.target in CONVS else [-1]
         return [y + shift.to(y.dtype).reshape(shape) for y in outputs]
 
-    quantized.lockstep(batches, correct)
+    quantized.lockstep(batches, correct, [*layers.values()][-1])
     return found
 
 

@@ -213,7 +213,8 @@ def prepare(
     if recipe.smooth and weight is not None and activation is not None:
         say("observe")
         names = smoothing_sites(program, recipe.insert_scale)
-        before = observe(program, names, data.calibration(), mask=data.mask) if names else {}
+        if names:
+            before = observe(program, names, data.calibration(), mask=data.mask, binned=False)
         say("search_smoothing")
         factors = search_smoothing(program, before, weight, activation, recipe.insert_scale)
         say("smooth")
@@ -222,7 +223,8 @@ def prepare(
     if recipe.rounding == "awq" and data.real:
         say("search_awq")
         names = awq_sites(program)
-        seen = observe(program, names, data.calibration(), mask=data.mask) if names else {}
+        calibration = data.calibration()
+        seen = observe(program, names, calibration, mask=data.mask, binned=False) if names else {}
         scales = search_awq(program, seen, allocate(program, recipe, target))
         program = step(smooth(program, scales, insert=False), program)
 
@@ -334,7 +336,7 @@ def _outlier_columns(
     """Which columns of the layers named in `split` stay in float, by their inputs' power."""
     sources = {name: _node(program, name).args[0] for name in split}
     names = {str(source): -1 for source in sources.values()}
-    seen = observe(program, names, data.calibration(), mask=data.mask)
+    seen = observe(program, names, data.calibration(), 0, data.mask, binned=False)
     constants = program.constants()
     found = {}
     for name, count in split.items():

@@ -44,13 +44,14 @@ class Statistics:
         low, high: extremes of each channel, (channels,) float64.
         total, squares: sums of each channel's values and squares, (channels,) float64.
         rows: sampled rows, (at most ROWS, channels) float32.
-        counts: (BINS,) float64 over [−span, span].
+        counts: (BINS,) float64 over [−span, span]; zeros where `binned` is false.
         seen: rows seen.
     """
 
     name: str
     axis: int = -1
     limit: int = ROWS
+    binned: bool = True
     low: Tensor = field(default_factory=lambda: torch.empty(0))
     high: Tensor = field(default_factory=lambda: torch.empty(0))
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -73,22 +74,23 @@ class Statistics:
         )
         if not len(rows):  # all of it was padding
             return
-        if not bool(torch.isfinite(rows).all()):
+        low, high = rows.amin(0).double(), rows.amax(0).double()
+        if not bool((low.isfinite() & high.isfinite()).all()):  # NaN is kept by both
             raise InputError(
                 f"calibration: the value of '{self.name}' has NaN or Inf; "
                 "check the inputs and the model"
             )
-        low, high = rows.amin(0).double(), rows.amax(0).double()
         self.low = low if self.seen == 0 else torch.minimum(self.low, low)
         self.high = high if self.seen == 0 else torch.maximum(self.high, high)
         self.total = self.total + rows.sum(0, dtype=torch.float64)
-        self.squares = self.squares + rows.double().square().sum(0)
-        self._count(rows)
-        self._sample(rows)
+        self.squares = self.squares + rows.double().square_().sum(0)
+        if self.binned:
+            self._count(rows, max(float(high.max()), -float(low.min())))
+        if self.limit:
+            self._sample(rows)
         self.seen += len(rows)
 
-    def _count(self, rows: Tensor) -> None:
-        reach = float(rows.abs().max())
+    def _count(self, rows: Tensor, reach: float) -> None:
         if self.span == 0.0:
             self.span = max(reach, 1e-12)
         while reach > self.span:
@@ -154,6 +156,7 @@ def observe(
     batches: Iterable[Batch],
     rows: int = ROWS,
     mask: str = "",
+    binned: bool = True,
 ) -> dict[str, Statistics]:
     """Run the batches and gather statistics of the named nodes.
 
@@ -163,11 +166,15 @@ def observe(
         batches: at least one; read once.
         rows: rows sampled for each tensor.
         mask: name of the input that is 0 at padding, which does not count; none if empty.
+        binned: count histograms, which `choose_range` needs.
 
     Raises:
         InputError: for no batches, or values that are not finite.
     """
-    found = {name: Statistics(name, axis, rows) for name, axis in names.items()}
+    found = {name: Statistics(name, axis, rows, binned) for name, axis in names.items()}
+    # Nothing behind the last of them needs to run: not the head of a language model, for one.
+    last = next((n for n in reversed(program.exported.graph.nodes) if n.name in found), None)
+    inside = last is not None and last.op == "call_function"
 
     present: Tensor | None = None
 
@@ -182,7 +189,8 @@ def observe(
         for name, value in inputs.items():
             if name in found:
                 found[name].update(value)
-        program.run(batch, watch)
+        if inside:
+            program.run(batch, watch, last=last)
         count += 1
     if count == 0:
         raise InputError("calibration: there is no data; give at least one batch")

@@ -120,7 +120,11 @@ class Program:
 
     @torch.no_grad()
     def run(
-        self, batch: Batch, watch: Watch | None = None, double: bool = False
+        self,
+        batch: Batch,
+        watch: Watch | None = None,
+        double: bool = False,
+        last: Node | None = None,
     ) -> tuple[Any, ...]:
         """Run the graph node by node; a value is dropped after its last reader.
 
@@ -129,6 +133,7 @@ class Program:
             watch: called with every computed node and its value.
             double: compute in float64 what the program computes in float32 (the reference for
                 rounding bounds).
+            last: stop after this node and return nothing; the whole graph when not given.
 
         Returns:
             The flat outputs: tensors, and whatever else the model returns.
@@ -169,6 +174,8 @@ class Program:
             values[node] = result
             if watch is not None:
                 watch(node, result)
+            if node is last:
+                return ()
             for source in dying.get(node, ()):
                 del values[source]
         raise AssertionError("a graph without an output node")
