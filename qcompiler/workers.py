@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -31,6 +33,7 @@ from qcompiler.target import Target
 
 RETRIES = 2  # how often units of dead workers are given out again
 POLL = 2.0  # seconds between looks at what is done
+KNOCK = 10.0  # seconds that a cluster has to accept a connection
 PARTS = 4  # tasks for each worker of a cluster, so that a slow one has less to do
 PROGRAM, DATA, TASK = "program.pt2", "data.pt", "task.pkl"
 
@@ -149,6 +152,7 @@ def _on_cluster(shared: Path, folder: Path, left: Sequence[int], jobs: int, addr
         raise UnsupportedError(
             f"--ray {address}: Ray is not installed; pip install 'qcompiler[ray]'"
         ) from error
+    _knock(address)
     try:
         if address == "local":
             ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
@@ -174,6 +178,17 @@ def _on_cluster(shared: Path, folder: Path, left: Sequence[int], jobs: int, addr
                     path.with_suffix(".unfinished").replace(path)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself takes five minutes to find out that nobody listens."""
+    place = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        port = place.port
+        if place.hostname and port:
+            socket.create_connection((place.hostname, port), KNOCK).close()
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"--ray {address}: no cluster answers there ({error})") from error
 
 
 def _remote(files: dict[str, bytes], mine: Sequence[int]) -> dict[str, bytes]:
