@@ -7,12 +7,11 @@ anew.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from qcompiler.audit import Audit, Layer
 from qcompiler.backends import edge_folder
 from qcompiler.backends.edge_artifact import SIZES, load
-from qcompiler.backends.edge_calls import Call, Calls
+from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_decoder import (
     CAPACITY,
     TOKENS,
@@ -32,10 +31,10 @@ from qcompiler.backends.edge_decoder import (
     last_token,
     roles,
 )
+from qcompiler.backends.edge_entries import Code, Weights, build_kernels, make_entry, state_bytes
 from qcompiler.backends.edge_group import CONV, LINEAR, Constants
-from qcompiler.backends.edge_memory import ALIGN, plan
-from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port, Step
-from qcompiler.backends.edge_model import Tensor as Placed
+from qcompiler.backends.edge_memory import ALIGN
+from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
 from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.backends.edge_trace import rows_looked_up, trace
@@ -47,21 +46,6 @@ from qcompiler.target import Target
 __all__ = ("choose_isa", "load", "lower")
 
 PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
-
-
-@dataclass
-class _Code:
-    """Kernels by what they compute, for all entries."""
-
-    names: dict[Any, str] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
-
-    def symbol(self, call: Call) -> str:
-        if call.key not in self.names:
-            name = f"qc_{len(self.names)}_{call.kind}"
-            self.names[call.key] = name
-            self.kernels[name] = call.build(name)
-        return self.names[call.key]
 
 
 class Maker:
@@ -85,7 +69,7 @@ class Maker:
     def compile(self, kernels: Mapping[str, Any]) -> tuple[tuple[str, bytes], ...]:
         """Files with the kernels' code."""
         functions = {name: made.function for name, made in kernels.items()}
-        return (("kernels.o", _build(functions, self.machine)),)
+        return (("kernels.o", build_kernels(functions, self.machine)),)
 
     def write(self, edge: EdgeModel, folder: Path) -> None:
         """Write the model."""
@@ -98,30 +82,6 @@ def _maker(target: Target) -> Maker:
 
         return CudaMaker(target)
     return Maker(target)
-
-
-class _Weights:
-    """weights.bin: constants one after another, equal ones once."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.size = 0
-        self.places: dict[bytes, int] = {}
-        self.known: dict[int, int] = {}
-
-    def place(self, storage: Storage) -> int:
-        """The offset of a constant."""
-        assert storage.constant is not None
-        if id(storage) not in self.known:
-            flat = storage.constant.contiguous().reshape(-1)
-            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-            name = hashlib.sha256(data).digest()
-            if name not in self.places:
-                self.places[name] = self.size
-                self.parts.append(data + b"\0" * (-len(data) % ALIGN))
-                self.size += len(self.parts[-1])
-            self.known[id(storage)] = self.places[name]
-        return self.known[id(storage)]
 
 
 def choose_isa(target: Machine) -> isas.Isa:
@@ -181,7 +141,7 @@ def lower(
         )
     ports = _ports(program, dynamic_shapes or {}, input_names)
     entries_at = _entries(ports, program, buckets or {}, padding_mask)
-    code, weights, constants = _Code(), _Weights(), Constants()
+    code, weights, constants = Code(), Weights(), Constants()
     entries, last = [], None
     outputs: tuple[Port, ...] = ()
     for sizes in entries_at:
@@ -198,7 +158,7 @@ def lower(
         )
         calls = maker.calls(traced, maker.isa, constants)
         placed = _outputs_placed(traced, calls)
-        entries.append(_entry(sizes, traced, placed, calls, code, weights))
+        entries.append(make_entry(sizes, traced, placed, calls, code, weights))
         if not outputs:
             outputs = _output_ports(program, ports, placed, output_names, len(entries_at) > 1)
         last = calls
@@ -245,7 +205,7 @@ def _lower_decoder(
     capacity = -(-capacity // 32) * 32
     chunks = sorted({1, *(n for n in buckets.get("tokens", maker.chunks) if n <= capacity)})
     module = last_token(program)
-    code, weights, constants = _Code(), _Weights(), Constants()
+    code, weights, constants = Code(), Weights(), Constants()
     entries: list[Entry] = []
     outputs: tuple[Ref, ...] = ()
     states: list[Storage] = []
@@ -261,7 +221,7 @@ def _lower_decoder(
         tokens = next(r for r in traced.inputs if r.storage.port == found.tokens)
         spot = Ref(position, torch.int64, 0, (1,), (1,))
         narrowed = Trace((tokens, spot), traced.outputs, traced.ops)
-        entries.append(_entry({"tokens": new}, narrowed, placed, calls, code, weights))
+        entries.append(make_entry({"tokens": new}, narrowed, placed, calls, code, weights))
         outputs, states, last = placed, calls.states, calls
         rows = rows_looked_up(traced)
     assert last is not None
@@ -277,7 +237,7 @@ def _lower_decoder(
     edge = EdgeModel(
         target=str(target), features=maker.features, inputs=ports, outputs=made,
         entries=tuple(entries), padded=frozenset() if middle == 1 else frozenset({"tokens"}),
-        state=sum(_state_bytes(s) for s in states), objects=objects,
+        state=sum(state_bytes(s) for s in states), objects=objects,
         weights=b"".join(weights.parts) or b"\0" * ALIGN,
         decoder=Decoder(found.tokens, "position", "logits", capacity),
     )  # fmt: skip
@@ -290,10 +250,6 @@ def _lower_decoder(
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")
     return _audit(last, planned, integer)
-
-
-def _state_bytes(storage: Storage) -> int:
-    return -(-storage.size * storage.dtype.itemsize // ALIGN) * ALIGN
 
 
 def _shown(sizes: Mapping[str, int]) -> str:
@@ -385,51 +341,6 @@ def _outputs_placed(traced: Trace, calls: Calls) -> tuple[Ref, ...]:
     return tuple(found)
 
 
-def _entry(
-    sizes: Mapping[str, int],
-    traced: Trace,
-    outputs: tuple[Ref, ...],
-    calls: Calls,
-    code: _Code,
-    weights: _Weights,
-) -> Entry:
-    fixed: dict[int, tuple[str, int]] = {}
-    for number, ref in enumerate(traced.inputs):
-        fixed[id(ref.storage)] = ("input", number)
-    for number, ref in enumerate(outputs):
-        fixed[id(ref.storage)] = ("output", number)
-    held = 0
-    for storage in calls.states:
-        fixed[id(storage)] = ("state", held)
-        held += _state_bytes(storage)
-    everything = {id(s): s for call in calls.calls for s in call.arguments}
-    for storage in everything.values():
-        if storage.constant is not None:
-            fixed[id(storage)] = ("weights", weights.place(storage))
-    offsets, arena = plan(calls.calls, set(fixed))
-    numbers: dict[int, int] = {}
-    tensors: list[Placed] = []
-
-    def number_of(storage: Storage) -> int:
-        if id(storage) not in numbers:
-            space, at = fixed.get(id(storage), ("arena", offsets.get(id(storage), 0)))
-            narrow = storage.dtype == torch.bfloat16
-            dtype = "uint16" if narrow else str(storage.dtype).removeprefix("torch.")
-            numbers[id(storage)] = len(tensors)
-            shape: tuple[int, ...] = (storage.size,)
-            for ref in (*traced.inputs, *outputs):
-                if ref.storage is storage:
-                    shape = ref.shape
-            tensors.append(Placed(space, at, dtype, shape))  # type: ignore[arg-type]  # a Literal
-        return numbers[id(storage)]
-
-    steps = tuple(
-        Step(code.symbol(call), call.label, tuple(number_of(s) for s in call.arguments))
-        for call in calls.calls
-    )
-    return Entry(dict(sizes), arena, tuple(tensors), steps)
-
-
 def _output_ports(
     program: Program, inputs: Sequence[Port], placed: Sequence[Ref], names: tuple[str, ...],
     many: bool,
@@ -461,20 +372,6 @@ def _output_ports(
                 shape.append(size)  # type: ignore[arg-type]  # int or name
         found.append(Port(name, str(ref.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(found)
-
-
-def _build(functions: Mapping[str, Any], where: Machine) -> bytes:
-    """Compile the kernels to one object file."""
-    import tempfile
-
-    import tvm
-
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        library = tvm.tirx.build(tvm.IRModule(dict(functions)), target=tvm.target.Target(where.tvm))
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "kernels.o"
-        library.write_to_file(str(path), "o")
-        return path.read_bytes()
 
 
 def _audit(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -> Audit:

@@ -116,17 +116,19 @@ def quoted(text: str) -> str:
 def program_source(edge: EdgeModel) -> str:
     """The text of program.c."""
     names = size_names(edge)
-    shapes = _Shapes()
+    shapes = Shapes()
     symbols = sorted({step.symbol for entry in edge.entries for step in entry.steps})
     parts = [f"int __tvm_ffi_{s}(void *, const argument *, int32_t, argument *);" for s in symbols]
-    bodies = [_entry(entry, number, names, shapes) for number, entry in enumerate(edge.entries)]
+    bodies = [
+        entry_tables(entry, number, names, shapes) for number, entry in enumerate(edge.entries)
+    ]
     parts += [*shapes.lines, *(line for lines, _ in bodies for line in lines)]
-    parts.append(_array("model_port", "inputs", [_port(port) for port in edge.inputs]))
-    parts.append(_array("model_port", "outputs", [_port(port) for port in edge.outputs]))
-    parts.append(_array("int64_t", "limits", [str(port.limit) for port in edge.inputs]))
-    parts.append(_array("char *const", "size_names", [quoted(name) for name in names]))
-    parts.append(_array("uint8_t", "padded", [str(int(name in edge.padded)) for name in names]))
-    parts.append(_array("struct entry", "entries", [row for _, row in bodies]))
+    parts.append(array("model_port", "inputs", [_port(port) for port in edge.inputs]))
+    parts.append(array("model_port", "outputs", [_port(port) for port in edge.outputs]))
+    parts.append(array("int64_t", "limits", [str(port.limit) for port in edge.inputs]))
+    parts.append(array("char *const", "size_names", [quoted(name) for name in names]))
+    parts.append(array("uint8_t", "padded", [str(int(name in edge.padded)) for name in names]))
+    parts.append(array("struct entry", "entries", [row for _, row in bodies]))
     fields = {
         "target": quoted(edge.target),
         "features": quoted(" ".join(edge.features)),
@@ -166,7 +168,7 @@ def program_source(edge: EdgeModel) -> str:
     )
 
 
-class _Shapes:
+class Shapes:
     """Shapes as arrays, each written once."""
 
     def __init__(self) -> None:
@@ -174,19 +176,21 @@ class _Shapes:
         self._known: dict[tuple[int, ...], str] = {}
 
     def name(self, shape: tuple[int, ...]) -> str:
+        """The array's name."""
         if shape not in self._known:
             self._known[shape] = f"shape_{len(self._known)}"
-            self.lines.append(_array("int64_t", self._known[shape], map(str, shape)))
+            self.lines.append(array("int64_t", self._known[shape], map(str, shape)))
         return self._known[shape]
 
 
-def _array(kind: str, name: str, values: Iterable[str]) -> str:
+def array(kind: str, name: str, values: Iterable[str]) -> str:
+    """The definition of an array in C."""
     text = ", ".join(values) or "0"  # C knows no empty array
     return f"static const {kind} {name}[] = {{{text}}};"
 
 
-def _entry(
-    entry: Entry, number: int, names: Sequence[str], shapes: _Shapes
+def entry_tables(
+    entry: Entry, number: int, names: Sequence[str], shapes: Shapes
 ) -> tuple[list[str], str]:
     """The arrays of an entry, and its row in the table of entries."""
     tensors = [
@@ -201,10 +205,10 @@ def _entry(
         steps.append(f"{{__tvm_ffi_{step.symbol}, {quoted(step.label)}, {place}}}")
         arguments += map(str, step.tensors)
     lines = [
-        _array("int64_t", f"sizes_{number}", (str(entry.sizes[name]) for name in names)),
-        _array("struct tensor", f"tensors_{number}", tensors or ["{0}"]),
-        _array("struct step", f"steps_{number}", steps or ["{0}"]),
-        _array("uint32_t", f"arguments_{number}", arguments),
+        array("int64_t", f"sizes_{number}", (str(entry.sizes[name]) for name in names)),
+        array("struct tensor", f"tensors_{number}", tensors or ["{0}"]),
+        array("struct step", f"steps_{number}", steps or ["{0}"]),
+        array("uint32_t", f"arguments_{number}", arguments),
     ]
     row = ", ".join(
         [f"sizes_{number}", f"{entry.arena}u", f"tensors_{number}", f"steps_{number}",
