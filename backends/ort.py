@@ -23,11 +23,12 @@ from qcompiler.backends.ort_cache import (
     prune_logits,
     use_grouped_attention,
 )
-from qcompiler.backends.ort_session import MODEL, SHARED, session
+from qcompiler.backends.ort_session import LIBRARY, MODEL, SHARED, session
 from qcompiler.backends.ort_store import KEY, read_metadata, write_metadata
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
-from qcompiler.backends.ort_translate import OPSET, translations
+from qcompiler.backends.ort_translate import INTERNAL, OPSET, translations
 from qcompiler.errors import UnsupportedError
+from qcompiler.generated import Generate
 from qcompiler.program import Program
 from qcompiler.regions import CONVS, LINEAR
 
@@ -47,6 +48,7 @@ def lower(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     fused: bool = True,
     external_above: int = EXTERNAL_ABOVE,
+    generate: Generate | None = None,
 ) -> Path:
     """Write `program` as `folder/model.onnx`.
 
@@ -58,6 +60,8 @@ def lower(
         dynamic_shapes: names of the dynamic sizes by input and dimension.
         fused: allow operators of ONNX Runtime's own domain (com.microsoft).
         external_above: bytes of weights above which they go to `model.onnx.data`.
+        generate: compiles linears whose inputs are quantized by token, and rotations, to a library
+            of custom operators beside the model; ONNX Runtime has none.
 
     Returns:
         The path of the model. It passed `onnx.checker` and shape inference.
@@ -65,14 +69,17 @@ def lower(
     Raises:
         UnsupportedError: if an op has no ONNX form.
     """
-    model = _export(program)
+    model = _export(program, generate is not None)
     graph = gs.import_onnx(model)
     shared, stores = use_grouped_attention(graph)
-    operate(graph, fused, _layer_names(model, program))
+    library = operate(graph, fused, _layer_names(model, program), generate)
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):
         graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+    if library:
+        graph.import_domains.append(onnx.helper.make_opsetid(INTERNAL, 1))
+        (folder / LIBRARY).write_bytes(library)
     pack_projections(graph)
     pruned = shared and prune_logits(graph)
     result = gs.export_onnx(graph, do_type_check=False)
@@ -101,7 +108,7 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
 
 
-def _export(program: Program) -> onnx.ModelProto:
+def _export(program: Program, generated: bool) -> onnx.ModelProto:
     try:
         with _quiet(), torch.no_grad():
             exported = torch.onnx.export(
@@ -109,7 +116,7 @@ def _export(program: Program) -> onnx.ModelProto:
                 (),
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table=translations(),
+                custom_translation_table=translations(generated),
                 optimize=False,
                 verbose=False,
             )

@@ -20,8 +20,9 @@ import onnx
 
 from qcompiler.audit import Audit, Layer
 from qcompiler.backends.ort_cache import JOINED
-from qcompiler.backends.ort_session import MODEL, session
+from qcompiler.backends.ort_session import MODEL, open_session, session, session_options
 from qcompiler.backends.ort_store import read_metadata
+from qcompiler.backends.ort_translate import INTERNAL
 
 INTEGER = {
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger",
@@ -51,7 +52,13 @@ def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) ->
     for node in graph.node:
         node.name = _program_name(node.name)
         path = planned.get(node.name, "")
-        if node.op_type in INTEGER:
+        if node.domain == INTERNAL:
+            layers += [
+                Layer(name, planned[name], f"{INTERNAL}.{node.op_type}", "integer")
+                for name in node.name.split(JOINED)
+                if name in planned
+            ]
+        elif node.op_type in INTEGER:
             layers.append(Layer(node.name, path, node.op_type, "integer"))
         elif node.op_type in WEIGHTS:
             reason = "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)"
@@ -112,17 +119,12 @@ def profile(
 
     Measured by ONNX Runtime's own profiler, on one thread.
     """
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as scratch:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options(folder / MODEL)
         options.intra_op_num_threads = 1
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(scratch) / "profile")
-        running = onnxruntime.InferenceSession(
-            str(folder / MODEL), options, providers=["CPUExecutionProvider"]
-        )
+        running = open_session(folder / MODEL, options)
         stores = read_metadata(running.get_modelmeta().custom_metadata_map)
         feed = {n: stores[n].write(x) if n in stores else x for n, x in inputs.items()}
         for _ in range(runs):

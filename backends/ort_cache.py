@@ -31,7 +31,9 @@ from qcompiler.backends.ort_translate import INTERNAL
 
 MICROSOFT = "com.microsoft"
 JOINED = " + "  # between the names of layers that one node computes
-PRODUCTS = ("MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+PRODUCTS = (
+    "MatMulNBits", "MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QuantizedMatMul",
+)  # fmt: skip
 SCALES = 12  # inputs of GroupQueryAttention before the scales of its cache
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")  # what may follow the head
 
@@ -165,6 +167,8 @@ def prune_logits(graph: gs.Graph) -> bool:
     if len(tensor.inputs) != 1 or tensor.inputs[0].op not in PRODUCTS:
         return False
     head = tensor.inputs[0]
+    if len(head.outputs) != 1:  # what it reads is another layer's too
+        return False
     data = head.inputs[0]
     kept = gs.Variable(f"{data.name}_kept", data.dtype)
     bounds = [

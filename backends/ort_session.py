@@ -8,7 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qcompiler.errors import InputError, UnsupportedError
+
 MODEL = "model.onnx"
+LIBRARY = "libqcompiler_ort.so"  # of custom operators, beside a model that has some
 SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be written over their past
 FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
 
@@ -25,14 +28,51 @@ def session(
         rest: let idle threads stop at the end of a run, instead of spinning for the next one: for
             several sessions that take turns, whose threads would hold each other's cores.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(path)
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     if rest:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return open_session(path, options)
+
+
+def session_options(path: Path) -> Any:
+    """Options for that model, with the library of its own operators where it has one.
+
+    Raises:
+        UnsupportedError: if the library is not for this machine.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    library = path.parent / LIBRARY
+    if library.is_file():
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # of a class that onnxruntime does not export
+            raise UnsupportedError(f"{library}: {_first_line(error)}") from error
+    return options
+
+
+def open_session(path: Path, options: Any) -> Any:
+    """The session; an `InputError` where the library of the model's own operators is missing."""
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        if "qcompiler" in str(error) and not (path.parent / LIBRARY).is_file():
+            missing = path.parent / LIBRARY
+            raise InputError(
+                f"{missing} is missing, which {path.name} needs; compile it again"
+            ) from error
+        if LIBRARY in str(error):
+            raise InputError(f"{path}: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -27,25 +27,40 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
+from qcompiler.backends.ort_generated import use_generated
 from qcompiler.backends.ort_nbits import use_nbits
 from qcompiler.backends.ort_translate import INTERNAL
+from qcompiler.generated import Generate
 from qcompiler.qtype import pack, unpack
 
 MICROSOFT = "com.microsoft"
 
 
-def operate(graph: gs.Graph, fused: bool, layers: Mapping[str, str] | None = None) -> None:
+def operate(
+    graph: gs.Graph,
+    fused: bool,
+    layers: Mapping[str, str] | None = None,
+    generate: Generate | None = None,
+) -> bytes:
     """All steps, in order.
 
     Args:
         graph: changed in place.
         fused: allow operators of ONNX Runtime's own domain.
         layers: the exporter's name of a layer's output → the program's name of the layer.
+        generate: compiles linears that ONNX Runtime has no operator for.
+
+    Returns:
+        The library of what was compiled; empty where nothing was.
     """
     lift_constants(graph)
     bypass_identities(graph)
     trim_outputs(graph)
     unpack_weights(graph)
+    library = b""
+    if generate is not None:
+        name_layers(graph, layers or {})
+        library = use_generated(graph, generate)
     if fused:
         name_layers(graph, layers or {})
         use_nbits(graph)
@@ -59,6 +74,7 @@ def operate(graph: gs.Graph, fused: bool, layers: Mapping[str, str] | None = Non
         use_sums(graph)
     keep_products(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return library
 
 
 def _maker(tensor: gs.Tensor, *kinds: str) -> gs.Node | None:

@@ -20,7 +20,8 @@ from qcompiler.qtype import QType
 aten = torch.ops.aten
 OPSET = 23
 op: Any = opset23  # its annotations hold for tensors of one known type; here the type is any
-INTERNAL = "qcompiler"  # domain of nodes that the surgery replaces; none is left in an artifact
+# Domain of nodes that the surgery replaces, and of the operators that it leaves to a library.
+INTERNAL = "qcompiler"
 _TYPES = ["float", "int8", "uint8", "int32", "int64", "bool"]
 
 
@@ -82,6 +83,11 @@ _StoredAttention = _declare(
 )
 
 
+_QuantizeToken = _declare("QuantizeToken", 1, 3, {"qtype": OpSchema.AttrType.STRING})
+_DequantizeToken = _declare("DequantizeToken", 3, 1, {})
+_Rotate = _declare("Rotate", 3, 1, {})
+
+
 def _quantize(
     x: Any, scale: Any, zero_point: Any, axis: int, group: int, qmin: int, qmax: int
 ) -> Any:
@@ -89,6 +95,9 @@ def _quantize(
 
 
 def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
+    maker = q.producer()
+    if maker is not None and maker.op_type == "QuantizeToken":
+        return _DequantizeToken(q, scale, zero_point)
     if len(scale.shape) == len(q.shape) and len(q.shape) > 1 and not group:
         # One scale for each row: DequantizeLinear has no such form.
         signed = q.dtype == ir.DataType.INT8  # symmetric, so its zero point is 0
@@ -105,6 +114,8 @@ def _centred(q: Any, zero_point: Any) -> Any:
 
 def _dynamic_quantize(x: Any, qtype: str) -> Any:
     kind = QType.parse(qtype)
+    if kind.granularity == "token":
+        return _QuantizeToken(x, qtype=qtype)
     assert (kind.element, kind.granularity, kind.symmetric) == ("uint8", "tensor", False)
     return op.DynamicQuantizeLinear(x)
 
@@ -194,6 +205,10 @@ def _rotate(x: Any, left: Any, right: Any) -> Any:
     return op.Reshape(turned, shape)
 
 
+def _rotate_whole(x: Any, left: Any, right: Any) -> Any:
+    return _Rotate(x, left, right)
+
+
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -246,8 +261,11 @@ def _product(shape: Any) -> int:
     return total
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Op overload → function that writes it in ONNX."""
+def translations(generated: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Op overload → function that writes it in ONNX.
+
+    `generated` keeps rotations whole, for kernels that compute them.
+    """
     return {
         ops.quantize: _quantize,
         ops.dequantize: _dequantize,
@@ -256,7 +274,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.attention: _attention,
         cached.cached_attention: _cached_attention,
         cached.stored_attention: _stored_attention,
-        ops.rotate: _rotate,
+        ops.rotate: _rotate_whole if generated else _rotate,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,
         aten.slice.Tensor: _slice,

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +118,8 @@ class Artifact:
         integer = any(kind.element == "uint8" for kind in formats)
         if not integer or any(kind.reduced for kind in formats):
             return ""
-        runtime = str(self.manifest["target"]).partition(":")[0]
-        if runtime != "ort" or not Target("ort", "cpu").saturates:
+        target = Target.parse(str(self.manifest["target"]))
+        if not replace(target, feature="").saturates:
             return ""
         return (
             f"{self.folder} was compiled for a CPU with VNNI and this one has none: its products "

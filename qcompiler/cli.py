@@ -117,6 +117,14 @@ def compile_command(
     target: Annotated[
         str, typer.Option(metavar="TARGET", help="What will run it: 'qcompiler targets'.")
     ] = "ort:cpu",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="tvm: ort: targets run linears with inputs quantized by token on generated "
+            "kernels, as custom operators.",
+        ),
+    ] = "",
     recipe: Annotated[
         str,
         typer.Option(
@@ -222,6 +230,7 @@ def compile_command(
                 "--max-loss 0.5%"
             )
         machine = Target.parse(target)
+        machine = machine.with_kernels(kernels) if kernels else machine
         buckets = parse_buckets(bucket or [])
         _check_out(out, force)
         with steps(as_json) as progress, unwarned(debug):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx import Node
 from qcompiler import ops
 from qcompiler.artifact import REFERENCE
 from qcompiler.errors import UnsupportedError
+from qcompiler.generated import Generate
 from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
 from qcompiler.regions import MOVES, PADS
@@ -91,7 +93,9 @@ def lower(
         )
     match target.runtime:
         case "ort":
-            return _onnx(folder, spec, quantized, plain, names, planned, recipe, sample, say)
+            return _onnx(
+                folder, spec, quantized, plain, names, planned, recipe, target, sample, say
+            )
         case "tvm":
             return _edge(
                 folder, spec, quantized, plain, names, planned, recipe, target, buckets, say
@@ -136,6 +140,7 @@ def _onnx(
     names: tuple[str, ...],
     planned: Mapping[str, str],
     recipe: Recipe,
+    target: Target,
     sample: Batch,
     say: Progress,
 ) -> Lowered:
@@ -144,7 +149,7 @@ def _onnx(
     say("lower")
     ort.lower(
         quantized, folder, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused,
+        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused, generate=_generator(target),
     )  # fmt: skip
     reference = _reference(folder, spec, plain, names, say)
     say("audit")
@@ -156,6 +161,23 @@ def _onnx(
         ort.load(folder, 1), ort.load(reference, 1), asdict(audit) | {"time_share": shares},
         model_size(folder / ort.MODEL), model_size(reference / ort.MODEL),
     )  # fmt: skip
+
+
+def _generator(target: Target) -> Generate | None:
+    """What compiles operators for ONNX Runtime; None where the target wants its own alone."""
+    if not target.kernels:
+        return None
+    try:
+        from qcompiler.backends import edge_ort
+    except ImportError as error:
+        raise _without_tvm(target, error) from error
+    return partial(edge_ort.build, target=target)
+
+
+def _without_tvm(target: Target, error: ImportError) -> UnsupportedError:
+    return UnsupportedError(
+        f"{target} needs TVM, which is not installed ({error}): pip install 'qcompiler[tvm]'"
+    )
 
 
 def _edge(
@@ -173,9 +195,7 @@ def _edge(
     try:
         from qcompiler.backends import edge, edge_artifact
     except ImportError as error:
-        raise UnsupportedError(
-            f"{target} needs TVM, which is not installed ({error}): pip install 'qcompiler[tvm]'"
-        ) from error
+        raise _without_tvm(target, error) from error
     from qcompiler.backends import ort
 
     since = time.perf_counter()
@@ -324,5 +344,8 @@ def _cut(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> Batch:
 
 
 def model_size(model: Path) -> int:
-    """Bytes of a model file and its external data."""
-    return sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
+    """Bytes of a model file, its external data and the library of its operators."""
+    from qcompiler.backends.ort_session import LIBRARY
+
+    files = [*model.parent.glob(f"{model.name}*"), *model.parent.glob(LIBRARY)]
+    return sum(path.stat().st_size for path in files)

@@ -4,6 +4,7 @@ ort:cpu                  ONNX Runtime on the CPU that compiles
 ort:cpu:vnni             … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
 ort:cpu:avx2             … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
 ort:cpu:arm64            … on 64-bit ARM
+ort:cpu+tvm              … with linears by token on kernels generated for this machine
 tvm:x86-64               machine code for x86-64 with SSE4.2 (x86-64-v2)
 tvm:x86-64:avx512vnni    … with AVX512 F, BW, CD, DQ, VL and VNNI
 tvm:x86-64:avx512bf16    … with AVX512-BF16 too
@@ -22,7 +23,7 @@ torch:cpu                no machine: the formats simulated in torch, for measuri
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from qcompiler.qtype import QType
 
 # Feature → whether u8 × s8 products are summed in pairs in saturating int16 there (vpmaddubsw).
 CPU_FEATURES = {"vnni": False, "avx2": True, "arm64": False}
+# Whose kernels a runtime may run beside its own, by runtime and device.
+KERNELS = {("ort", "cpu"): ("tvm",)}
 # Our name of a feature that brings bfloat16 products → Linux's in /proc/cpuinfo.
 BFLOAT16 = {"avx512bf16": "avx512_bf16", "bf16": "bf16"}
 # Runtime → device → feature → what it means, for people. The feature "" is the device as such.
@@ -72,14 +75,19 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime, a device and the device's feature that decides which kernels run."""
+    """A runtime, a device and the device's feature that decides which kernels run.
+
+    `kernels` names the generator of kernels that the runtime runs beside its own.
+    """
 
     runtime: str
     device: str
     feature: str = ""
+    kernels: str = ""
 
     def __str__(self) -> str:
-        return ":".join(part for part in (self.runtime, self.device, self.feature) if part)
+        name = ":".join(part for part in (self.runtime, self.device, self.feature) if part)
+        return f"{name}+{self.kernels}" if self.kernels else name
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -87,26 +95,41 @@ class Target:
 
         Unknown names give an `UnsupportedError` that names the known ones.
         """
-        runtime, _, rest = text.strip().partition(":")
+        name, plus, kernels = text.strip().partition("+")
+        runtime, _, rest = name.partition(":")
         device, _, feature = rest.partition(":")
         if runtime not in DEVICES:
             raise UnsupportedError(
                 f"target '{text}': no runtime '{runtime}'; {nearest(runtime, [*DEVICES])}"
             )
         if device not in DEVICES[runtime]:
-            known = [f"{runtime}:{name}" for name in DEVICES[runtime]]
+            known = [f"{runtime}:{known}" for known in DEVICES[runtime]]
             raise UnsupportedError(f"target '{text}': no device '{device}'; {nearest(text, known)}")
         if feature not in DEVICES[runtime][device]:
-            known = [name for name in DEVICES[runtime][device] if name]
+            known = [known for known in DEVICES[runtime][device] if known]
             hint = nearest(feature, known) if known else f"'{runtime}:{device}' has none"
             raise UnsupportedError(f"target '{text}': no feature '{feature}'; {hint}")
-        return cls(runtime, device, feature)
+        found = cls(runtime, device, feature)
+        return found.with_kernels(kernels) if plus else found
+
+    def with_kernels(self, kernels: str) -> Target:
+        """The same machine, with kernels of that generator beside the runtime's own.
+
+        Raises:
+            UnsupportedError: where the runtime has none of that name.
+        """
+        known = KERNELS.get((self.runtime, self.device), ())
+        if kernels not in known:
+            hint = nearest(kernels, [*known]) if known else "it runs its own alone"
+            raise UnsupportedError(f"target '{self}': no kernels '{kernels}'; {hint}")
+        return replace(self, kernels=kernels)
 
     @property
     def meaning(self) -> str:
         """What this target is, for people."""
         text = DEVICES[self.runtime][self.device][self.feature]
-        return f"{text} ({cpu_feature()})" if str(self) == "ort:cpu" else text
+        text = f"{text} ({cpu_feature()})" if str(self).startswith("ort:cpu") else text
+        return f"{text}, linears by token on kernels of {self.kernels}" if self.kernels else text
 
     @property
     def effective_feature(self) -> str:
@@ -120,7 +143,8 @@ class Target:
         vpmaddubsw adds two products in int16: 255·127·2 = 64770 > 32767. With weights in −64…63 the
         worst pair is 255·64·2 = 32640, which fits. Our own kernels widen before they add.
         """
-        return self.runtime == "ort" and CPU_FEATURES[self.effective_feature]
+        own = self.runtime == "ort" and not self.kernels
+        return own and CPU_FEATURES[self.effective_feature]
 
     def table_refusal(self, table: QType) -> str | None:
         """Why this target cannot look up rows of an embedding table in this format, or None."""
@@ -167,6 +191,14 @@ class Target:
             activation = None
         if self.device == "cuda":
             return _cuda_refusal(weight, activation)
+        if self.kernels:
+            if weight is None or activation is None or activation.granularity != "token":
+                return (
+                    f"--kernels {self.kernels} computes linears whose inputs are quantized for "
+                    "each token (w4a8, w8a8-token); leave it out, or use --set "
+                    "activations=int8:token"
+                )
+            return _tvm_refusal(weight, activation)
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
 
     @property
@@ -184,6 +216,7 @@ class Target:
         """
         return (
             self.runtime == "ort"
+            and not self.kernels
             and weight is not None
             and (weight.bits == 8 or (weight.bits <= 4 and weight.group is not None))
             and activation is not None
@@ -191,8 +224,10 @@ class Target:
         )
 
     def stored_bits(self, weight: QType) -> int:
-        """Bits that one weight takes there: ONNX Runtime's kernels read 4 and 8."""
-        return weight.bits if self.runtime != "ort" else 4 if weight.bits <= 4 else 8
+        """Bits that one weight takes there: ONNX Runtime's own kernels read 4 and 8."""
+        if self.runtime != "ort" or self.kernels:
+            return weight.bits
+        return 4 if weight.bits <= 4 else 8
 
 
 def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
@@ -291,10 +326,12 @@ def cpu_feature() -> str:
 
 
 def known_targets() -> list[str]:
-    """All target strings that parse."""
-    return [
-        ":".join(filter(None, (runtime, device, feature)))
+    """All target strings, those with another generator's kernels for devices alone."""
+    own = [
+        Target(runtime, device, feature)
         for runtime, devices in DEVICES.items()
         for device, features in devices.items()
         for feature in features
     ]
+    more = [Target(*place, "", kernels) for place, known in KERNELS.items() for kernels in known]
+    return [str(target) for target in (*own, *more)]

@@ -1,0 +1,194 @@
+"""Generated linears as a library of custom operators for ONNX Runtime (`edge_ort.c`).
+
+Each operator is taken at a few numbers of rows; the library computes any number piece by piece. Its
+constants, packed as the kernels read them, are returned for the graph to hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompiler import ops
+from qcompiler.backends.edge import choose_isa
+from qcompiler.backends.edge_calls import Calls
+from qcompiler.backends.edge_entries import Code, Weights, build_kernels, make_entry
+from qcompiler.backends.edge_folder import HEADER, OPTIONS, SOURCES, Tools
+from qcompiler.backends.edge_group import LINEAR, Constants
+from qcompiler.backends.edge_memory import ALIGN
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
+from qcompiler.backends.edge_program import Shapes, array, entry_tables, quoted
+from qcompiler.backends.edge_target import Machine, machine
+from qcompiler.errors import UnsupportedError
+from qcompiler.generated import Library, Operator
+from qcompiler.kernels.isa import Isa
+from qcompiler.qtype import QType
+from qcompiler.target import Target
+
+ROWS = (1, 2, 4, 8, 32, 128)  # that there is code for; greedily, so 1 must be among them
+MAX_OUTPUTS = 16  # of edge_ort.h
+COMPILED = ("edge_ort.c", "edge_cpu.c")
+INCLUDED = ("edge_ort.h", "edge_ort_api.h", "edge_program.h")
+# The code for each of ONNX Runtime's CPU targets.
+CODE = {"": "tvm:native", "vnni": "tvm:x86-64:avx512vnni", "avx2": "tvm:x86-64-v3"}
+
+
+def build(operators: Sequence[Operator], target: Target, sizes: Sequence[int] = ()) -> Library:
+    """Compile the operators.
+
+    Args:
+        operators: at least one.
+        target: ONNX Runtime's, on this machine.
+        sizes: the numbers of rows to make code for, ascending from 1; `ROWS` where not given.
+
+    Raises:
+        UnsupportedError: for a machine that this one is not, or without a C compiler.
+    """
+    where = _machine(target)
+    isa = choose_isa(where)
+    code, tables, weights = Code(), _Tables(), []
+    for operator in operators:
+        weights.append(_add(operator, sizes or ROWS, isa, code, tables))
+    names = [f"int __tvm_ffi_{s}(void *, const argument *, int32_t, argument *);"
+             for s in code.kernels]  # fmt: skip
+    source = "\n".join(['#include "edge_ort.h"', "", *names, *tables.shapes.lines, *tables.lines])
+    digest = hashlib.sha256("".join([source, str(where)]).encode())
+    for blob in weights:
+        digest.update(hashlib.sha256(blob).digest())
+    number = int.from_bytes(digest.digest()[:7], "little")
+    fields = (quoted(str(target)), quoted(" ".join(where.features)), f"{number}",
+              f"{len(operators)}", "linears")  # fmt: skip
+    source += "\n".join(
+        ["", array("struct linear", "linears", tables.rows),
+         f"const struct linears compiled_linears = {{{', '.join(fields)}}};", ""]
+    )  # fmt: skip
+    functions = {name: made.function for name, made in code.kernels.items()}
+    return Library(_link(source, build_kernels(functions, where), where), number, tuple(weights))
+
+
+def _machine(target: Target) -> Machine:
+    name = CODE.get(target.feature)
+    found = machine(Target.parse(name)) if name is not None else None
+    if found is None or not found.here:
+        raise UnsupportedError(
+            f"'{target}': generated kernels for ONNX Runtime are made on the machine that runs "
+            "them, and this one is another; compile there with --target ort:cpu --kernels tvm"
+        )
+    return found
+
+
+class _Tables:
+    """The C tables of the operators."""
+
+    def __init__(self) -> None:
+        self.shapes, self.lines, self.rows = Shapes(), list[str](), list[str]()
+        self.entries = 0
+
+
+def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables: _Tables) -> bytes:
+    """Generate one operator's code; its constants."""
+    if len(operator.linears) > MAX_OUTPUTS:
+        raise UnsupportedError(
+            f"{operator.name}: {len(operator.linears)} linears read one tensor, and an "
+            f"operator has at most {MAX_OUTPUTS} outputs"
+        )
+    constants, weights, rows = Constants(), Weights(), []
+    held = [Weight(x.q, x.scale, x.zero_point, x.axis, x.group) for x in operator.linears]
+    for count in sizes:
+        traced = _trace(operator, held, count)
+        calls = Calls(traced, isa, constants)
+        entry = make_entry({"rows": count}, traced, traced.outputs, calls, code, weights)
+        lines, row = entry_tables(entry, tables.entries, ["rows"], tables.shapes)
+        tables.entries += 1
+        tables.lines += lines
+        rows.append(row)
+    blob = b"".join(weights.parts) or b"\0" * ALIGN
+    name = f"of_{len(tables.rows)}"
+    tables.lines.append(array("struct entry", f"entries_{name}", rows))
+    columns = [str(n) for n in operator.columns]
+    tables.lines.append(array("int64_t", f"columns_{name}", columns))
+    fields = (
+        quoted(operator.name), f"{len(blob)}u", str(operator.depth), f"columns_{name}",
+        str(len(columns)), str(len(rows)), f"entries_{name}",
+    )  # fmt: skip
+    tables.rows.append(f"{{{', '.join(fields)}}}")
+    return blob
+
+
+def _trace(operator: Operator, weights: Sequence[Weight], rows: int) -> Trace:
+    """The operator on that many rows."""
+    recorded: list[Op] = []
+
+    def record(target: object, args: tuple[object, ...], label: str, *outputs: Ref) -> Ref:
+        op = Op(target, args, {}, outputs, label)
+        for ref in op.refs():
+            ref.storage.readers.append(op)
+        for ref in outputs:
+            ref.storage.maker = op
+        recorded.append(op)
+        return outputs[0]
+
+    depth, label = operator.depth, operator.name
+    given = _made(torch.float32, rows, depth)
+    given.storage.port = "x"
+    x = given
+    if operator.rotation is not None:
+        factors = [_constant(factor) for factor in operator.rotation]
+        x = record(ops.rotate, (x, *factors), label, _made(torch.float32, rows, depth))
+    if not operator.linears:
+        return Trace((given,), (x,), tuple(recorded))
+    kind = QType.parse(operator.activation)
+    q, scale = _made(kind.dtype, rows, depth), _made(torch.float32, rows, 1)
+    zero = _made(kind.dtype, rows, 1)
+    record(ops.dynamic_quantize, (x, operator.activation), label, q, scale, zero)
+    floats = _made(torch.float32, rows, depth)
+    record(ops.dequantize, (q, scale, zero, 0, 0), label, floats)
+    outputs = []
+    for linear, weight in zip(operator.linears, weights, strict=True):
+        bias = () if linear.bias is None else (_constant(linear.bias),)
+        made = _made(torch.float32, rows, len(linear.q))
+        outputs.append(record(LINEAR, (floats, _weight(weight), *bias), linear.name, made))
+    return Trace((given,), tuple(outputs), tuple(recorded))
+
+
+def _made(dtype: torch.dtype, *shape: int) -> Ref:
+    rows, columns = shape
+    return Ref(Storage(dtype, rows * columns), dtype, 0, shape, (columns, 1))
+
+
+def _constant(tensor: Tensor) -> Ref:
+    held = tensor.detach().float().contiguous()
+    storage = Storage(torch.float32, held.numel(), held)
+    return Ref(storage, torch.float32, 0, tuple(held.shape), tuple(held.stride()))
+
+
+def _weight(weight: Weight) -> Ref:
+    storage = Storage(torch.float32, weight.q.numel(), weight=weight)
+    rows, columns = weight.q.shape
+    return Ref(storage, torch.float32, 0, (rows, columns), (columns, 1))
+
+
+def _link(source: str, kernels: bytes, where: Machine) -> bytes:
+    """The shared library, of which only `RegisterCustomOps` is seen from outside."""
+    tools = Tools(where)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        for file in (*COMPILED, *INCLUDED):
+            shutil.copyfile(SOURCES / file, work / file)
+        shutil.copyfile(SOURCES / "edge_api.h", work / HEADER)
+        (work / "linears.c").write_text(source)
+        (work / "kernels.o").write_bytes(kernels)
+        (work / "exports").write_text("{ global: RegisterCustomOps; local: *; };\n")
+        # It stays loaded: threads may end, and free their scratch memory, after the last session.
+        tools.cc(
+            work, *OPTIONS, *where.flags, "-shared", "-Wl,--version-script=exports",
+            "-Wl,-z,nodelete", "-Wl,-soname,libqcompiler_ort.so", "-s", *COMPILED, "linears.c",
+            "kernels.o", "-lpthread", "-lm", "-o", "library.so",
+        )  # fmt: skip
+        return (work / "library.so").read_bytes()

@@ -1,0 +1,138 @@
+"""Linears that read tokens quantized on their own → operators of a generated library.
+
+    MatMul(DequantizeToken(QuantizeToken(x)), Transpose(DequantizeLinear(W))) + bias
+        → qcompiler::QuantizedMatMul(x, constants)
+
+ONNX has no quantization with a range for each token, and ONNX Runtime no fast product with 4-bit
+weights for more than a few rows. All linears that read one quantized tensor are one operator, and a
+rotation that it alone reads belongs to it; other rotations are operators of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from qcompiler.backends.ort_cache import JOINED
+from qcompiler.backends.ort_translate import INTERNAL
+from qcompiler.errors import UnsupportedError
+from qcompiler.generated import Generate, Linear, Operator
+
+PRODUCT, ROTATION = "QuantizedMatMul", "Rotate"  # of edge_ort.c
+
+
+def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
+    """Replace what `generate` makes kernels for; the library's content, empty where it is nothing.
+
+    Raises:
+        UnsupportedError: where something other than a linear reads a tensor quantized by token.
+    """
+    found: list[tuple[gs.Node, Operator]] = []
+    for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "QuantizeToken"]:
+        found.append(_linears(graph, node))
+    for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "Rotate"]:
+        if node.outputs and (node.outputs[0].outputs or node.outputs[0] in graph.outputs):
+            found.append(_rotation(graph, node))
+    if not found:
+        return b""
+    library = generate([operator for _, operator in found])
+    for number, ((node, _), weights) in enumerate(zip(found, library.weights, strict=True)):
+        node.attrs |= {"number": number, "library": library.number}
+        packed = np.frombuffer(weights, np.uint8)
+        node.inputs.append(gs.Constant(f"{node.name}_weights", packed))
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return library.content
+
+
+def _linears(graph: gs.Graph, quantize: gs.Node) -> tuple[gs.Node, Operator]:
+    """The operator of everything that reads the quantized tensor."""
+    source = quantize.inputs[0]
+    rotate = _maker(source, "Rotate")
+    alone = len(source.outputs) == 1 and source not in graph.outputs
+    if rotate is None or not alone or not _constants(rotate.inputs[1:]):
+        rotate = None
+    linears, outputs = [], []
+    for dequantize in list(quantize.outputs[0].outputs):
+        for product in list(dequantize.outputs[0].outputs):
+            if dequantize.op != "DequantizeToken" or not _is_linear(product, dequantize):
+                raise UnsupportedError(
+                    f"'{product.name or product.op}' reads a tensor that is quantized by token, "
+                    "and generated kernels compute linears with constant weights alone; keep it "
+                    "in float (--set keep_float=…)"
+                )
+            linear, output = _linear(graph, product)
+            linears.append(linear)
+            outputs.append(output)
+    data = source if rotate is None else rotate.inputs[0]
+    name = JOINED.join(linear.name for linear in linears)
+    node = gs.Node(PRODUCT, name, {}, [data], outputs, domain=INTERNAL)
+    quantize.outputs.clear()
+    graph.nodes.append(node)
+    factors = None if rotate is None else _factors(rotate)
+    depth = int(linears[0].q.shape[1])
+    return node, Operator(name, depth, factors, quantize.attrs["qtype"], tuple(linears))
+
+
+def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
+    """The operator of a rotation on its own."""
+    if not _constants(rotate.inputs[1:]):
+        raise UnsupportedError(f"'{rotate.name}' rotates by computed matrices")
+    left, right = _factors(rotate)
+    outputs, name = list(rotate.outputs), rotate.outputs[0].name
+    rotate.outputs.clear()
+    node = gs.Node(ROTATION, name, {}, [rotate.inputs[0]], outputs, domain=INTERNAL)
+    graph.nodes.append(node)
+    return node, Operator(name, len(left) * len(right), (left, right), "", ())
+
+
+def _is_linear(product: gs.Node, source: gs.Node) -> bool:
+    if product.op != "MatMul" or product.inputs[0] is not source.outputs[0]:
+        return False
+    turn = _maker(product.inputs[1], "Transpose")
+    pair = _maker(turn.inputs[0], "DequantizeLinear") if turn is not None else None
+    turned = turn is not None and list(turn.attrs.get("perm", [])) == [1, 0]
+    return turned and pair is not None and _constants(pair.inputs)
+
+
+def _linear(graph: gs.Graph, product: gs.Node) -> tuple[Linear, gs.Tensor]:
+    """The linear, with its bias where one is added, and what it writes."""
+    pair = product.inputs[1].inputs[0].inputs[0].inputs[0]
+    q, scale = _tensor(pair.inputs[0]), _tensor(pair.inputs[1])
+    zero = torch.zeros_like(scale, dtype=q.dtype)
+    if len(pair.inputs) > 2:
+        zero = _tensor(pair.inputs[2])
+    output, bias = product.outputs[0], None
+    readers = list(output.outputs)
+    if len(readers) == 1 and readers[0].op == "Add" and output not in graph.outputs:
+        other = readers[0].inputs[1 if readers[0].inputs[0] is output else 0]
+        if isinstance(other, gs.Constant) and np.asarray(other.values).shape == (len(q),):
+            bias, output = _tensor(other), readers[0].outputs[0]
+            readers[0].outputs.clear()
+    product.outputs.clear()
+    axis, group = int(pair.attrs.get("axis", 1)), int(pair.attrs.get("block_size", 0))
+    return Linear(product.name, q, scale, zero, axis, group, bias), output
+
+
+def _maker(tensor: Any, kind: str) -> gs.Node | None:
+    """The node that makes the tensor, if it is of that kind."""
+    if not isinstance(tensor, gs.Variable) or len(tensor.inputs) != 1:
+        return None
+    node: gs.Node = tensor.inputs[0]
+    return node if node.op == kind else None
+
+
+def _constants(tensors: Any) -> bool:
+    return all(isinstance(t, gs.Constant) for t in tensors)
+
+
+def _factors(rotate: gs.Node) -> tuple[Tensor, Tensor]:
+    left, right = (_tensor(t) for t in rotate.inputs[1:])
+    return left, right
+
+
+def _tensor(constant: gs.Constant) -> Tensor:
+    return torch.from_numpy(np.array(constant.values))
