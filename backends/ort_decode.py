@@ -48,6 +48,7 @@ class Decoder:
         self._shared = SHARED in self._session.get_modelmeta().custom_metadata_map
         logits = next(o for o in self._session.get_outputs() if o.name == "logits")
         self.vocabulary = int(logits.shape[-1])
+        self._bound: tuple[int, bool] | None = None  # the step that logits and ids are bound for
         self.reset(0)
 
     def reset(self, capacity: int) -> None:
@@ -111,7 +112,7 @@ class Decoder:
         self._ones = np.ones(tokens, np.int64)
         self._places = np.arange(tokens, dtype=np.int64)
         self._first = np.zeros(1, np.int64)
-        self._bound: tuple[int, bool] | None = None
+        self._bound = None
 
     def _place(self, name: str, row: NDArray[np.int64]) -> None:
         """Bind one row of an input, (1, len(row)), without copying it."""

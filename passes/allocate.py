@@ -44,9 +44,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         UnsupportedError: if the target has no kernel for one of the recipe's formats.
     """
     own = [Format.parse(text) for text in recipe.formats.values()]
-    pairs = [(wanted.weight, wanted.activation) for wanted in own]
-    for weight, activation in [(recipe.weight_type, recipe.activation_type), *pairs]:
-        reason = target.refusal(weight, activation, recipe.cache_types)
+    for wanted in [recipe.format, *own]:
+        reason = target.refusal(
+            wanted.weight, wanted.activation, recipe.cache_types, wanted.products
+        )
         if reason:
             raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type

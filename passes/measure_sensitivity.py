@@ -171,10 +171,8 @@ def _measured(
     ranges: dict[str, tuple[float, float]] = {}
     done: dict[str, tuple[list[Rounded], list[Columns]]] = {}
     for wanted in formats:
-        assert wanted.weight is not None
-        fits = [wanted.weight.fitted(w.shape[1]) for w in matrices]
-        kinds = [kind for kind in fits if kind is not None]
-        if len(kinds) < len(matrices):
+        kinds = _kinds(wanted, matrices)
+        if kinds is None:
             continue  # its groups divide no axis
         key = f"{kinds}+{wanted.columns}"
         if key not in done:  # formats that differ in their activations share the weights
@@ -190,7 +188,7 @@ def _measured(
         if kind is not None and not kind.dynamic:
             ranges[str(kind)] = choose_range(seen, kind, settings.calibration, settings.parameter)
         functions = {
-            node: simulated(_with(r.weight, k), kind, ranges.get(str(kind)))
+            node: simulated(_with(r.weight, k), wanted, ranges.get(str(kind)))
             for node, r, k in zip(layers, rounded, kept, strict=True)
         }
         got: dict[Node, list[Tensor]] = {node: [] for node in layers}
@@ -206,9 +204,7 @@ def _measured(
                 signal += float(want.double().square().sum())
                 noise += float((unpadded(value, mask) - want).double().square().sum())
         size = sum(
-            (w.numel() * stored(kind) + 7) // 8
-            + kind.bytes_for(0, r.scale.numel())
-            + sum(part.numel() * part.element_size() for part in k)
+            _bytes(w, kind, r, stored) + sum(part.numel() * part.element_size() for part in k)
             for w, kind, r, k in zip(matrices, kinds, rounded, kept, strict=True)
         )
         floats = sum(values.numel() for _, values in kept)
@@ -218,13 +214,34 @@ def _measured(
     return with_options(unit, options), weights, ranges, columns
 
 
+def _kinds(wanted: Format, matrices: Sequence[Tensor]) -> list[QType | None] | None:
+    """The integer format of each weight, None for bfloat16; None for all where one has none."""
+    if wanted.weight is None:
+        return [None] * len(matrices)
+    fits = [wanted.weight.fitted(w.shape[1]) for w in matrices]
+    return None if None in fits else fits
+
+
+def _bytes(
+    weight: Tensor, kind: QType | None, rounded: Rounded, stored: Callable[[QType], int]
+) -> int:
+    """Of a weight as the target stores it, scales included."""
+    if kind is None:
+        return 2 * weight.numel()
+    return (weight.numel() * stored(kind) + 7) // 8 + kind.bytes_for(0, rounded.scale.numel())
+
+
 def _outliers(
-    matrices: Sequence[Tensor], kinds: Sequence[QType], hessian: Tensor, count: int
+    matrices: Sequence[Tensor], kinds: Sequence[QType | None], hessian: Tensor, count: int
 ) -> list[Columns]:
     """The columns of each weight that stay in float; none where `count` is 0."""
     found = []
     for weight, kind in zip(matrices, kinds, strict=True):
-        kept = outlier_columns(weight, hessian.diagonal(), kind, count)
+        kept = (
+            outlier_columns(weight, hessian.diagonal(), kind, count)
+            if kind is not None
+            else torch.arange(0)
+        )
         found.append((kept, weight[:, kept].clone()))
     return found
 
@@ -257,25 +274,28 @@ def _signal(
 
 
 def _rounded(
-    weight: Tensor, hessian: Tensor, kind: QType, settings: Settings, factor: Factor | None
+    weight: Tensor, hessian: Tensor, kind: QType | None, settings: Settings, factor: Factor | None
 ) -> Rounded:
+    if kind is None:
+        return Rounded(weight.bfloat16().float(), weight.new_empty(0), weight.new_empty(0))
     grid = search_grid(weight, hessian, kind) if settings.clip else nearest_grid(weight, kind)
     if factor is not None:
         return gptq(weight, hessian, kind, grid=grid, factor=factor)
     return nearest(weight, grid, kind)
 
 
-def simulated(
-    weight: Tensor, activation: QType | None, reach: tuple[float, float] | None = None
-) -> Function:
+def simulated(weight: Tensor, wanted: Format, reach: tuple[float, float] | None = None) -> Function:
     """A linear with another weight, and an input that is rounded as a format says.
 
     Args:
         weight: on its grid, float32.
-        activation: format of the input; None: float.
+        wanted: decides how the input is rounded.
         reach: the range that a static format covers.
     """
     linear = torch.nn.functional.linear
+    activation = wanted.activation
+    if wanted.narrow:
+        return lambda x, _, bias=None: linear(x.bfloat16().float(), weight, bias)
     if activation is None:
         return lambda x, _, bias=None: linear(x, weight, bias)
     if reach is None:

@@ -14,25 +14,48 @@ that is not fused, attention over a cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.cached import cached_attention
+from qcompiler.format import Format
+from qcompiler.program import Program
+from qcompiler.recipe import Recipe
 from qcompiler.regions import CONVS, LINEAR, SDPA
-from qcompiler.rewrite import Draft, following, operand, rewrite
+from qcompiler.rewrite import Draft, following, module_path, operand, rewrite
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 NARROW = torch.bfloat16
 
 
+def round_as_told(program: Program, recipe: Recipe) -> Program:
+    """What the recipe has in bfloat16: every float product, or the linears that it names."""
+    if recipe.products == "bfloat16":
+        return round_products(program)
+    if not any(Format.parse(text).narrow for text in recipe.formats.values()):
+        return program
+    return round_products(
+        program, lambda node: recipe.format_of(module_path(node), node.name).narrow
+    )
+
+
 @rewrite(exact=False)
-def round_products(draft: Draft) -> None:
-    """Round what linears, matrix products and attentions read."""
+def round_products(draft: Draft, only: Callable[[Node], bool] | None = None) -> None:
+    """Round what linears, matrix products and attentions read.
+
+    Args:
+        draft: with or without quantized layers.
+        only: which linears, where the rest and all other products shall stay float32.
+    """
     rounding = _Rounding(draft)
     count = {"linears": 0, "products": 0, "attentions": 0}
     for node in draft.calls(LINEAR):
+        if only is not None and not only(node):
+            continue
         weight, source = operand(node, 1), operand(node, 0)
         quantized = [n for n in (source, weight) if n.target is ops.dequantize]
         if rounding.done(source):
@@ -46,6 +69,15 @@ def round_products(draft: Draft) -> None:
             draft.set_input(node, 0, rounding.wide(source))
             draft.set_input(node, 1, rounding.wide(weight))
             count["linears"] += 1
+    if only is None:
+        _round_the_rest(draft, rounding, count)
+    made = ", ".join(f"{number} {what}" for what, number in count.items() if number)
+    if made:
+        draft.note(f"{made} in bfloat16")
+
+
+def _round_the_rest(draft: Draft, rounding: _Rounding, count: dict[str, int]) -> None:
+    """All products but linears."""
     for node in draft.calls(*PRODUCTS):
         if any(rounding.done(operand(node, i)) for i in (0, 1)):
             continue
@@ -64,9 +96,6 @@ def round_products(draft: Draft) -> None:
     for node in draft.calls(SDPA, cached_attention):
         why = "is over a cache" if node.target is cached_attention else "is not fused"
         draft.refuse(node, f"stays float32: this attention {why}")
-    made = ", ".join(f"{number} {what}" for what, number in count.items() if number)
-    if made:
-        draft.note(f"{made} in bfloat16")
 
 
 class _Rounding:

@@ -34,7 +34,7 @@ from qcompiler.passes.merge_linears import merge_linears
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.quantize_cache import quantize_cache
-from qcompiler.passes.round_products import round_products
+from qcompiler.passes.round_products import round_as_told
 from qcompiler.passes.round_weights import round_weights, rounding_notes
 from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
@@ -307,9 +307,8 @@ def quantize(
         program = correct_bias(program, measure_bias(floating, program, sample, data.mask))
     say("pack_weights")
     quantized = _same_integers(program, pack_weights(program), reference)
-    if recipe.products == "bfloat16":
-        say("round_products")
-        quantized = round_products(quantized)
+    say("round_products")
+    quantized = round_as_told(quantized, recipe)
     say("compare sites")
     layers = [n.name for n in floating.exported.graph.nodes if _is_layer(n)]
     sites = compare_sites(

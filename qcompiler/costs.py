@@ -29,6 +29,7 @@ from qcompiler.passes.allocate import allocate
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
+from qcompiler.passes.round_products import round_as_told
 from qcompiler.passes.split_columns import split_columns, split_layers
 from qcompiler.plan import Assignment, Plan
 from qcompiler.program import Batch, Program, capture
@@ -156,14 +157,15 @@ def quantized_program(program: Program, recipe: Recipe, target: Target) -> Progr
     program = split_columns(program, columns)
     plan = allocate(program, recipe, target)
     if not any(site.operand == 1 for site in plan):
-        return None
+        narrow = round_as_told(program, recipe)
+        return narrow if narrow is not program else None
     entries = {
         site: Assignment(a.qtype, -RANGE, RANGE)
         if site.operand != 1 and not a.qtype.dynamic and _is_activation(program, site)
         else a
         for site, a in plan.items()
     }
-    return pack_weights(insert_qdq(program, Plan(entries)))
+    return round_as_told(pack_weights(insert_qdq(program, Plan(entries))), recipe)
 
 
 def _is_activation(program: Program, site: Any) -> bool:

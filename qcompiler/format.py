@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qcompiler.errors import InputError
 from qcompiler.qtype import QType
 
-FLOAT = "float"
+FLOAT, NARROW = "float", "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class Format:
 
     Written `int8:channel/uint8:tensor:affine` (weight, then activation), `int4:g32` for weights
     alone, `float` for neither; `int4:g32+16` keeps the 16 input columns of the weight in float that
-    lose most by rounding.
+    lose most by rounding. `bfloat16` is a float product whose operands are rounded to bfloat16
+    (`narrow`), see `round_products`.
     """
 
     weight: QType | None = None
     activation: QType | None = None
     columns: int = 0
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.weight is None and self.activation is not None:
@@ -34,7 +36,7 @@ class Format:
 
     def __str__(self) -> str:
         if self.weight is None:
-            return FLOAT
+            return NARROW if self.narrow else FLOAT
         kept = f"+{self.columns}" if self.columns else ""
         return f"{self.weight}{kept}" + (f"/{self.activation}" if self.activation else "")
 
@@ -45,6 +47,8 @@ class Format:
         Raises:
             InputError: an unknown number format, with the nearest known one.
         """
+        if text.strip() == NARROW:
+            return cls(narrow=True)
         weight, _, activation = text.strip().partition("/")
         weight, plus, columns = weight.partition("+")
         if plus and not (columns.isdigit() and int(columns) > 0):
@@ -58,4 +62,11 @@ class Format:
     @property
     def bits(self) -> int:
         """Bits of one weight, scales not counted."""
-        return self.weight.bits if self.weight is not None else 32
+        if self.weight is not None:
+            return self.weight.bits
+        return 16 if self.narrow else 32
+
+    @property
+    def products(self) -> str:
+        """Arithmetic of its products, as `Recipe.products` names it."""
+        return "bfloat16" if self.narrow else "float32"

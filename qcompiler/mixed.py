@@ -18,7 +18,7 @@ import yaml
 from qcompiler import allocation, costs, figures
 from qcompiler.allocation import Choice
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.format import Format
+from qcompiler.format import NARROW, Format
 from qcompiler.mixer import Mixer, Point
 from qcompiler.recipe import Recipe
 from qcompiler.spec import ModelSpec
@@ -45,6 +45,7 @@ def candidates(recipe: Recipe, target: Target, spec: ModelSpec) -> tuple[str, ..
         alone = ((text, Format.parse(text).weight) for text in WEIGHTS_ALONE)
         return tuple(text for text, kind in alone if not target.refusal(kind, None))
     found = FAST.get(target.runtime, WEIGHTS_ALONE)
+    found += (NARROW,) if target.runtime == "tvm" and target.multiplies_bfloat16 else ()
     if spec.generation is not None:  # per-tensor ranges of activations ruin decoders
         found = tuple(text for text in found if "tensor" not in text)
         found += ("int8:g32",) if target.runtime == "ort" else ()
@@ -72,7 +73,7 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     texts = candidates(recipe, target, spec)
     chosen = [Format.parse(text) for text in texts]
     for wanted in chosen:
-        reason = target.refusal(wanted.weight, wanted.activation)
+        reason = target.refusal(wanted.weight, wanted.activation, products=wanted.products)
         if reason:
             raise UnsupportedError(f"candidate {wanted} on target '{target}': {reason}")
     settings: dict[str, Any] = {"candidates": tuple(map(str, chosen))}

@@ -37,7 +37,8 @@ POINTS = 13  # budgets of the Pareto front
 TRIALS = 10  # neighbours of a chosen plan that are measured as well, at each descent
 DESCENTS = 3  # at most, from the best plan to a better neighbour
 SEARCH = 6  # plans that are measured to find the cheapest within a loss
-TOKENS, SAMPLES = 256, 16  # of the data that divergences are measured on
+TOKENS, SAMPLES = 256, 16  # of the data that each option of each unit is tried on
+JUDGED = 4  # times as much for whole plans: on little data the best of many is a matter of luck
 
 Say = Callable[[str], None]
 
@@ -98,6 +99,7 @@ class Mixer:
         self.formats = [Format.parse(text) for text in recipe.candidates]
         batches = list(data.calibration())
         trials = _trials(batches)
+        self.judged = _trials(batches, JUDGED)
         self.batches = batches + trials
         self.settings = Settings(
             recipe.rounding == "gptq",
@@ -235,9 +237,8 @@ class Mixer:
         return sum(unit.weights for unit in self.units)
 
     def measure(self, choices: Mapping[str, Choice]) -> list[Point]:
-        """Run plans end to end, all units quantized together, on the trial batches."""
-        first = len(self.batches) - self.settings.trials
-        trials = self.batches[first:]
+        """Run plans end to end, all units quantized together, on more data than the study's."""
+        trials = self.judged
         masks = [dict(zip(self.program.inputs, b, strict=True)).get(self.settings.mask)
                  for b in trials]  # fmt: skip
         nodes = {n.name: n for n in self.program.exported.graph.nodes}
@@ -252,10 +253,10 @@ class Mixer:
                     if option.format == "float":
                         continue
                     weights = self.findings.weights(index, [option.format])[option.format]
-                    activation = Format.parse(option.format).activation
-                    reach = self.findings.ranges(index).get(str(activation))
+                    wanted = Format.parse(option.format)
+                    reach = self.findings.ranges(index).get(str(wanted.activation))
                     for name, weight in zip(unit.nodes, weights, strict=True):
-                        functions[nodes[name]] = simulated(weight, activation, reach)
+                        functions[nodes[name]] = simulated(weight, wanted, reach)
                 loss = reference(list(stages.outputs(functions)))
                 points.append(self.point(label, choice, loss, objective))
         return points
@@ -390,7 +391,7 @@ def _rows(batch: Batch) -> int:
     return int(first.shape[0]) if first.is_floating_point() else first.numel()
 
 
-def _trials(batches: Sequence[Batch]) -> list[Batch]:
+def _trials(batches: Sequence[Batch], times: int = 1) -> list[Batch]:
     """Single samples from the calibration data on which divergences are measured."""
     found: list[Batch] = []
     size = 0
@@ -399,7 +400,7 @@ def _trials(batches: Sequence[Batch]) -> list[Batch]:
         for sample in _samples(batch):
             found.append(sample)
             size += sample[0].numel() if tokens else 1
-            if size >= (TOKENS if tokens else SAMPLES):
+            if size >= times * (TOKENS if tokens else SAMPLES):
                 return found
     return found
 

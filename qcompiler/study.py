@@ -254,6 +254,9 @@ class Findings:
                 continue
             found[text] = []
             for q, s, z in rows:
+                if Format.parse(text).narrow:
+                    found[text].append(q.float())
+                    continue
                 kind = _fitted(text, q.shape[1])
                 found[text].append(dequantize(q, s, z, weight_axis(kind), kind.group or 0))
             for weight, (kept, values) in zip(found[text], columns.get(text, ()), strict=False):
@@ -275,6 +278,8 @@ class Findings:
 
 
 def _packed(rounded: Rounded, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if Format.parse(text).narrow:
+        return rounded.weight.bfloat16(), rounded.scale, rounded.zero_point
     kind = _fitted(text, rounded.weight.shape[1])
     q = kind.quantize(rounded.weight, rounded.scale, rounded.zero_point, weight_axis(kind))
     return q, rounded.scale, rounded.zero_point

@@ -77,6 +77,32 @@ def test_the_artifact_has_the_chosen_formats(made: Any) -> None:
     assert made.manifest["recipe"]["formats"] == planned
 
 
+def test_bfloat16_is_a_format_like_others(tmp_path: Path) -> None:
+    formats = ("int8:channel/int8:token", "bfloat16")
+    settings = {"bits": 10.0, "candidates": formats, "rounding": "rtn", "clip": False}
+    recipe = load_recipe("mixed", settings)
+    target = "tvm:x86-64:avx512bf16"
+    made = qcompiler.compile(
+        tower(), target=target, recipe=recipe, out=tmp_path / "a", study=tmp_path / "s"
+    )
+    mixed = made.manifest["mixed"]
+    # Ten bits on average: one layer of four in bfloat16, and the one that matters most.
+    chosen = {u["name"]: u["format"] for u in mixed["units"]}
+    assert chosen == {f"layers.{i}": formats[i == 0] for i in range(4)}
+    (narrow,) = (o for o in mixed["units"][0]["options"] if o["format"] == "bfloat16")
+    assert narrow["bytes"] == 2 * 64 * 64
+    # The option's error is that of the layer with both operands rounded.
+    layer = Tower().layers[0]
+    x = torch.cat([batch[0] for batch in tower().calibration()]).double()[-16:]
+    rounded = x.bfloat16().double() @ layer.weight.detach().bfloat16().double().T
+    exact = x @ layer.weight.detach().double().T
+    given = layer(x.float()).detach()
+    error = float((rounded - exact).square().sum() / given.square().sum())
+    assert narrow["measures"]["error"] == pytest.approx(error, rel=0.5)
+    history = {entry["name"]: entry["notes"] for entry in made.manifest["history"]}
+    assert history["round_products"] == ["1 linears in bfloat16"]
+
+
 def test_points_of_the_front_compile(made: Any, tmp_path: Path) -> None:
     folder = Path(made.manifest["mixed"]["folder"])
     rows = json.loads((folder / "front.json").read_text())

@@ -191,7 +191,11 @@ def test_dynamic_activations_are_rounded_by_token() -> None:
     kind = QType.parse("int8:token")
     x, w = torch.randn(5, 16), torch.randn(4, 16)
     want = nn.functional.linear(kind.round_trip(x), w)
-    assert torch.allclose(simulated(w, kind)(x, None), want, atol=1e-5)
+    dynamic = Format(QType.parse("int8:channel"), kind)
+    assert torch.allclose(simulated(w, dynamic)(x, None), want, atol=1e-5)
+    narrow = simulated(w.bfloat16().float(), Format.parse("bfloat16"))(x, None)
+    exact = nn.functional.linear(x.bfloat16().double(), w.bfloat16().double())
+    assert torch.allclose(narrow.double(), exact, atol=1e-5)
 
 
 def test_a_study_is_written_and_read(captured: Any, tmp_path: Path) -> None:
