@@ -40,7 +40,7 @@ from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.backends.edge_trace import rows_looked_up, trace
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.kernels import isa as isas
-from qcompiler.program import Program
+from qcompiler.program import Batch, Program
 from qcompiler.target import Target
 
 __all__ = ("choose_isa", "load", "lower")
@@ -254,6 +254,35 @@ def _lower_decoder(
 
 def _shown(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def sizes_run(
+    program: Program,
+    batch: Batch,
+    *,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+    padding_mask: str = "",
+) -> dict[str, int]:
+    """The compiled sizes that a batch runs at: its own, or those that it is padded to.
+
+    Args:
+        program: not a language model with its cache.
+        batch: inputs.
+        dynamic_shapes, buckets, padding_mask: as for `lower`.
+    """
+    ports = _ports(program, dynamic_shapes or {}, ())
+    own = {
+        d: int(value.shape[i])
+        for port, value in zip(ports, batch, strict=True)
+        for i, d in enumerate(port.shape)
+        if isinstance(d, str)
+    }
+    padded = _masked_sizes(ports, padding_mask, program)
+    for sizes in _entries(ports, program, buckets or {}, padding_mask):
+        if all(own[d] == n or (d in padded and own[d] < n) for d, n in sizes.items()):
+            return sizes
+    return own
 
 
 def _ports(

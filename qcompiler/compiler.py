@@ -129,7 +129,7 @@ def compile(
         data = Data(program, spec, recipe)
         journal = out.with_name(f"{out.name}.journal") if resume else None
         kept = Path(study) if study is not None else out.with_name(f"{out.name}.study")
-        compiled = quantize(program, data, recipe, target, say, journal, kept, jobs, ray)
+        compiled = quantize(program, data, recipe, target, say, journal, kept, jobs, ray, buckets)
         compiled.seconds = say.seconds
         deliver(folder, spec, compiled, data, compiled.recipe, target, buckets or {}, say, command)
     if journal is not None:
@@ -252,6 +252,7 @@ def quantize(
     study: Path | None = None,
     jobs: int = 1,
     ray: str | None = None,
+    buckets: Mapping[str, Sequence[int]] | None = None,
 ) -> Compiled:
     """The order of the passes, from the captured program to the quantized one.
 
@@ -265,7 +266,7 @@ def quantize(
     choice: dict[str, Any] = {}
     if recipe.mixed:
         assert study is not None
-        mixer = Mixer(program, data, recipe, target, study, say, jobs, ray)
+        mixer = Mixer(program, data, recipe, target, study, say, jobs, ray, buckets)
         recipe, choice = mixed.choose(mixer)
     split = split_layers(program, recipe)
     if split:

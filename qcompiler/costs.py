@@ -195,6 +195,28 @@ def _lowered(
     return edge.load(folder, 1)
 
 
+def sizes_run(
+    target: Target,
+    program: Program,
+    batch: Batch,
+    shapes: Mapping[str, Mapping[int, str]],
+    mask: str,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, int]:
+    """Sizes that a batch runs at on a target: its own, but where generated code pads it."""
+    if target.runtime == "tvm":
+        from qcompiler.backends import edge
+
+        return edge.sizes_run(
+            program, batch, dynamic_shapes=shapes, buckets=buckets, padding_mask=mask
+        )
+    return {
+        size: int(value.shape[dimension])
+        for name, value in zip(program.inputs, batch, strict=True)
+        for dimension, size in shapes.get(name, {}).items()
+    }
+
+
 def anchors(
     programs: Mapping[str, Program],
     target: Target,
@@ -202,6 +224,7 @@ def anchors(
     shapes: Mapping[str, Mapping[int, str]],
     mask: str,
     say: Say,
+    buckets: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, float]:
     """Milliseconds of whole programs on one batch, one thread, interleaved.
 
@@ -212,12 +235,10 @@ def anchors(
         shapes: names of dynamic sizes by input and dimension.
         mask: name of the input that is 0 at padding.
         say: told of each.
+        buckets: sizes that code is generated for, on `tvm:` targets.
     """
     first = next(iter(programs.values()))
-    sizes: dict[str, list[int]] = {}
-    for name, value in zip(first.inputs, batch, strict=True):
-        for dimension, size in shapes.get(name, {}).items():
-            sizes[size] = [int(value.shape[dimension])]
+    sizes = {n: [s] for n, s in sizes_run(target, first, batch, shapes, mask, buckets).items()}
     runs: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
         for index, (text, program) in enumerate(programs.items()):

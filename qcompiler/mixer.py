@@ -6,6 +6,7 @@ quantized together.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Mixer:
         say: Say,
         jobs: int = 1,
         ray: str | None = None,
+        buckets: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Read the data; nothing is measured yet.
 
@@ -91,11 +93,13 @@ class Mixer:
             say: told of each step.
             jobs: processes that measure.
             ray: address of a cluster that measures; "local" starts one.
+            buckets: sizes that code will be generated for, on `tvm:` targets.
         """
         if not data.real:
             raise InputError("mixed precision studies the model on real data: give --calibration")
         self.program, self.recipe, self.target, self.spec = program, recipe, target, data.spec
         self.folder, self.say, self.jobs, self.ray = folder, say, jobs, ray
+        self.buckets = buckets
         self.formats = [Format.parse(text) for text in recipe.candidates]
         batches = list(data.calibration())
         trials = _trials(batches)
@@ -191,7 +195,7 @@ class Mixer:
         """
         spec = self.spec
         batch = max(self.batches[-self.settings.trials :], key=lambda b: b[0].numel())
-        phases = {"prefill": _rows(batch)}
+        phases = {"prefill": self._rows(batch)}
         if spec.generation is not None:
             phases["decode"] = 1
         texts = [*map(str, self.formats)]
@@ -205,10 +209,25 @@ class Mixer:
                 if made is not None:
                     programs[text] = made
             whole = costs.anchors(
-                programs, self.target, batch, spec.dynamic_shapes, self.settings.mask, self.say
-            )
+                programs, self.target, batch, spec.dynamic_shapes, self.settings.mask, self.say,
+                self.buckets,
+            )  # fmt: skip
         self.units = costs.with_latency(self.units, times, whole)
         return whole
+
+    def _rows(self, batch: Batch) -> int:
+        """Rows that a linear multiplies for a batch, padding included: tokens, or samples."""
+        first = batch[0]
+        if first.is_floating_point():
+            return int(first.shape[0])
+        if self.spec.generation is not None:
+            return first.numel()
+        shapes = self.spec.dynamic_shapes
+        sizes = costs.sizes_run(
+            self.target, self.program, batch, shapes, self.settings.mask, self.buckets
+        )
+        named = shapes.get(self.program.inputs[0], {})
+        return math.prod(sizes.get(named.get(i, ""), n) for i, n in enumerate(first.shape))
 
     def _simulated(self, text: str) -> Program | None:
         """The model with one format for all units, rounded to nearest, for timing."""
@@ -383,12 +402,6 @@ class Mixer:
 
 def _matches(pattern: str, node: torch.fx.Node) -> bool:
     return fnmatch(module_path(node), pattern)
-
-
-def _rows(batch: Batch) -> int:
-    """Rows that a linear multiplies for a batch: tokens, or samples."""
-    first = batch[0]
-    return int(first.shape[0]) if first.is_floating_point() else first.numel()
 
 
 def _trials(batches: Sequence[Batch], times: int = 1) -> list[Batch]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qcompiler
 from qcompiler import costs
@@ -115,6 +117,28 @@ def test_a_budget_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         text = point["label"].removeprefix("all ")
         total = whole["float"] - base + point["latency"]["prefill"]
         assert total == pytest.approx(whole[text])
+
+
+@pytest.mark.parametrize(
+    ("target", "buckets", "want"),
+    [
+        ("ort:cpu", None, 24),
+        ("tvm:native", None, 32),
+        ("tvm:native", {"sequence": [8, 48]}, 48),
+        ("tvm:native", {"sequence": [8]}, 24),  # a size that no code is generated for
+    ],
+)
+def test_sizes_are_those_that_run(
+    tiny: Callable[[str], Any], target: str, buckets: Any, want: int
+) -> None:
+    model = tiny("tiny-post-norm-block")
+    batch = tuple(torch.zeros(1, 24, *x.shape[2:], dtype=x.dtype) for x in model.batches[0])
+    spec = model.spec
+    found = costs.sizes_run(
+        Target.parse(target), model.normalized, batch, spec.dynamic_shapes, spec.padding_mask,
+        buckets,
+    )  # fmt: skip
+    assert found == {"batch": 1, "sequence": want}
 
 
 def _latency(unit: dict[str, Any], text: str) -> float:
