@@ -411,7 +411,7 @@ def _audit(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
     main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise",
-            "skinny"}  # fmt: skip
+            "skinny", "gemm", "gemm_hopper", "skinny_int8"}  # fmt: skip
     by_label = {call.label: call for call in calls.calls if call.kind in main}
     for label, op in computed.items():
         made = by_label.get(label)

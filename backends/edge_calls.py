@@ -440,6 +440,17 @@ class Calls:
             ), writer,
         )  # fmt: skip
 
+    @staticmethod
+    def norm_operands(op: Op) -> tuple[Ref | None, Ref | None, float]:
+        """Scale, shift and epsilon of a norm over the last dimension."""
+        schema = op.target._schema.arguments
+        given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
+        given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
+        if len(given["normalized_shape"]) != 1:
+            raise UnsupportedError("a norm over more than one dimension")
+        epsilon = given["eps"] if given["eps"] is not None else 1.1920928955078125e-07
+        return given["weight"], given.get("bias"), epsilon
+
     def _rows(self, g: Group, op: Op) -> None:
         x, kind = op.args[0], ROWS[op.target]
         scale = shift = None
@@ -448,13 +459,7 @@ class Calls:
             if op.args[1] % len(x.shape) != len(x.shape) - 1:
                 raise UnsupportedError("softmax over other than the last dimension")
         else:
-            schema = op.target._schema.arguments
-            given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
-            given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
-            if len(given["normalized_shape"]) != 1:
-                raise UnsupportedError("a norm over more than one dimension")
-            scale, shift = given["weight"], given.get("bias")
-            epsilon = given["eps"] if given["eps"] is not None else 1.1920928955078125e-07
+            scale, shift, epsilon = self.norm_operands(op)
         arguments: list[Storage] = []
         read = self.writer(x.shape, arguments)
         read.value(x, "float32")

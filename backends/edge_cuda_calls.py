@@ -1,7 +1,9 @@
 """Each group as kernel calls for a GPU.
 
 The grouping, the expressions and the memory plan are those of the CPU targets; kernels are replaced
-by those for a GPU, and products with quantized weights read float16 activations on tensor cores.
+by those for a GPU. Products with quantized weights run on tensor cores (`edge_cuda_linear`). What
+they read is stored in float16, by the kernel that makes it where that is possible, or quantized to
+units of 8-bit integers where the plan says so.
 """
 
 from __future__ import annotations
@@ -11,27 +13,34 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from qcompiler import ops
+from qcompiler.backends import edge_steps
 from qcompiler.backends.edge_calls import Calls
-from qcompiler.backends.edge_group import Group, Writer
-from qcompiler.backends.edge_ops import Op, Ref, Weight
+from qcompiler.backends.edge_cuda_cache import attention_over_cache
+from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
+from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
+from qcompiler.backends.edge_ops import Op, Ref, Storage
+from qcompiler.backends.edge_trace import OVERWRITE
+from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import cuda_cache, cuda_expressions
-from qcompiler.kernels.cuda_skinny import choose, skinny
-from qcompiler.kernels.cuda_weights import Weights, pack
+from qcompiler.kernels import cuda_attention, cuda_expressions
+from qcompiler.kernels.cuda_code import HOPPER, Gpu
+from qcompiler.kernels.cuda_quantize import Norm, half_units, quantize_units
+from qcompiler.kernels.cuda_skinny import FEW
+from qcompiler.kernels.cuda_units import unit_bytes
 from qcompiler.kernels.isa import SCALAR
+from qcompiler.qtype import QType
 
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns
-GROUPS = (32, 64, 128)
+FLOAT = "float32"
+LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
 
 # Kernel → how it is built from the name, the arguments and the call's key.
 BUILD: dict[str, Callable[..., Any]] = {
     "elementwise": cuda_expressions.elementwise,
     "reduce": lambda name, given, key: cuda_expressions.reduction(name, given, *key),
-    "write_cache": lambda name, given, key: cuda_cache.write_cache(name, given, *key),
-    "cached_attention": lambda name, given, key: cuda_cache.cached_attention(name, given, *key[:2]),
-    "attention": lambda name, given, key: cuda_cache.attention(name, given, *key[:2]),
+    "attention": lambda name, given, key: cuda_attention.attention(name, given, *key[:2]),
     "matmul_float": lambda name, given, key: cuda_expressions.matmul_float(
         name, given, key[0], key[1], ISA.panel
     ),
@@ -42,96 +51,216 @@ BUILD: dict[str, Callable[..., Any]] = {
 }
 
 
+class _HalfWriter(Writer):
+    """Stores what products read in float16, beside float32 or instead."""
+
+    halves: dict[int, tuple[Ref, bool]]
+
+    def store(self, ref: Ref, index: int) -> None:
+        """Write a value to memory."""
+        found, maker = self.halves.get(id(ref.storage)), ref.storage.maker
+        if found is None or maker is None or not whole(ref, maker.out):
+            super().store(ref, index)
+            return
+        half, alone = found
+        super().store(Ref(half.storage, half.dtype, 0, ref.shape, ref.strides), index)
+        if not alone:
+            super().store(ref, index)
+
+
 class CudaCalls(Calls):
     """The calls of a trace, for a GPU."""
 
-    def __init__(self, *given: Any) -> None:
-        self.halves: dict[Any, Ref] = {}  # tensors that were rounded to float16
+    def __init__(self, gpu: Gpu, *given: Any) -> None:
+        self.gpu = gpu
+        self.rounded: dict[Any, Ref] = {}  # tensors that were rounded to float16
+        self.halves: dict[int, tuple[Ref, bool]] | None = None  # by storage; whether it alone
+        self.quantized: dict[int, Ref] = {}  # units by the storage of the integers
+        self.norms: dict[int, Group] = {}  # that are computed where they are quantized
+        self.counting: list[Storage] = []  # one at most
         super().__init__(*given)
+        for storage in self.counting:
+            self.fill(Ref(storage, torch.int32, 0, (storage.size,), (1,)), 0, "counters")
+            self.calls.insert(0, self.calls.pop())
 
     def add(
         self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
         written: int = 0, also: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """As for a CPU, with the GPU's kernel of that kind."""
-        if kind != "skinny":
-            if kind not in BUILD:
-                raise UnsupportedError(f"'{label}': no '{kind}' kernel for a GPU yet")
-            made = BUILD[kind]
-
-            def build(name: str) -> Any:
-                return made(name, writer.kernel_arguments(), key)
-
-        super().add(kind, label, key, build, writer, written, also)
-
-    def _linear(self, g: Group, op: Op) -> None:
-        weight = op.args[1].storage.weight
-        if op in self.integer:
-            raise UnsupportedError(f"'{op.label}': GPU targets read float activations as yet")
-        if weight is None:
-            super()._linear(g, op)
-            return
-        form = weights_form(weight, op)
-        bias = op.args[2] if len(op.args) > 2 else None
-        count = prod(op.out.shape[:-1])
-        x = self._half(op.args[0], op.label)
-        self.constants.held.append(weight)
-        packed = self.constant((id(weight.q), form), lambda: _packed(weight, form))
-        arguments = [x.storage, packed.storage]
-        if not form.group:
-            scale = self.constant(
-                (id(weight.q), "row scales"),
-                lambda: weight.scale.reshape(-1).float().expand(form.rows).contiguous(),
-            )
-            arguments.append(scale.storage)
-        writer = self.writer(op.out.shape, arguments)
-        value = writer.step("anchor", "float32")
-        if bias is not None:
-            value = writer.step("add", "float32", value, writer.value(bias, "float32"))
-        writer.keep(op.out, value)
-        writer.members(g, self.stored)
-        expression, how = writer.expression(), choose(count, form)
-        self.add(
-            "skinny", op.label, (count, form, expression),
-            lambda name: skinny(
-                name, writer.kernel_arguments(), count, form, how, expression
-            ), writer,
+        if kind not in BUILD:
+            raise UnsupportedError(f"'{label}': no '{kind}' kernel for a GPU yet")
+        made = BUILD[kind]
+        self.launch(
+            kind, label, key, lambda name: made(name, writer.kernel_arguments(), key), writer,
+            written, also,
         )  # fmt: skip
 
-    def _half(self, x: Ref, label: str) -> Ref:
+    def launch(
+        self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,
+        written: int = 0, also: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Note a call of a GPU's kernel; see `Calls.add`."""
+        super().add(kind, label, key, build, writer, written, also)
+
+    def writer(
+        self, shape: tuple[int, ...], arguments: list[Storage], order: tuple[int, ...] | None = None
+    ) -> Writer:
+        """A writer of expressions over that shape."""
+        made = _HalfWriter(
+            shape, self.grouping.inlined, arguments, self.constants, order, self.isa.fused,
+            self.moved,
+        )  # fmt: skip
+        made.halves = self._halves()
+        return made
+
+    def counters(self, count: int) -> Storage:
+        """int32 numbers that are zero before and after each kernel."""
+        if not self.counting:
+            self.counting.append(Storage(torch.int32, count))
+        self.counting[0].size = max(self.counting[0].size, count)
+        return self.counting[0]
+
+    def _halves(self) -> dict[int, tuple[Ref, bool]]:
+        """Tensors that their kernels store in float16, found once."""
+        if self.halves is None:
+            self.halves = self._stored_as_halves()
+        return self.halves
+
+    def _stored_as_halves(self) -> dict[int, tuple[Ref, bool]]:
+        found: dict[int, tuple[Ref, bool]] = {}
+        final = {id(ref.storage) for ref in self.trace.outputs}
+        for op in self.trace.ops:
+            x = op.args[0] if op.target is LINEAR else None
+            if x is None or not self._reads_half(op) or id(x.storage) in found:
+                continue
+            maker, storage = x.storage.maker, x.storage
+            if maker is None or maker in self.grouping.inlined or not maker.out.contiguous:
+                continue
+            made = edge_steps.writes(maker) or maker.target in ANCHORS
+            if made and x.contiguous and x.numel == maker.out.numel == storage.size:
+                alone = all(self._reads_half(r) for r in storage.readers)
+                half = self.temporary(torch.float16, maker.out.shape)
+                found[id(storage)] = half, alone and id(storage) not in final
+        return found
+
+    def _reads_half(self, op: Op) -> bool:
+        """Whether it is a product that reads float16 rows."""
+        quantized = op.target is LINEAR and op.args[1].storage.weight is not None
+        return quantized and op not in self.integer and not self.tall(op)
+
+    def tall(self, op: Op) -> bool:
+        """Whether Hopper's warpgroup products compute it, which read units."""
+        count, size = prod(op.out.shape[:-1]), prod(op.args[1].shape)
+        many = count > FEW or (count > FEW // 2 and size >= LARGE)
+        return many and self.gpu.capability == HOPPER.capability
+
+    def _group(self, g: Group) -> None:
+        op = g.anchor
+        if op is not None and op.target is cached_attention:
+            attention_over_cache(self, g, op)
+        elif op is not None and op.target is ops.dynamic_quantize:
+            self._quantize(op)
+        elif op is not None and self._joins_quantization(g, op):
+            self.norms[id(op.out.storage)] = g
+        else:
+            super()._group(g)
+
+    def _joins_quantization(self, g: Group, op: Op) -> bool:
+        """Whether a norm is read by nothing but one quantization by token."""
+        readers = op.out.storage.readers
+        return (
+            ROWS.get(op.target) in ("layer_norm", "rms_norm")
+            and not g.members
+            and [r.target for r in readers] == [ops.dynamic_quantize]
+            and whole(readers[0].args[0], op.out)
+            and not any(o.target is OVERWRITE for o in self.trace.ops)
+        )
+
+    def _quantize(self, op: Op) -> None:
+        """`qc::dynamic_quantize` by token, for integer products alone: units."""
+        x, kind = op.args[0], QType.parse(op.args[1])
+        q, scale, zero = op.outputs
+        layers = [layer for r in q.storage.readers for layer in r.out.storage.readers]
+        if kind.granularity != "token" or not all(
+            layer in self.integer and layer.args[0].storage.maker in q.storage.readers
+            for layer in layers
+        ):
+            raise UnsupportedError(
+                f"'{op.label}': GPU targets quantize activations by token, for linears alone"
+            )
+        width = x.shape[-1]
+        made = self.temporary(torch.uint8, (unit_bytes(x.numel // width, width, 1),))
+        self.quantized[id(q.storage)] = made
+        arguments = [made.storage, scale.storage]
+        if kind.symmetric:
+            zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
+        else:
+            arguments.append(zero.storage)
+        norm = self.norms.get(id(x.storage))
+        writer = self.writer(x.shape, arguments)
+        before = None
+        if norm is None:
+            writer.value(x, FLOAT)
+        else:
+            before = self._norm(norm, arguments)
+            assert norm.anchor is not None
+            writer.value(norm.anchor.args[0], FLOAT)
+        source, count = writer.expression(), len(arguments)
+        self.launch(
+            "quantize_rows", op.label, (source, kind, before),
+            lambda name: quantize_units(name, writer.kernel_arguments(), source, kind, before),
+            writer, written=2 if kind.symmetric else 3,
+        )  # fmt: skip
+        assert count <= len(writer.arguments)
+
+    def _norm(self, g: Group, arguments: list[Storage]) -> Norm:
+        """A norm whose result the quantization computes itself."""
+        op = g.anchor
+        assert op is not None
+        scale, shift, epsilon = self.norm_operands(op)
+        writer = self.writer(op.out.shape, arguments)
+        value = writer.step("anchor", FLOAT)
+        if scale is not None:
+            value = writer.step("mul", FLOAT, value, writer.value(scale, FLOAT))
+        if shift is not None:
+            writer.step("add", FLOAT, value, writer.value(shift, FLOAT))
+        return Norm(ROWS[op.target] == "layer_norm", epsilon, writer.expression())
+
+    def _linear(self, g: Group, op: Op) -> None:
+        if op in self.integer:
+            integer_linear(self, g, op, self.integer[op])
+        elif op.args[1].storage.weight is None:
+            super()._linear(g, op)
+        else:
+            packed_linear(self, g, op)
+
+    def half(self, x: Ref, label: str) -> Ref:
         """The tensor in float16, contiguous."""
+        found = self._halves().get(id(x.storage))
+        if found is not None:
+            return found[0]
         key = (id(x.storage), x.offset, x.shape, x.strides)
-        if key not in self.halves:
+        if key not in self.rounded:
             made = self.temporary(torch.float16, x.shape)
             writer = self.writer(x.shape, [])
-            writer.store(made, writer.value(x, "float32"))
+            writer.store(made, writer.value(x, FLOAT))
             self.pointwise(writer, label)
-            self.halves[key] = made
-        return self.halves[key]
+            self.rounded[key] = made
+        return self.rounded[key]
 
-
-def weights_form(weight: Weight, op: Op) -> Weights:
-    """How a linear's weight is stored.
-
-    Raises:
-        UnsupportedError: if no kernel reads its format.
-    """
-    q, group = weight.q, weight.group
-    what = ""
-    if q.ndim != 2 or q.dtype != torch.int8 or bool(weight.zero_point.any()):
-        what = "weights with a zero point"
-    elif group and (group not in GROUPS or weight.axis % 2 != 1 or q.shape[1] % group):
-        what = f"groups of {group}"
-    elif not group and not (weight.axis == 0 or weight.scale.numel() == 1):
-        what = "a scale per input"
-    elif q.shape[1] % 8:
-        what = f"{q.shape[1]} inputs, not a multiple of 8"
-    if what:
-        raise UnsupportedError(f"'{op.label}': GPU targets have no kernel for {what} as yet")
-    four = int(q.min()) >= -8 and int(q.max()) <= 7
-    return Weights(q.shape[0], q.shape[1], 4 if four else 8, group)
-
-
-def _packed(weight: Weight, form: Weights) -> Tensor:
-    scale = weight.scale.reshape(form.rows, -1).float() if form.group else None
-    return pack(weight.q, scale, form)
+    def units(self, x: Ref, label: str) -> Ref:
+        """The tensor's rows as units of float16."""
+        key = (id(x.storage), x.offset, x.shape, x.strides, "units")
+        if key not in self.rounded:
+            width = x.shape[-1]
+            made = self.temporary(torch.uint8, (unit_bytes(x.numel // width, width, 2),))
+            writer = self.writer(x.shape, [made.storage])
+            writer.value(x, FLOAT)
+            source = writer.expression()
+            self.launch(
+                "half_units", label, source,
+                lambda name: half_units(name, writer.kernel_arguments(), source), writer, written=1,
+            )  # fmt: skip
+            self.rounded[key] = made
+        return self.rounded[key]

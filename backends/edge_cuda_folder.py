@@ -14,6 +14,7 @@ from qcompiler.backends.edge_cuda_build import build
 from qcompiler.backends.edge_cuda_calls import ISA, CudaCalls
 from qcompiler.backends.edge_model import EdgeModel
 from qcompiler.backends.edge_program import check
+from qcompiler.kernels.cuda_code import GPUS
 from qcompiler.target import Target
 
 KERNELS, LAUNCHES = "kernels.fatbin", "launches.json"
@@ -23,7 +24,7 @@ WEIGHTS, PROGRAM = "weights.bin", "program.json"
 class CudaMaker(Maker):
     """Code for GPUs of one compute capability."""
 
-    chunks = (1, 16, 64)
+    chunks = (1, 16, 64, 512)
 
     def __init__(self, target: Target) -> None:
         self.capability = int(target.feature.removeprefix("sm_"))
@@ -31,7 +32,7 @@ class CudaMaker(Maker):
 
     def calls(self, *given: Any) -> Calls:
         """The calls of a trace."""
-        return CudaCalls(*given)
+        return CudaCalls(GPUS[self.capability], *given)
 
     def compile(self, kernels: Mapping[str, Any]) -> tuple[tuple[str, bytes], ...]:
         """The fat binary, and how its kernels are launched."""

@@ -206,20 +206,25 @@ class CudaModel:
 
     def _launch(self, number: int) -> None:
         entry, launches = self._entries[number], self._program["launches"]
-        spaces = {"weights": self._weights, "arena": self._arena, "state": self._state}
-        addresses = [
-            self._ports[t["space"]][t["at"]].address
-            if t["space"] in self._ports
-            else spaces[t["space"]].address + t["at"]
-            for t in entry["tensors"]
-        ]
-        for step in entry["steps"]:
+        for at, step in enumerate(entry["steps"]):
             raw = launches[step["symbol"]]
             launch = Launch(
                 raw["name"], tuple(raw["blocks"]), raw["threads"], raw["shared"],
                 tuple(raw["order"]),
             )  # fmt: skip
-            self._module.run(launch, [addresses[t] for t in step["tensors"]], self._stream.handle)
+            self._module.run(launch, self._addresses(entry, at), self._stream.handle)
+
+    def _addresses(self, entry: Mapping[str, Any], number: int) -> list[int]:
+        """Where the tensors of a step lie."""
+        spaces = {"weights": self._weights, "arena": self._arena, "state": self._state}
+        found = []
+        for tensor in entry["steps"][number]["tensors"]:
+            space, at = entry["tensors"][tensor]["space"], entry["tensors"][tensor]["at"]
+            if space in self._ports:
+                found.append(self._ports[space][at].address)
+            else:
+                found.append(spaces[space].address + at)
+        return found
 
 
 def _port(raw: Mapping[str, Any]) -> _Port:

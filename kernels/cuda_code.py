@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -27,7 +28,31 @@ from qcompiler.kernels.code import GPU, Argument
 from qcompiler.kernels.cuda_device import DEVICE
 
 WARP = 32
-MAX_SHARED = 232_448 - 1024  # bytes a block may use on sm_90 (227 KiB), less what the driver keeps
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What bounds a kernel on a GPU.
+
+    Attributes:
+        capability: such as 90.
+        processors: that share the work out.
+        shared: bytes of shared memory that a block may use.
+    """
+
+    capability: int
+    processors: int
+    shared: int
+
+
+# CUDA C++ Programming Guide, "Technical specifications per compute capability"; less 1 KiB each.
+GPUS = {
+    80: Gpu(80, 108, (163 << 10) - 1024),
+    86: Gpu(86, 84, (99 << 10) - 1024),
+    89: Gpu(89, 142, (99 << 10) - 1024),
+    90: Gpu(90, 132, (227 << 10) - 1024),
+}
+HOPPER = GPUS[90]
 
 _SIGNATURE = re.compile(r'extern "C" __global__ void \S*\s*(\w+)_kernel\(([^)]*)\);')
 
@@ -41,16 +66,18 @@ class CudaKernel:
         blocks, threads: extents of the grid and of a block, (x, y, z) and x.
         shared: bytes of dynamic shared memory.
         resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
+        cluster: blocks along y that can read one another's shared memory.
     """
 
     def __init__(
         self, name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
-        shared: int, resident: int = 0,
+        shared: int, resident: int = 0, cluster: int = 1,
     ) -> None:  # fmt: skip
         self.name, self.arguments = name, tuple(arguments)
         x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
         self.blocks = x, y, z
         self.threads, self.shared, self.resident = threads, shared, resident
+        self.cluster = cluster
         self.function: Any = None
         self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
 
@@ -58,7 +85,7 @@ class CudaKernel:
 @contextmanager
 def cuda_kernel(
     name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
-    shared: int = 0, resident: int = 0,
+    shared: int = 0, resident: int = 0, cluster: int = 1,
 ) -> Iterator[tuple[CudaKernel, list[Any], list[Any], Any, Any]]:  # fmt: skip
     """Open a kernel; what is written inside runs once in each thread.
 
@@ -69,6 +96,7 @@ def cuda_kernel(
         threads: of a block.
         shared: bytes of dynamic shared memory.
         resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
+        cluster: blocks along y that can read one another's shared memory (Hopper).
 
     Yields:
         The kernel, its buffers, the block's indices, the thread's index, and shared memory as
@@ -79,7 +107,7 @@ def cuda_kernel(
     one waits on a processor whose first-level cache the first one still fills: measured on an
     H200, it then read lines that the second had overwritten.
     """
-    made = CudaKernel(name, arguments, blocks, threads, shared, resident)
+    made = CudaKernel(name, arguments, blocks, threads, shared, resident, cluster)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -142,10 +170,13 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
     parameters = dict(_SIGNATURE.findall(source))
     for kernel in kernels:
         names = re.findall(r"(\w+)_ptr\b", parameters[kernel.name])
+        bounds = f"__launch_bounds__({kernel.threads}"
+        found = f"{bounds}) {kernel.name}_kernel("
         if kernel.resident:  # TVM's attribute for it is lost on the way to the device function
-            bounds = f"__launch_bounds__({kernel.threads}"
-            found = f"{bounds}) {kernel.name}_kernel("
-            source = source.replace(found, f"{bounds}, {kernel.resident}) {kernel.name}_kernel(")
+            wanted = f"{bounds}, {kernel.resident}) {kernel.name}_kernel("
+            source, found = source.replace(found, wanted), wanted
+        if kernel.cluster > 1:
+            source = source.replace(found, f"__cluster_dims__(1, {kernel.cluster}, 1) {found}")
         order = {name: number for number, name in enumerate(names)}
         kernel.order = tuple(
             sorted((i for i, a in enumerate(kernel.arguments) if a.name in order),

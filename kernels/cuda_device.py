@@ -70,18 +70,6 @@ DEVICE: dict[str, tuple[str, str]] = {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }""",
     ),
-    # c[16 x 8] += a[16 x 32] b[32 x 8], int8 with int32 sums.
-    "qc_mma_s8": (
-        "void",
-        """__device__ __forceinline__ void qc_mma_s8(int* c, const void* a_, const void* b_) {
-  const unsigned* a = (const unsigned*)a_;
-  const unsigned* b = (const unsigned*)b_;
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}""",
-    ),
     # Eight nibbles w + 8 → eight float16 w. 0x6400 is 1024: or-ing a nibble into its low bits gives
     # 1024 + nibble exactly, and into bits 4-7 1024 + 16·nibble (Kim et al. 2022, "Who says
     # elephants can't run", section 3.2). The order is that of a fragment of A: see `pack`.
@@ -166,35 +154,6 @@ __device__ __forceinline__ void qc_scale_rows(void* a, const void* scale) {
   to[0] += v.x; to[1] += v.y; to[2] += v.z; to[3] += v.w;
 }""",
     ),
-    "qc_move4": (
-        "void",
-        """__device__ __forceinline__ void qc_move4(void* to, const void* from) {
-  *(int*)to = *(const int*)from;
-}""",
-    ),
-    "qc_move2": (
-        "void",
-        """__device__ __forceinline__ void qc_move2(void* to, const void* from) {
-  *(short*)to = *(const short*)from;
-}""",
-    ),
-    "qc_put_half": (
-        "void",
-        """#include <cuda_fp16.h>
-__device__ __forceinline__ void qc_put_half(void* to, float value) {
-  *(half*)to = __float2half_rn(value);
-}""",
-    ),
-    # Two sums, scaled, as float16.
-    "qc_store_scaled": (
-        "void",
-        """#include <cuda_fp16.h>
-__device__ __forceinline__ void qc_store_scaled(
-    half* to, const int* sums, float scale, const void* scales) {
-  float2 s = *(const float2*)scales;
-  *(half2*)to = __floats2half2_rn(sums[0] * (scale * s.x), sums[1] * (scale * s.y));
-}""",
-    ),
     # The block's barrier, where TVM is not to add others of its own.
     "qc_sync": ("void", "__device__ __forceinline__ void qc_sync() { __syncthreads(); }"),
     "qc_sync_warp": (
@@ -262,6 +221,19 @@ __device__ __forceinline__ void qc_add8(float* to, const float* other) {
   *(int2*)to = held;
 }""",
     ),
+    # round(x / scale) + zero between two bounds, half to even, as four bytes.
+    "qc_quantize4": (
+        "void",
+        """__device__ __forceinline__ void qc_quantize4(
+    void* to, const float* from, float scale, float zero, float low, float high) {
+  unsigned held = 0;
+  for (int i = 0; i < 4; ++i) {
+    float q = fminf(fmaxf(rintf(__fdiv_rn(from[i], scale)) + zero, low), high);
+    held |= ((unsigned)(int)q & 255) << 8 * i;
+  }
+  *(unsigned*)to = held;
+}""",
+    ),
     "qc_rsqrt": (
         "float32",
         "__device__ __forceinline__ float qc_rsqrt(float x) { return rsqrtf(x); }",
@@ -306,6 +278,61 @@ __device__ __forceinline__ void qc_add8(float* to, const float* other) {
   *(volatile float*)to = x;
 }""",
     ),
+    # Over `lanes` neighbours of a warp, a power of two; each gets the result.
+    "qc_lanes_sum": (
+        "float32",
+        """__device__ __forceinline__ float qc_lanes_sum(float x, int lanes) {
+  for (int i = lanes / 2; i; i /= 2) x += __shfl_xor_sync(0xffffffff, x, i);
+  return x;
+}""",
+    ),
+    # Eight sums over the groups of `lanes` neighbours.
+    "qc_sum_groups8": (
+        "void",
+        """__device__ __forceinline__ void qc_sum_groups8(float* x, int lanes) {
+  for (int i = 16; i >= lanes; i /= 2)
+    for (int e = 0; e < 8; ++e) x[e] += __shfl_xor_sync(0xffffffff, x[e], i);
+}""",
+    ),
+    # Eight float16 times eight float32.
+    "qc_dot8": (
+        "void",
+        """#include <cuda_fp16.h>
+__device__ __forceinline__ void qc_dot8(float* sum, const void* from, const float* x) {
+  const half2* pairs = (const half2*)from;
+  for (int i = 0; i < 4; ++i) {
+    float2 two = __half22float2(pairs[i]);
+    *sum = fmaf(two.x, x[2 * i], *sum); *sum = fmaf(two.y, x[2 * i + 1], *sum);
+  }
+}""",
+    ),
+    # c += factor · eight float16
+    "qc_add_scaled8": (
+        "void",
+        """#include <cuda_fp16.h>
+__device__ __forceinline__ void qc_add_scaled8(float* c, const void* from, float factor) {
+  const half2* pairs = (const half2*)from;
+  for (int i = 0; i < 4; ++i) {
+    float2 two = __half22float2(pairs[i]);
+    c[2 * i] = fmaf(two.x, factor, c[2 * i]); c[2 * i + 1] = fmaf(two.y, factor, c[2 * i + 1]);
+  }
+}""",
+    ),
+    # One element of a softmax's parts put together; other blocks wrote them, so not from L1.
+    "qc_merge_parts": (
+        "void",
+        """__device__ __forceinline__ void qc_merge_parts(
+    float* to, const float* sums, const float* ends, int parts, int size, int element) {
+  float top = __ldcg(ends), total = 0, sum = 0;
+  for (int i = 1; i < parts; ++i) top = fmaxf(top, __ldcg(ends + 2 * i));
+  for (int i = 0; i < parts; ++i) {
+    float factor = expf(__ldcg(ends + 2 * i) - top);
+    total = fmaf(factor, __ldcg(ends + 2 * i + 1), total);
+    sum = fmaf(factor, __ldcg(sums + i * size + element), sum);
+  }
+  *to = sum / total;
+}""",
+    ),
     # Over the lanes of a warp, all of which take part; each gets the result.
     "qc_warp_sum": (
         "float32",
@@ -315,3 +342,17 @@ __device__ __forceinline__ void qc_add8(float* to, const float* other) {
 }""",
     ),
 }
+# c[16 x 8] += a[16 x 32] b[32 x 8], int8 by int8 or uint8, with int32 sums.
+for _kind in ("s8", "u8"):
+    DEVICE[f"qc_mma_{_kind}"] = (
+        "void",
+        f"""__device__ __forceinline__ void qc_mma_{_kind}(
+    int* c, const void* a_, const void* b_) {{
+  const unsigned* a = (const unsigned*)a_;
+  const unsigned* b = (const unsigned*)b_;
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.{_kind}.s32 "
+      "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}}""",
+    )

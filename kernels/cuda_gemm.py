@@ -13,16 +13,17 @@ the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import (
-    MAX_SHARED,
+    HOPPER,
     WARP,
     CudaKernel,
+    Gpu,
     address,
     call,
     cuda_kernel,
@@ -31,6 +32,7 @@ from qcompiler.kernels.cuda_code import (
     value,
 )
 from qcompiler.kernels.cuda_weights import ROWS, Weights
+from qcompiler.kernels.expression import Emitter, Expression
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Blocks:
 
     def shared(self, form: Weights) -> int:
         """Bytes of shared memory."""
-        return max(self.ring * self.slot(form), self.tokens * (self.rows + 8) * 2)
+        return max(self.ring * self.slot(form), self.tokens * (self.rows + 8) * 4)
 
     def grid(self, tokens: int, form: Weights) -> tuple[int, int, int]:
         """Blocks along rows, tokens and columns of the weight."""
@@ -75,18 +77,20 @@ class Blocks:
 
 
 def gemm(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Blocks
-) -> CudaKernel:
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Blocks,
+    expression: Expression,
+) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x (M·K float16), packed weights (uint8), out (M·N float16); without groups the
-            rows' scales (N float32); with splits the workspace (float32) and counters (int32, one
-            for each piece of the output, zero before and after).
+        arguments: x (M·K float16), packed weights (uint8); without groups the rows' scales (N
+            float32); with splits the workspace (float32) and counters (int32, one for each piece of
+            the output, zero before and after); then what the expression reads and writes.
         tokens: M.
         form: of the weights.
         how: the partition.
+        expression: over (…, N), with the sums as value 0; it stores them.
     """
     tiles, warps, ring, splits = how.tiles, how.warps, how.ring, how.splits
     columns = how.tokens // 8
@@ -101,7 +105,7 @@ def gemm(
     with cuda_kernel(name, arguments, grid, threads, how.shared(form)) as (
         made, buffers, (row_block, token_block, split), thread, memory,
     ):  # fmt: skip
-        x, packed, out = buffers[:3]
+        x, packed = buffers[:2]
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         first_token = T.Bind(token_block * how.tokens)
         total = registers(tiles * columns * 4, "float32")
@@ -212,42 +216,32 @@ def gemm(
         def finish() -> None:
             """Turn the sums round in shared memory, [token][row], and store whole rows."""
             stride = how.rows + 8
-            held = T.decl_buffer((how.shared(form) // 2,), "float16", data=memory.data,
+            held = T.decl_buffer((how.shared(form) // 4,), "float32", data=memory.data,
                                  scope="shared.dyn")  # fmt: skip
             for tile in range(tiles):
                 for half in range(2):
                     row = T.Bind((warp * tiles + tile) * ROWS + lane // 4 + half * 8)
-                    scale: Any = T.float32(1)
-                    if not form.group:
-                        n = T.Bind(T.min(row_block * how.rows + row, form.rows - 1))
-                        scale = T.Bind(buffers[3][n])
                     for column in range(columns):
                         for i in range(2):
                             found = total[(tile * columns + column) * 4 + half * 2 + i]
                             token = column * 8 + lane % 4 * 2 + i
-                            T.buffer_store(
-                                held, T.cast(found * scale, "float16"), [token * stride + row]
-                            )
+                            T.buffer_store(held, found, [token * stride + row])
             sync()
-            wide = 8 if form.rows % 8 == 0 else 1
-
-            def piece(at: Any) -> None:
-                token = T.Bind(at // (how.rows // wide))
-                row = T.Bind(at % (how.rows // wide) * wide)
+            emitter = Emitter(expression, buffers)
+            with T.serial(0, how.tokens * how.rows // threads) as turn:
+                at = T.Bind(turn * threads + thread)
+                token, row = T.Bind(at // how.rows), T.Bind(at % how.rows)
                 m, n = T.Bind(first_token + token), T.Bind(row_block * how.rows + row)
                 with T.If(T.And(m < tokens, n < form.rows)), T.Then():
-                    to = T.cast(m, "int64") * form.rows + n
-                    if wide == 1:
-                        T.buffer_store(out, held[token * stride + row], [to])
-                    else:
-                        call("qc_move16", address(out, to), address(held, token * stride + row))
-
-            each(how.tokens * how.rows // wide, piece)
+                    found = held[token * stride + row]
+                    if form.scaled_after:
+                        found = found * buffers[2][n]
+                    emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
 
         if splits == 1:
             finish()
         else:
-            workspace, counters = buffers[-2], buffers[-1]
+            workspace, counters = buffers[2 + form.scaled_after :][:2]
             count = tiles * columns  # of 16 bytes
             piece_of = T.Bind(token_block * grid[0] + row_block)
 
@@ -271,16 +265,17 @@ def gemm(
     return made
 
 
-def choose_blocks(tokens: int, form: Weights, processors: int = 132) -> Blocks:
+def choose_blocks(tokens: int, form: Weights, gpu: Gpu = HOPPER) -> Blocks:
     """A partition that gives every processor a block."""
     wide = 32 if tokens <= 32 else 64 if tokens <= 64 else 128
-    tiles = 2 if wide == 128 else 1
-    warps = 8
     ring = 4
-    found = Blocks(tiles, warps, wide, ring)
-    while found.shared(form) > MAX_SHARED:
-        ring -= 1
-        found = Blocks(tiles, warps, wide, ring)
+    found = Blocks(2 if wide == 128 else 1, 8, wide, ring)
+    while found.shared(form) > gpu.shared:
+        if ring > 2:
+            ring -= 1
+        else:
+            wide, ring = wide // 2, 4
+        found = Blocks(2 if wide == 128 else 1, 8, wide, ring)
     rows, columns, _ = found.grid(tokens, form)
-    splits = max(1, min(processors // (rows * columns), form.stages // 4, 8))
-    return Blocks(tiles, warps, wide, ring, splits)
+    splits = max(1, min(gpu.processors // (rows * columns), form.stages // 4, 8))
+    return replace(found, splits=splits)

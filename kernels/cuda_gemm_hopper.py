@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import (
-    MAX_SHARED,
+    HOPPER,
     WARP,
     CudaKernel,
     address,
@@ -30,11 +30,16 @@ from qcompiler.kernels.cuda_code import (
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
 from qcompiler.kernels.cuda_units import UNIT, UNIT_ROWS
 from qcompiler.kernels.cuda_weights import ROWS, Weights
+from qcompiler.kernels.expression import Emitter, Expression
 
 READERS = 2  # warpgroups that multiply
 PARTS = 2  # products of 64 rows that each makes
 ROWS_OF_BLOCK = READERS * PARTS * UNIT_ROWS
 CHUNK = 64  # columns of a unit of float16
+# Blocks of a cluster → clusters that find room at once, one block a processor: the 132 processors
+# lie in eight parts of 14 to 18, and a cluster in one of them.
+CLUSTERS = {1: 132, 2: 64, 3: 40, 4: 28, 5: 20, 6: 16, 7: 16}
+BATCH = 4  # times four numbers that a thread has under way from the blocks of its cluster
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Tall:
         tokens: of a block, 64 or 128.
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
-        splits: blocks that share out the columns of one piece of the output.
+        splits: blocks that share out the columns of one piece of the output: a cluster, whose
+            blocks read one another's sums.
     """
 
     tokens: int = 128
@@ -56,12 +62,6 @@ class Tall:
     def pieces(self, tokens: int, form: Weights) -> tuple[int, int]:
         """Pieces of the output along tokens and rows."""
         return -(-tokens // self.tokens), -(-form.rows // ROWS_OF_BLOCK)
-
-    def workspace(self, tokens: int, form: Weights) -> int:
-        """float32 numbers of the workspace."""
-        down, across = self.pieces(tokens, form)
-        held = down * across * self.splits * ROWS_OF_BLOCK * self.tokens
-        return held if self.splits > 1 else 0
 
     def weight_bytes(self, form: Weights) -> int:
         """Bytes of packed weights in a stage."""
@@ -74,32 +74,36 @@ class Tall:
 
     def shared(self, form: Weights) -> int:
         """Bytes of shared memory."""
-        return max(self.ring * (self.slot(form) + 16), self.tokens * (ROWS_OF_BLOCK + 8) * 2) + 16
+        return max(self.ring * (self.slot(form) + 16), self.tokens * (ROWS_OF_BLOCK + 8) * 4)
 
 
-def choose_tall(tokens: int, form: Weights, processors: int = 132) -> Tall:
-    """The deepest ring that fits, and as many splits as give every processor a block."""
+def choose_tall(tokens: int, form: Weights) -> Tall:
+    """The deepest ring that fits, and the largest clusters of which all run at once."""
     wide = 128 if tokens > 64 else 64
     rings = [Tall(wide, ring) for ring in (6, 5, 4, 3, 2)]
-    found = next(how for how in rings if how.shared(form) <= MAX_SHARED)
+    found = next(how for how in rings if how.shared(form) <= HOPPER.shared)
     down, across = found.pieces(tokens, form)
-    splits = max(1, min(processors // (down * across), form.stages // 4, 8))
+    most = max(1, form.stages // 4)
+    splits = max(
+        n for n, many in CLUSTERS.items() if n == 1 or (n <= most and down * across <= many)
+    )
     return replace(found, splits=splits)
 
 
 def gemm_hopper(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Tall
-) -> CudaKernel:
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Tall,
+    expression: Expression,
+) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x as units (uint8), packed weights (uint8), out (M·N float16); without groups the
-            rows' scales (N float32); with splits the workspace (float32) and counters (int32, one
-            for each piece of the output, zero before and after).
+        arguments: x as units (uint8), packed weights (uint8); without groups the rows' scales (N
+            float32); then what the expression reads and writes.
         tokens: M.
         form: of the weights.
         how: the partition.
+        expression: over (…, N), with the sums as value 0; it stores them.
     """
     down, across = how.pieces(tokens, form)
     splits = how.splits
@@ -111,14 +115,19 @@ def gemm_hopper(
     splits = -(-form.stages // stages)  # none is left without work
     words = form.bits // 4
     steps_of_group = form.group // 16 if form.group else 0
-    flag = how.shared(form) - 16
     bytes_of_stage = at_weights + how.weight_bytes(form)
     size = how.tokens // 2  # sums of a thread for 64 rows
     threads = (READERS + 1) * GROUP
     with cuda_kernel(
-        name, arguments, (down * across, splits), threads, how.shared(form), resident=1
+        name,
+        arguments,
+        (down * across, splits),
+        threads,
+        how.shared(form),
+        resident=1,
+        cluster=splits,
     ) as (made, buffers, (block, split), thread, memory):
-        x, packed, out = buffers[:3]
+        x, packed = buffers[:2]
         whole = T.Bind(block // (how.band * across))
         height = T.Bind(T.min(down - whole * how.band, how.band))
         rest = T.Bind(block % (how.band * across))
@@ -234,35 +243,7 @@ def gemm_hopper(
             for total in totals:
                 call("qc_settle", address(total, 0, size), size)
             call("qc_after_previous")  # before anything is written
-            if splits == 1:
-                finish(totals, lane, warp)
-                return
-            workspace, counters = buffers[-2], buffers[-1]
-            fours = size // 4 * PARTS
-
-            def place(part: Any, i: int) -> Any:
-                start = T.cast(block * splits + part, "int64") * (fours * READERS * GROUP)
-                return (start + i * (READERS * GROUP) + thread) * 4
-
-            for i in range(fours):
-                held = address(totals[i // (size // 4)], i % (size // 4) * 4, 4)
-                call("qc_move16", address(workspace, place(split, i)), held)
-            last = value(
-                "qc_is_last_reader",
-                address(counters, block),
-                splits,
-                address(memory, flag),
-                READERS * GROUP,
-            )
-            with T.If(last != 0), T.Then():
-                for total in totals:
-                    for i in range(size):
-                        T.buffer_store(total, T.float32(0), [i])
-                with T.serial(0, splits) as part:
-                    for i in range(fours):
-                        held = address(totals[i // (size // 4)], i % (size // 4) * 4, 4)
-                        call("qc_add16", held, address(workspace, place(part, i)))
-                finish(totals, lane, warp)
+            finish(totals, lane, warp)
 
         def finish(totals: list[Any], lane: Any, warp: Any) -> None:
             """Turn the sums round in shared memory, [token][row], and store whole rows."""
@@ -271,33 +252,50 @@ def gemm_hopper(
             for part in range(PARTS):
                 for half in range(2):
                     row = T.Bind((group * PARTS + part) * 64 + warp * 16 + lane // 4 + half * 8)
-                    scale: Any = T.float32(1)
-                    if not form.group:
-                        scale = T.Bind(
-                            buffers[3][T.min(row_block * ROWS_OF_BLOCK + row, form.rows - 1)]
-                        )
                     for column in range(how.tokens // 8):
                         for i in range(2):
-                            token = column * 8 + lane % 4 * 2 + i
-                            call(
-                                "qc_put_half",
-                                address(memory, (token * stride + row) * 2),
-                                totals[part][column * 4 + half * 2 + i] * scale,
-                            )
-            call("qc_sync_readers", READERS * GROUP)
-            wide = 8 if form.rows % 8 == 0 else 1
-            across_block = ROWS_OF_BLOCK // wide
-            with T.serial(0, how.tokens * across_block // (READERS * GROUP)) as i:
-                at = T.Bind(i * (READERS * GROUP) + thread)
-                token, row = T.Bind(at // across_block), T.Bind(at % across_block * wide)
+                            at = (column * 8 + lane % 4 * 2 + i) * stride + row
+                            found = totals[part][column * 4 + half * 2 + i]
+                            call("qc_put", address(memory, at * 4), found)
+            threads, elements = READERS * GROUP, how.tokens * ROWS_OF_BLOCK
+            emitter = Emitter(expression, buffers)
+
+            def write(token: Any, row: Any, found: Any) -> None:
                 m = T.Bind(token_block * how.tokens + token)
                 n = T.Bind(row_block * ROWS_OF_BLOCK + row)
                 with T.If(T.And(m < tokens, n < form.rows)), T.Then():
-                    call(
-                        "qc_move16" if wide == 8 else "qc_move2",
-                        address(out, T.cast(m, "int64") * form.rows + n),
-                        address(memory, (token * stride + row) * 2),
-                    )
+                    if form.scaled_after:
+                        found = found * buffers[2][n]
+                    emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
+
+            if splits == 1:
+                call("qc_sync_readers", threads)
+                with T.serial(0, elements // threads) as i:
+                    at = T.Bind(i * threads + thread)
+                    token, row = T.Bind(at // ROWS_OF_BLOCK), T.Bind(at % ROWS_OF_BLOCK)
+                    spot = address(memory, (token * stride + row) * 4)
+                    write(token, row, value("qc_get", spot))
+                return
+            # Each block adds up its share of the piece, in order of the blocks.
+            call("qc_cluster_sync")
+            share = -(-elements // (4 * threads * splits))  # of a thread, four numbers each
+            with T.serial(0, -(-share // BATCH)) as batch:
+                held = registers(BATCH * 4, "float32")
+                places = []
+                for i in range(BATCH):
+                    at = ((batch * BATCH + i) * splits + split) * threads + thread
+                    at = T.Bind(T.min(at, elements // 4 - 1) * 4)  # some are written twice
+                    token, row = T.Bind(at // ROWS_OF_BLOCK), T.Bind(at % ROWS_OF_BLOCK)
+                    places.append((token, row))
+                    for e in range(4):
+                        T.buffer_store(held, T.float32(0), [i * 4 + e])
+                    for rank in range(splits):
+                        call("qc_cluster_add4", address(held, i * 4, 4),
+                             address(memory, (token * stride + row) * 4), rank)  # fmt: skip
+                for i, (token, row) in enumerate(places):
+                    for e in range(4):
+                        write(token, row + e, held[i * 4 + e])
+            call("qc_cluster_sync")  # no block ends while others read its sums
 
         with T.If(group == READERS):
             with T.Then():

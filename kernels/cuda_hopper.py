@@ -119,22 +119,24 @@ DEVICE["qc_sync_readers"] = (
   asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
 }""",
 )
-# As `qc_is_last`, among the warpgroups that multiply.
-DEVICE["qc_is_last_reader"] = (
-    "int32",
-    """__device__ __forceinline__ int qc_is_last_reader(
-    int* counter, int count, void* flag_, int threads) {
-  volatile int* flag = (volatile int*)flag_;
-  __threadfence();
-  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
-  if (threadIdx.x == 0) {
-    int last = atomicAdd(counter, 1) == count - 1;
-    if (last) *counter = 0;
-    *flag = last;
-    __threadfence();
-  }
-  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
-  return *flag;
+# The blocks of a cluster wait for one another.
+DEVICE["qc_cluster_sync"] = (
+    "void",
+    """__device__ __forceinline__ void qc_cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}""",
+)
+# Add what four floats of shared memory are in another block of the cluster.
+DEVICE["qc_cluster_add4"] = (
+    "void",
+    """__device__ __forceinline__ void qc_cluster_add4(float* to, const void* mine, int rank) {
+  unsigned at = (unsigned)__cvta_generic_to_shared(mine), there;
+  float x, y, z, w;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(there));
+  to[0] += x; to[1] += y; to[2] += z; to[3] += w;
 }""",
 )
 # A matrix of units in shared memory: rows of 128 bytes, eight of them 1024 bytes, 128B swizzle.
@@ -152,11 +154,12 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
     """A warpgroup product of 64 rows by `columns`; its source."""
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
-    form, held = ("r", "int") if kind == "s8" else ("f", "float")
+    whole = kind in ("s8", "u8")
+    form, held = ("r", "int") if whole else ("f", "float")
     outputs = ", ".join(f'"+{form}"(c[{i}])' for i in range(count))
-    if kind == "s8":
+    if whole:
         signature = "const void* a, const void* b"
-        text = f"m64n{columns}k32.s32.s8.s8 {{{sums}}}, %{count}, %{count + 1}, 1;"
+        text = f"m64n{columns}k32.s32.{kind}.s8 {{{sums}}}, %{count}, %{count + 1}, 1;"
         inputs = '"l"(qc_matrix(a)), "l"(qc_matrix(b))'
         before = ""
     else:
@@ -173,7 +176,7 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
 
 
 for _columns in (64, 128, 256):
-    for _kind in ("s8", "f16"):
+    for _kind in ("s8", "u8", "f16"):
         _name = f"qc_wgmma_{_kind}_{_columns}"
         DEVICE[_name] = ("void", _wgmma(_name, _columns, _kind))
 

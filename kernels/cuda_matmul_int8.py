@@ -1,9 +1,10 @@
-"""int8 × int8 products on Hopper's tensor cores, with a scale per token and one per output.
+"""Products of 8-bit integers on Hopper's tensor cores, for many tokens.
 
-    out[m, n] = float16(token_scale[m] · scale[n] · Σ_k x[m, k] · weight[n, k])
+    sum[m, n] = Σ_k x[m, k] · weight[n, k]
 
-Sums are exact in int32. Both operands come as units (`cuda_units`); a block computes 128 tokens by
-`columns` outputs.
+Sums are exact in int32; scales, one for each token and output, and zero points are the expression's
+business. Both operands come as units (`cuda_units`); a block computes 128 tokens by `columns`
+outputs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import (
+    HOPPER,
     WARP,
     CudaKernel,
     address,
@@ -25,6 +27,7 @@ from qcompiler.kernels.cuda_code import (
 )
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.expression import Emitter, Expression
 
 READERS = 2  # warpgroups that multiply, each 64 tokens
 TOKENS = READERS * UNIT_ROWS  # of a block
@@ -36,6 +39,7 @@ class Product8:
 
     Attributes:
         tokens, rows, depth: M, N, K.
+        signed: whether x is int8, not uint8.
         columns: outputs of a block, 64, 128 or 256.
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
@@ -44,6 +48,7 @@ class Product8:
     tokens: int
     rows: int
     depth: int
+    signed: bool = True
     columns: int = 256
     ring: int = 4
     band: int = 16
@@ -55,18 +60,29 @@ class Product8:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: the ring, its barriers, the outputs' scales."""
-        return self.ring * (self.slot + 16) + self.columns * 4
+        """Bytes of shared memory: the ring and its barriers."""
+        return self.ring * (self.slot + 16)
 
 
-def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> CudaKernel:
+def choose_product(tokens: int, rows: int, depth: int, signed: bool) -> Product8:
+    """The widest blocks of which every processor gets one."""
+    down = -(-tokens // TOKENS)
+    for columns in (256, 128):
+        if down * -(-rows // columns) >= HOPPER.processors:
+            return Product8(tokens, rows, depth, signed, columns, 4 if columns == 256 else 6)
+    return Product8(tokens, rows, depth, signed, 64, 8)
+
+
+def matmul_int8(
+    name: str, arguments: Sequence[Argument], product: Product8, expression: Expression
+) -> CudaKernel:
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x and the weight as units (uint8), scales of tokens (M float32) and of outputs
-            (N float32), out (M·N float16).
+        arguments: x and the weight as units (uint8), then what the expression reads and writes.
         product: sizes.
+        expression: over (…, N), with the sums (int32) as value 0; it stores them.
     """
     p = product
     stages = -(-p.depth // UNIT_BYTES)
@@ -76,7 +92,7 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
     with cuda_kernel(name, arguments, (down * across,), threads, p.shared, resident=1) as (
         made, buffers, (block,), thread, memory,
     ):  # fmt: skip
-        x, weight, token_scale, scale, out = buffers
+        x, weight = buffers[:2]
         # Bands of blocks: all outputs for `band` blocks of tokens, then the next.
         whole = T.Bind(block // (p.band * across))
         height = T.Bind(T.min(down - whole * p.band, p.band))
@@ -85,12 +101,9 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
         row_block = T.Bind(rest // height)
         group = T.Bind(thread // GROUP)
         ring = Ring(memory, p.ring * p.slot, p.ring)
-        scales = p.ring * (p.slot + 16)
         ring.start(thread, READERS)
-        with T.If(thread < p.columns), T.Then():
-            n = T.Bind(T.min(row_block * p.columns + thread, p.rows - 1))
-            call("qc_move4", address(memory, scales + thread * 4), address(scale, n))
         call("qc_sync")
+        emitter = Emitter(expression, buffers)
 
         def copy(source: Any, first: Any, count: int, last: int, at: Any, stage: Any,
                  slot: Any) -> None:  # fmt: skip
@@ -133,6 +146,7 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
 
         def multiply() -> None:
             call("qc_registers_inc_232")
+            kind = "s8" if p.signed else "u8"
             total = registers(p.columns // 2, "int32")
             for i in range(p.columns // 2):
                 T.buffer_store(total, T.int32(0), [i])
@@ -142,7 +156,7 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
                 call("qc_wgmma_begin")
                 for step in range(UNIT_BYTES // 32):
                     mine = slot * p.slot + step * 32
-                    call(f"qc_wgmma_s8_{p.columns}", address(total, 0, p.columns // 2),
+                    call(f"qc_wgmma_{kind}_{p.columns}", address(total, 0, p.columns // 2),
                          address(memory, mine + group * UNIT),
                          address(memory, mine + READERS * UNIT))  # fmt: skip
                 call("qc_wgmma_commit")
@@ -157,15 +171,13 @@ def matmul_int8(name: str, arguments: Sequence[Argument], product: Product8) -> 
             for half in range(2):
                 m = T.Bind(first + half * 8)
                 with T.If(m < p.tokens), T.Then():
-                    mine = T.Bind(token_scale[m])
+                    place = emitter.coordinates(m)
                     for column in range(p.columns // 8):
-                        n = T.Bind(row_block * p.columns + column * 8 + lane % 4 * 2)
-                        at = scales + (column * 8 + lane % 4 * 2) * 4
-                        i = column * 4 + half * 2
-                        to = T.cast(m, "int64") * p.rows + n
-                        with T.If(n < p.rows), T.Then():
-                            call("qc_store_scaled", address(out, to), address(total, i, 2), mine,
-                                 address(memory, at))  # fmt: skip
+                        for i in range(2):
+                            n = T.Bind(row_block * p.columns + column * 8 + lane % 4 * 2 + i)
+                            found = T.Bind(total[column * 4 + half * 2 + i])
+                            with T.If(n < p.rows), T.Then():
+                                emitter.vector(place, n, 1, found)
 
         with T.If(group == READERS):
             with T.Then():

@@ -7,6 +7,8 @@ block), each with a ring of stages of its own in shared memory that asynchronous
 so that no warp waits for another before the end. Weights are unpacked in registers into fragments
 of float16 and multiplied on the tensor cores, where up to eight tokens cost what one costs; the sum
 over a group is float32 and multiplied with its scale once.
+
+int8 weights by int8 or uint8 activations go the same way, with sums in int32 (`Bytes`).
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import (
-    MAX_SHARED,
+    HOPPER,
     WARP,
     CudaKernel,
+    Gpu,
     address,
     call,
     cuda_kernel,
     registers,
     sync,
 )
-from qcompiler.kernels.cuda_weights import ROWS, Weights
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.cuda_weights import ROWS, Bytes, Weights
 from qcompiler.kernels.expression import Emitter, Expression
 
 
@@ -46,15 +50,16 @@ class Skinny:
     warps: int
     ring: int
 
-    def shared(self, tokens: int, form: Weights) -> int:
+    def shared(self, tokens: int, form: Weights | Bytes) -> int:
         """Bytes of shared memory."""
+        tokens = min(tokens, FEW)
         ring = self.warps * self.ring * self.slot(tokens, form)
         sums = self.warps * self.tiles * ROWS * _whole(tokens) * 4
         return max(ring, sums)
 
-    def slot(self, tokens: int, form: Weights) -> int:
+    def slot(self, tokens: int, form: Weights | Bytes) -> int:
         """Bytes of one stage of a warp."""
-        return self.tiles * _aligned(form.stage_bytes) + tokens * form.stage * 2
+        return self.tiles * _aligned(form.stage_bytes) + tokens * form.line
 
 
 FEW = 64  # tokens of a block
@@ -68,53 +73,56 @@ def _aligned(size: int) -> int:
     return -(-size // 128) * 128
 
 
-def choose(tokens: int, form: Weights, processors: int = 132) -> Skinny:
+def choose(tokens: int, form: Weights | Bytes, gpu: Gpu = HOPPER) -> Skinny:
     """A partition that fills the GPU: wide tiles where activations would cost more than weights."""
-    tokens = min(tokens, FEW)
+    tokens, processors = min(tokens, FEW), gpu.processors
+    short = form.stages <= 32  # a warp of eight has four stages at most
     tiles = 1 if tokens <= 4 else 4 if 16 < tokens <= 32 else 2
     if 3 * processors <= form.tiles <= 4 * processors:  # all at once with two blocks a processor
         tiles = max(tiles, 2)
+    if short and tokens <= 8:
+        tiles = 2 if form.tiles >= 3 * processors else 1
     while tiles > 1 and form.tiles < processors * tiles * 3 // 4:
         tiles //= 2
     warps = 4 if 8 < tokens <= 16 and form.tiles >= 3 * processors else 8
+    if tokens <= 2 and form.tiles < 2 * processors and form.stages >= 64:
+        warps = 16  # few blocks with much to read each
     while warps > 1 and form.stages < warps:
         warps //= 2
-    if tokens <= 2 and -(-form.stages // warps) <= 4 and tiles == 1:
-        return Skinny(tiles, warps, 6)  # fewer of the next kernel's blocks beside it: more even
-    for ring in (4, 3):
+    rings = (3,) if short and tokens <= 16 and warps == 8 else (2,) if warps == 16 else (4, 3)
+    for ring in rings:
         found = Skinny(tiles, warps, ring)
-        if found.shared(tokens, form) <= MAX_SHARED // 2:
+        if found.shared(tokens, form) <= gpu.shared // 2:
             return found
-    while warps > 1 and Skinny(tiles, warps, 2).shared(tokens, form) > MAX_SHARED:
+    while warps > 1 and Skinny(tiles, warps, 2).shared(tokens, form) > gpu.shared:
         warps //= 2
     return Skinny(tiles, warps, 2)
 
 
 def skinny(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Skinny,
-    expression: Expression | None = None,
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights | Bytes, how: Skinny,
+    expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x (M·K float16), packed weights (uint8), out (M·N float16); without groups also
-            the rows' scales (N float32). With an expression there is no out, and its own follow.
+        arguments: x, the packed weights (uint8), for float16 activations and rows with one scale
+            those scales (N float32), then what the expression reads and writes. x: M·K float16, or
+            int8 or uint8 as units where weights are `Bytes`.
         tokens: M; where there are more than 64, other blocks take the rest and read weights again.
         form: of the weights.
         how: the partition.
-        expression: over (…, N), with the float32 sums as value 0; it stores them.
+        expression: over (…, N), with the sums as value 0 (float32, of `Bytes` int32); it stores
+            them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
     whole, tokens = tokens, min(tokens, FEW)  # of all, and of a block
     columns = _whole(tokens) // 8  # fragments of 8 tokens
     slot, wide = how.slot(tokens, form), _aligned(form.stage_bytes)
     turns = -(-form.stages // warps)
-    pieces = form.stage * 2 // 16  # 16-byte pieces of a token in a stage
-    groups = form.stage // form.group if form.group else 1
-    steps = form.stage // 16 // groups  # k16 steps of a group
+    pieces = form.line // 16  # of a token in a stage
     blocks = (-(-form.tiles // tiles), -(-whole // tokens))
-    words = form.bits // 4  # of a lane for a k16 step
     with cuda_kernel(name, arguments, blocks, warps * WARP, how.shared(tokens, form)) as (
         made, buffers, (block, token_block), thread, memory,
     ):  # fmt: skip
@@ -122,19 +130,8 @@ def skinny(
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         mine = T.Bind(warp * (ring * slot))
         first_token = T.Bind(token_block * tokens)
-        total = registers(tiles * columns * 4, "float32")
-        part = registers(tiles * columns * 4, "float32")
-        held = registers(tiles * 4, "int32")  # 16 bytes of packed weights of each tile
-        a, b = registers(4, "int32"), registers(columns * 4, "int32")
-
-        def weights(turn: Any, place: Any) -> None:
-            stage = T.Bind(turn * warps + warp)
-            for tile in range(tiles):
-                row = T.min(block * tiles + tile, form.tiles - 1)
-                start = T.Bind((T.cast(row, "int64") * form.stages + stage) * form.stage_bytes)
-                each(form.stage_bytes // 16, stage < form.stages, lambda at, start=start, tile=tile:
-                     call("qc_copy16", address(memory, mine + place * slot + tile * wide + at * 16),
-                          address(packed, start + at * 16), 1))  # fmt: skip
+        sums_of: Any = _Integers if isinstance(form, Bytes) else _Halves
+        product = sums_of(form, tiles, tokens, wide, lane, memory)
 
         def each(count: int, valid: Any, body: Any) -> None:
             """body(i) for i below count, shared out among the lanes."""
@@ -143,72 +140,30 @@ def skinny(
                 with T.If(inside), T.Then():
                     body(lane + first)
 
+        def weights(turn: Any, place: Any) -> None:
+            stage = T.Bind(turn * warps + warp)
+            for tile in range(tiles):
+                row = T.min(block * tiles + tile, form.tiles - 1)
+                start = T.Bind(form.start(T.cast(row, "int64"), stage))
+                each(form.stage_bytes // 16, stage < form.stages, lambda at, start=start, tile=tile:
+                     call("qc_copy16", address(memory, mine + place * slot + tile * wide + at * 16),
+                          address(packed, start + at * 16), 1))  # fmt: skip
+
         def activations(turn: Any, place: Any) -> None:
             stage = T.Bind(turn * warps + warp)
 
             def piece(at: Any) -> None:
                 token, chunk = T.Bind(at // pieces), T.Bind(at % pieces)
-                to = mine + place * slot + tiles * wide + token * (form.stage * 2)
-                k = T.Bind(stage * form.stage + chunk * 8)
                 row = T.Bind(first_token + token)
-                valid = T.Bind(T.And(k < form.depth, row < whole))
-                call("qc_copy16", address(memory, to + T.bitwise_xor(chunk, token % 8) * 16),
-                     address(x, T.Select(valid, T.cast(row, "int64") * form.depth + k, T.int64(0))),
+                to = mine + place * slot + tiles * wide + token * form.line
+                valid, start, swizzled = product.activation(row, whole, stage, chunk)
+                at = swizzled if swizzled is not None else T.bitwise_xor(chunk, token % 8)
+                call("qc_copy16", address(memory, to + at * 16), address(x, start),
                      T.cast(valid, "int32"))  # fmt: skip
 
             each(tokens * pieces, stage < form.stages, piece)
 
-        def zero(buffer: Any, size: int) -> None:
-            for i in range(size):
-                T.buffer_store(buffer, T.float32(0), [i])
-
-        def multiply(place: Any) -> None:
-            base = T.Bind(mine + place * slot)
-            source = T.Bind(base + tiles * wide)
-            for step in range(form.stage // 16):
-                if step % 2 == 0:  # a load brings the tokens of two steps
-                    for column in range(columns):
-                        token = T.Bind(T.min(column * 8 + lane % 8, tokens - 1))
-                        chunk = T.Bind(T.bitwise_xor(step * 2 + lane // 8, token % 8))
-                        call(
-                            "qc_ldmatrix",
-                            address(b, column * 4, 4),
-                            address(memory, source + token * (form.stage * 2) + chunk * 16),
-                        )
-                if step * words % 4 == 0:
-                    for tile in range(tiles):
-                        at = base + tile * wide + step * words // 4 * 512 + lane * 16
-                        call("qc_move16", address(held, tile * 4, 4), address(memory, at))
-                into = part if form.group else total
-                if form.group and step % steps == 0:
-                    zero(part, tiles * columns * 4)
-                for tile in range(tiles):
-                    call(
-                        f"qc_unpack{form.bits}",
-                        address(a, 0, 4),
-                        address(held, tile * 4 + step * words % 4, words),
-                    )
-                    for column in range(columns):
-                        call(
-                            "qc_mma_f16",
-                            address(into, (tile * columns + column) * 4, 4),
-                            address(a, 0, 4),
-                            address(b, column * 4 + step % 2 * 2, 2),
-                        )
-                if form.group and step % steps == steps - 1:
-                    for tile in range(tiles):
-                        at = base + tile * wide + form.weight_bytes
-                        at = at + (step // steps * 8 + lane // 4) * 4
-                        for column in range(columns):
-                            i = (tile * columns + column) * 4
-                            call(
-                                "qc_add_scaled",
-                                address(total, i, 4),
-                                address(part, i, 4),
-                                address(memory, at),
-                            )
-
-        zero(total, tiles * columns * 4)
+        product.clear()
         # All of the ring at once where no slot is used twice.
         begun = turns if turns <= ring else ring - 1
         for early in range(begun):
@@ -229,7 +184,7 @@ def skinny(
                     activations(later, later % ring)
                 call("qc_commit")
             with T.If(turn * warps + warp < form.stages), T.Then():
-                multiply(turn % ring)
+                product.multiply(T.Bind(mine + turn % ring * slot))
 
         if turns <= ring:
             for turn in range(turns):
@@ -240,7 +195,7 @@ def skinny(
         call("qc_wait", 0)
         sync()
         # Each warp's sums [token][row], then added in the warps' order.
-        sums = T.decl_buffer((how.shared(tokens, form) // 4,), "float32", data=memory.data,
+        sums = T.decl_buffer((how.shared(tokens, form) // 4,), product.dtype, data=memory.data,
                              scope="shared.dyn")  # fmt: skip
         rows, room = tiles * ROWS, tiles * ROWS * columns * 8
         for tile in range(tiles):
@@ -250,10 +205,11 @@ def skinny(
                     row = tile * ROWS + lane // 4 + i // 2 * 8
                     T.buffer_store(
                         sums,
-                        total[(tile * columns + column) * 4 + i],
+                        product.total[(tile * columns + column) * 4 + i],
                         [warp * room + token * rows + row],
                     )
         sync()
+        emitter = Emitter(expression, buffers)
         count = rows * tokens
         for first in range(0, count, warps * WARP):
             index = T.Bind(thread + first)
@@ -264,11 +220,129 @@ def skinny(
                 value = sums[index]
                 for other in range(1, warps):
                     value = value + sums[other * room + index]
-                if not form.group:
-                    value = value * buffers[3 if expression is None else 2][row]
-                if expression is not None:
-                    emitter = Emitter(expression, buffers)
-                    emitter.vector(emitter.coordinates(token), row, 1, T.Bind(value))
-                    continue
-                T.buffer_store(buffers[2], T.cast(value, "float16"), [token * form.rows + row])
+                if form.scaled_after:
+                    value = value * buffers[2][row]
+                emitter.vector(emitter.coordinates(token), row, 1, T.Bind(value))
     return made
+
+
+class _Halves:
+    """Sums of a warp: float16 activations by weights that are unpacked in registers."""
+
+    dtype = "float32"
+
+    def __init__(
+        self, form: Weights, tiles: int, tokens: int, wide: int, lane: Any, memory: Any
+    ) -> None:
+        self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
+        self.columns = columns = _whole(tokens) // 8
+        self.lane, self.memory = lane, memory
+        self.total = registers(tiles * columns * 4, "float32")
+        self.part = registers(tiles * columns * 4, "float32")
+        self.held = registers(tiles * 4, "int32")  # 16 bytes of packed weights of each tile
+        self.a, self.b = registers(4, "int32"), registers(columns * 4, "int32")
+
+    def clear(self) -> None:
+        """Set the sums to zero."""
+        _zero(self.total, self.tiles * self.columns * 4, T.float32(0))
+
+    def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, None]:
+        """Whether 16 bytes of x are there, and where; they are swizzled on their way."""
+        k = T.Bind(stage * self.form.stage + chunk * 8)
+        valid = T.Bind(T.And(k < self.form.depth, row < count))
+        start = T.cast(row, "int64") * self.form.depth + k
+        return valid, T.Select(valid, start, T.int64(0)), None
+
+    def multiply(self, base: Any) -> None:
+        """Add one stage, which lies there in shared memory."""
+        form, tiles, columns, lane, memory = (
+            self.form, self.tiles, self.columns, self.lane, self.memory,
+        )  # fmt: skip
+        groups = form.stage // form.group if form.group else 1
+        steps = form.stage // 16 // groups  # k16 steps of a group
+        words = form.bits // 4  # of a lane for a k16 step
+        source = T.Bind(base + tiles * self.wide)
+        for step in range(form.stage // 16):
+            if step % 2 == 0:  # a load brings the tokens of two steps
+                _tokens(self, source, step)
+            if step * words % 4 == 0:
+                for tile in range(tiles):
+                    at = base + tile * self.wide + step * words // 4 * 512 + lane * 16
+                    call("qc_move16", address(self.held, tile * 4, 4), address(memory, at))
+            into = self.part if form.group else self.total
+            if form.group and step % steps == 0:
+                _zero(self.part, tiles * columns * 4, T.float32(0))
+            for tile in range(tiles):
+                held = address(self.held, tile * 4 + step * words % 4, words)
+                call(f"qc_unpack{form.bits}", address(self.a, 0, 4), held)
+                for column in range(columns):
+                    call("qc_mma_f16", address(into, (tile * columns + column) * 4, 4),
+                         address(self.a, 0, 4),
+                         address(self.b, column * 4 + step % 2 * 2, 2))  # fmt: skip
+            if form.group and step % steps == steps - 1:
+                for tile in range(tiles):
+                    at = base + tile * self.wide + form.weight_bytes
+                    at = at + (step // steps * 8 + lane // 4) * 4
+                    for column in range(columns):
+                        i = (tile * columns + column) * 4
+                        call("qc_add_scaled", address(self.total, i, 4), address(self.part, i, 4),
+                             address(memory, at))  # fmt: skip
+
+
+class _Integers:
+    """Sums of a warp: int8 or uint8 activations by int8 weights, both as units; exact in int32."""
+
+    dtype = "int32"
+
+    def __init__(
+        self, form: Bytes, tiles: int, tokens: int, wide: int, lane: Any, memory: Any
+    ) -> None:
+        self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
+        self.columns = columns = _whole(tokens) // 8
+        self.lane, self.memory = lane, memory
+        self.total = registers(tiles * columns * 4, "int32")
+        self.a, self.b = registers(4, "int32"), registers(columns * 4, "int32")
+
+    def clear(self) -> None:
+        """Set the sums to zero."""
+        _zero(self.total, self.tiles * self.columns * 4, T.int32(0))
+
+    def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, Any]:
+        """Whether 16 bytes of x are there, and where; units are swizzled already."""
+        valid = T.Bind(row < count)
+        unit = T.cast(row // UNIT_ROWS, "int64") * self.form.stages + stage
+        start = unit * UNIT + row % UNIT_ROWS * UNIT_BYTES + chunk * 16
+        return valid, T.Select(valid, start, T.int64(0)), chunk
+
+    def multiply(self, base: Any) -> None:
+        """Add one stage, which lies there in shared memory."""
+        lane = self.lane
+        source = T.Bind(base + self.tiles * self.wide)
+        kind = "s8" if self.form.signed else "u8"
+        for step in range(UNIT_BYTES // 32):
+            if step % 2 == 0:
+                _tokens(self, source, step)
+            for tile in range(self.tiles):
+                # Rows 0-7, 8-15 of the step's first 16 columns, then of its last.
+                piece = T.bitwise_xor(step * 2 + lane // 16, lane % 8)
+                at = base + tile * self.wide + lane % 16 * UNIT_BYTES + piece * 16
+                call("qc_ldmatrix", address(self.a, 0, 4), address(self.memory, at))
+                for column in range(self.columns):
+                    call(f"qc_mma_{kind}",
+                         address(self.total, (tile * self.columns + column) * 4, 4),
+                         address(self.a, 0, 4),
+                         address(self.b, column * 4 + step % 2 * 2, 2))  # fmt: skip
+
+
+def _tokens(sums: _Halves | _Integers, source: Any, step: int) -> None:
+    """Fragments of all tokens for this step and the next: 64 bytes of each."""
+    for column in range(sums.columns):
+        token = T.Bind(T.min(column * 8 + sums.lane % 8, sums.tokens - 1))
+        chunk = T.Bind(T.bitwise_xor(step * 2 + sums.lane // 8, token % 8))
+        at = source + token * sums.form.line + chunk * 16
+        call("qc_ldmatrix", address(sums.b, column * 4, 4), address(sums.memory, at))
+
+
+def _zero(buffer: Any, size: int, zero: Any) -> None:
+    for i in range(size):
+        T.buffer_store(buffer, zero, [i])

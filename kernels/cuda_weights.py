@@ -12,9 +12,12 @@ A tile is 16 rows, a stage 64 or 128 columns. Integers are stored with an offset
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, unit_bytes
 
 ROWS = 16  # of a tile
 
@@ -66,6 +69,60 @@ class Weights:
     def nbytes(self) -> int:
         """Of all."""
         return self.tiles * self.stages * self.stage_bytes
+
+    @property
+    def line(self) -> int:
+        """Bytes of a token's activations in a stage."""
+        return self.stage * 2
+
+    @property
+    def scaled_after(self) -> bool:
+        """Whether sums are multiplied with the scale of their row."""
+        return not self.group
+
+    def start(self, tile: Any, stage: Any) -> Any:
+        """Where a stage of a tile lies."""
+        return (tile * self.stages + stage) * self.stage_bytes
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Form of an int8 weight that is multiplied as integers: units (`cuda_units`).
+
+    Attributes:
+        rows: N, outputs.
+        depth: K, inputs.
+        signed: whether activations are int8, not uint8.
+    """
+
+    rows: int
+    depth: int
+    signed: bool = True
+
+    stage = UNIT_BYTES  # columns
+    line = UNIT_BYTES
+    stage_bytes = ROWS * UNIT_BYTES
+    scaled_after = False
+
+    @property
+    def stages(self) -> int:
+        """Stages of a tile; the last one is filled up with zeros."""
+        return -(-self.depth // UNIT_BYTES)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles; the last one is filled up with zeros."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        return unit_bytes(self.rows, self.depth, 1)
+
+    def start(self, tile: Any, stage: Any) -> Any:
+        """Where a stage of a tile lies."""
+        per = UNIT_ROWS // ROWS
+        return (tile // per * self.stages + stage) * UNIT + tile % per * self.stage_bytes
 
 
 def pack(weight: Tensor, scale: Tensor | None, form: Weights) -> Tensor:

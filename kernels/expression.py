@@ -397,12 +397,12 @@ class Emitter:
         number = T.Select(number < zero, number + count, number)
         return code.bind(T.Cast("int32", T.min(T.max(number, zero), count - one)))
 
-    def value(self, row: list[Any], column: Any, lanes: int) -> Any:
+    def value(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> Any:
         """The last step's value, where the expression is another kernel's input."""
         values: list[Any] = []
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
-            value = self._value(step, given, row, column, lanes, None)
+            value = self._value(step, given, row, column, lanes, anchor)
             values.append(value if step.dtype == "bool" else code.bind(value))
         return values[-1]
 

@@ -278,7 +278,10 @@ def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> st
 
 def _cuda_refusal(weight: QType | None, activation: QType | None) -> str | None:
     if activation is not None:
-        return f"GPU targets read float activations as yet, not {activation}: w4a16, w8a16, w8"
+        if activation.bits != 8 or activation.granularity != "token":
+            return f"GPU targets read float activations, or 8 bits by token, not {activation}"
+        if weight is None or weight.bits != 8 or weight.group:
+            return f"GPU targets multiply {activation} with int8:channel weights, not {weight}"
     if weight is None:
         return None
     if weight.bits not in (4, 8) or not weight.symmetric:

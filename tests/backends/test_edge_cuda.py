@@ -61,7 +61,7 @@ def test_targets_parse_and_print() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
-    [("w8a8", "float activations"), ("w3a16", "4 or 8 bits"), ("w4a8", "float activations")],
+    [("w8a8", "float activations"), ("w3a16", "4 or 8 bits"), ("w4a8", "int8:channel weights")],
 )
 def test_what_gpus_do_not_read_is_refused(recipe: str, said: str) -> None:
     chosen = load_recipe(recipe)
@@ -109,6 +109,69 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / edge_cuda_load.PROGRAM).write_text("{}")
     with pytest.raises(InputError, match=edge_cuda_load.KERNELS):
         load(tmp_path)
+
+
+@nvcc
+@pytest.mark.parametrize(
+    ("recipe", "target", "kernels"),
+    [
+        ("w4a16", "sm_90", {"half_units", "gemm_hopper"}),
+        ("w4a16", "sm_86", {"gemm"}),
+        ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
+        ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
+    ],
+)
+def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path) -> None:
+    """More than 64 tokens read tensor cores' own layouts; norms join what quantizes their rows."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(100, 64),) for _ in range(2)]
+    made = qcompiler.compile(
+        Block().eval(), batches[0], calibration=batches, target=f"tvm:cuda:{target}",
+        recipe=load_recipe(recipe, {"rounding": "rtn"}), out=tmp_path / "block",
+    )  # fmt: skip
+    found = made.manifest["audit"]["kernels"]
+    assert set(found) - {"elementwise"} == kernels | {"softmax"} | (
+        {"layer_norm"} if recipe == "w4a16" else set()
+    )
+    (entry,) = json.loads((tmp_path / "block" / edge_cuda_load.PROGRAM).read_text())["entries"]
+    halves = [t for t in entry["tensors"] if t["dtype"] == "float16"]
+    # Rows of float16 are stored by the kernels that make them; Hopper's products read units.
+    assert len(halves) == (2 if kernels == {"gemm"} else 0)
+
+
+@nvcc
+def test_a_language_model_keeps_its_cache_in_float16(tmp_path: Path) -> None:
+    """Takes a while: two sizes of a whole model are compiled."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    from qcompiler.models.hf_decoder import decoder_spec
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 96, (2, 20))
+
+    def texts() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(ids, torch.ones_like(ids))] * 2
+
+    settings = {"rounding": "rtn", "smooth": False, "min_sqnr": 1.0}
+    made = qcompiler.compile(
+        decoder_spec("Llama", model, None, lambda texts: {}, {}, texts, texts),
+        target="tvm:cuda:sm_90", recipe=load_recipe("w8a8-token", settings),
+        out=tmp_path / "a", buckets={"tokens": [1, 20], "capacity": [64]},
+    )  # fmt: skip
+    kernels = made.manifest["audit"]["kernels"]
+    assert kernels["write_cache"] == kernels["cached_attention"] == 2
+    assert "rms_norm" not in kernels
+    program = json.loads((tmp_path / "a" / edge_cuda_load.PROGRAM).read_text())
+    assert program["state"] == 2 * 2 * (2 * 64 * 16) * 2  # layers, keys and values, elements
+    one, many = program["entries"]
+    assert [e["sizes"]["tokens"] for e in (one, many)] == [1, 20]
+    for entry in (one, many):
+        state = {t["at"] for t in entry["tensors"] if t["space"] == "state"}
+        assert len(state) == 4
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, capability: int, free: int) -> None:

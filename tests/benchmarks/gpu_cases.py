@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.kernels.cuda_units import unit_bytes, units
-from qcompiler.kernels.cuda_weights import Weights, pack
+from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
 
 EPSILON = 1e-5
 
@@ -21,7 +21,7 @@ class Case:
 
     Attributes:
         kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
-            products), int8 (int8 × int8), or rows (norms, quantization).
+            products), int8 (int8 × int8), few8 (few tokens of it), or rows (norms, quantization).
         tokens, rows, depth: M, N, K; of `rows` kernels M and K.
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
@@ -52,6 +52,7 @@ CASES = (
     Case("skinny", 64, 4096, 4096),
     *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
     *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
+    *(Case("few8", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
     *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
     *(
         Case("rows", 16384, 0, width, variant=variant)
@@ -74,6 +75,7 @@ CASES = (
             ("hopper", 40, 1000, 264, 4, 128), ("hopper", 100, 300, 576, 4, 32),
             ("hopper", 200, 520, 1536, 4, 64), ("hopper", 90, 300, 576, 8, 0),
             ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
+            ("few8", 1, 300, 576, 8, 0), ("few8", 5, 130, 200, 8, 0), ("few8", 70, 72, 1536, 8, 0),
         )
     ),
     *(
@@ -106,32 +108,54 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
         given += [Argument("scales", "float32", m)] if output == "int8" else []
         return cuda_rows.cuda_rows(case.name, given, what), {}
     out = Argument("out", "float16", m * n)
-    scales = Argument("scales", "float32", n)
-    if case.kind == "int8":
+    if case.kind in ("int8", "few8"):
         given = [Argument("x", "uint8", unit_bytes(m, k, 1)),
-                 Argument("weight", "uint8", unit_bytes(n, k, 1)),
-                 Argument("token_scales", "float32", m), scales, out]  # fmt: skip
-        product = cuda_matmul_int8.Product8(m, n, k, *((64, 6) if n < 256 else (256, 4)))
-        return cuda_matmul_int8.matmul_int8(case.name, given, product), {}
+                 Argument("weight", "uint8", unit_bytes(n, k, 1)), out,
+                 Argument("token_scales", "float32", m),
+                 Argument("scales", "float32", n)]  # fmt: skip
+        write = _stored(m, n, 2, True)
+        if case.kind == "few8":
+            whole = Bytes(n, k)
+            return few.skinny(case.name, given, m, whole, few.choose(m, whole), write), {}
+        product = cuda_matmul_int8.choose_product(m, n, k, True)
+        return cuda_matmul_int8.matmul_int8(case.name, given, product, write), {}
     form = Weights(n, k, case.bits, case.group)
     x = ("uint8", unit_bytes(m, k, 2)) if case.kind == "hopper" else ("float16", m * k)
-    given = [Argument("x", *x), Argument("weight", "uint8", form.nbytes), out]
-    given += [] if case.group else [scales]
+    given = [Argument("x", *x), Argument("weight", "uint8", form.nbytes)]
+    given += [] if case.group else [Argument("scales", "float32", n)]
     if case.kind == "skinny":
-        return few.skinny(case.name, given, m, form, few.choose(m, form)), {}
-    how: Any
-    if case.kind == "gemm":
-        how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
-        pieces = how.grid(m, form)[:2]
-    else:
-        how, make = cuda_gemm_hopper.choose_tall(m, form), cuda_gemm_hopper.gemm_hopper
-        pieces = how.pieces(m, form)
+        write = _stored(m, n, len(given))
+        return few.skinny(case.name, [*given, out], m, form, few.choose(m, form), write), {}
+    if case.kind == "hopper":
+        tall = cuda_gemm_hopper.choose_tall(m, form)
+        write = _stored(m, n, len(given))
+        made = cuda_gemm_hopper.gemm_hopper(case.name, [*given, out], m, form, tall, write)
+        return made, {}
+    how = cuda_gemm.choose_blocks(m, form)
     extra = {}
     if how.workspace(m, form):
-        extra = {"workspace": how.workspace(m, form), "counters": pieces[0] * pieces[1]}
+        pieces = how.grid(m, form)[0] * how.grid(m, form)[1]
+        extra = {"workspace": how.workspace(m, form), "counters": pieces}
         given += [Argument("workspace", "float32", extra["workspace"]),
                   Argument("counters", "int32", extra["counters"])]  # fmt: skip
-    return make(case.name, given, m, form, how), extra
+    write = _stored(m, n, len(given))
+    return cuda_gemm.gemm(case.name, [*given, out], m, form, how, write), extra
+
+
+def _stored(m: int, n: int, out: int, scaled: bool = False) -> Any:
+    """The sums as float16, (M, N); scaled by the two arguments after that, tokens' and outputs'."""
+    from qcompiler.kernels.expression import Access, Expression, Step
+
+    steps = [Step("anchor", "int32" if scaled else "float32")]
+    if scaled:
+        steps += [
+            Step("cast", "float32", (0,)),
+            Step("load", "float32", access=Access(out + 1, "float32", 0, (1, 0))),
+            Step("load", "float32", access=Access(out + 2, "float32", 0, (0, 1))),
+            Step("mul", "float32", (2, 3)), Step("mul", "float32", (1, 4)),
+        ]  # fmt: skip
+    return Expression((m, n), tuple(steps),
+                      ((len(steps) - 1, Access(out, "float16", 0, (n, 1))),))  # fmt: skip
 
 
 @dataclass
@@ -164,20 +188,22 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
     scale = torch.rand(n, -(-k // group) if group else 1, device=device) * 0.02 + 0.001
     out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
     factors: Any = 1.0
-    if case.kind == "int8":
+    if case.kind in ("int8", "few8"):
         x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
         token = torch.rand(m, device=device) * 0.01 + 0.001
-        given, at = [units(x), units(w), token, scale.reshape(-1), out], 4
+        given, at = [units(x), units(w), out, token, scale.reshape(-1)], 2
         factors = token.double()[:, None]
     else:
         x = torch.randn(m, k, device=device).half()
         scale = scale.half() if group else scale
         packed = pack(w, scale if group else None, Weights(n, k, case.bits, group))
-        given, at = [units(x) if case.kind == "hopper" else x, packed, out], 2
+        given = [units(x) if case.kind == "hopper" else x, packed]
         given += [] if group else [scale.reshape(-1)]
         if extra:
             given.append(torch.full((extra["workspace"],), float("nan"), device=device))
             given.append(torch.zeros(extra["counters"], device=device, dtype=torch.int32))
+        at = len(given)
+        given.append(out)
 
     def error() -> float:
         if bool(out.isnan().any()):

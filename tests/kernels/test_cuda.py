@@ -17,7 +17,7 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from qcompiler.backends import edge_cuda_build, edge_cuda_driver
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels.cuda_code import MAX_SHARED, generate
+from qcompiler.kernels.cuda_code import HOPPER, generate
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
 from qcompiler.kernels.cuda_weights import Weights, pack
 
@@ -96,7 +96,7 @@ def test_units_are_swizzled_rows(dtype: torch.dtype) -> None:
 def test_every_kernel_has_room(cases: ModuleType) -> None:
     for case in cases.CASES:
         made, _ = cases.kernel(case)
-        assert made.shared <= MAX_SHARED
+        assert made.shared <= HOPPER.shared
         assert made.threads <= 1024
 
 

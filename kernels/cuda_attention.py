@@ -15,10 +15,9 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
-from qcompiler.kernels.cache import Cached
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import (
-    MAX_SHARED,
+    HOPPER,
     WARP,
     CudaKernel,
     address,
@@ -27,6 +26,7 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
+from qcompiler.kernels.cuda_decode import Decode
 from qcompiler.kernels.cuda_expressions import SCRATCH
 from qcompiler.kernels.expression import Access, Emitter, Expression
 from qcompiler.kernels.heads import NEVER, Heads, place
@@ -35,61 +35,37 @@ THREADS = 256
 WARPS = THREADS // WARP
 
 
-def write_cache(
-    name: str, arguments: Sequence[Argument], cached: Cached, k: Access, v: Access
-) -> CudaKernel:
-    """A kernel that puts new keys and values into their caches; see `cache.write_cache`."""
-    count = cached.new * cached.kv_heads * cached.size
-    with cuda_kernel(name, arguments, (-(-count // THREADS),), THREADS) as (
-        made, buffers, (block,), thread, _,
-    ):  # fmt: skip
-        call("qc_after_previous")
-        call("qc_let_next")
-        index = T.Bind(block * THREADS + thread)
-        with T.If(index < count), T.Then():
-            element = index % cached.size
-            head = index // cached.size % cached.kv_heads
-            token = index // (cached.size * cached.kv_heads)
-            position = T.Cast("int32", buffers[2][0])
-            # Never beyond the cache, whatever the caller passed.
-            spot = T.min(T.max(position + token, T.int32(0)), T.int32(cached.capacity - 1))
-            to = T.Bind((head * cached.capacity + spot) * cached.size + element)
-            for cache, access in ((buffers[0], k), (buffers[1], v)):
-                a, b, c = access.strides
-                at = access.offset + token * a + head * b + element * c
-                T.buffer_store(cache, buffers[access.argument][at], [to])
-    return made
-
-
 def cached_attention(
-    name: str, arguments: Sequence[Argument], cached: Cached, expression: Expression
+    name: str, arguments: Sequence[Argument], sizes: Decode, expression: Expression
 ) -> CudaKernel:
-    """The kernel; see `cache.cached_attention`."""
-    group, size = cached.heads // cached.kv_heads, cached.size
-    shared = SCRATCH + (size * (1 + WARPS) + cached.capacity) * 4
-    _demand(shared, cached.capacity)
-    with cuda_kernel(name, arguments, (cached.heads, cached.new), THREADS, shared) as (
+    """Attention over a cache for many queries; see `cuda_decode.attend`, which is for few.
+
+    Arguments: keys' cache, values' cache (float16), position (int64), queries (token, head,
+    element; float32), then the expression's.
+    """
+    size, group = sizes.size, sizes.heads // sizes.kv_heads
+    shared = SCRATCH + (size * (1 + WARPS) + sizes.capacity) * 4
+    _demand(shared, sizes.capacity)
+    with cuda_kernel(name, arguments, (sizes.heads, sizes.new), THREADS, shared) as (
         made, buffers, (head, token), thread, memory,
     ):  # fmt: skip
         emitter = Emitter(expression, buffers)
         call("qc_after_previous")
         call("qc_let_next")
         position = T.Cast("int32", buffers[2][0])
-        position = T.min(T.max(position, T.int32(0)), T.int32(cached.capacity - cached.new))
+        position = T.min(T.max(position, T.int32(0)), T.int32(sizes.capacity - sizes.new))
         last = T.Bind(position + token)
-        first = T.Bind(T.max(last - (cached.window - 1), 0)) if cached.window > 0 else T.int32(0)
-        start = T.Bind(head // group * (cached.capacity * size))
-        a, b, c = cached.q.strides
-        q = buffers[cached.q.argument]
+        first = T.Bind(T.max(last - (sizes.window - 1), 0)) if sizes.window > 0 else T.int32(0)
+        start = T.Bind(head // group * (sizes.capacity * size))
 
         def finish(element: Any, result: Any) -> None:
             emitter.vector([0, token], head * size + element, 1, result)
 
         _one_query(
-            thread, memory, shared, size, size, cached.scale, first, last + 1,
-            lambda d: q[cached.q.offset + token * a + head * b + d * c],
-            lambda t, d: buffers[0][start + t * size + d],
-            lambda t, d: buffers[1][start + t * size + d], None, finish,
+            thread, memory, shared, size, size, sizes.scale, first, last + 1,
+            lambda d: buffers[3][(token * sizes.heads + head) * size + d],
+            lambda t, d: T.Cast("float32", buffers[0][start + t * size + d]),
+            lambda t, d: T.Cast("float32", buffers[1][start + t * size + d]), None, finish,
         )  # fmt: skip
     return made
 
@@ -143,10 +119,10 @@ def attention(
 
 
 def _demand(shared: int, keys: int) -> None:
-    if shared > MAX_SHARED:
+    if shared > HOPPER.shared:
         raise UnsupportedError(
             f"attention over {keys} keys: the scores of a query don't fit into a GPU's shared "
-            f"memory ({shared} of {MAX_SHARED} bytes); ask for a smaller capacity (--bucket)"
+            f"memory ({shared} of {HOPPER.shared} bytes); ask for a smaller capacity (--bucket)"
         )
 
 

@@ -1,0 +1,147 @@
+"""Linears with quantized weights, for a GPU: which kernel, with which partition.
+
+Up to 64 tokens by `skinny`, more by `gemm` or, on Hopper, by `gemm_hopper` and `matmul_int8`
+(large weights from 33 tokens on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.backends.edge_group import Group
+from qcompiler.backends.edge_integer import Source, scaled
+from qcompiler.backends.edge_ops import Op, Storage, Weight
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
+from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
+from qcompiler.kernels.cuda_matmul_int8 import choose_product, matmul_int8
+from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
+from qcompiler.kernels.cuda_units import units
+from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
+
+if TYPE_CHECKING:
+    from qcompiler.backends.edge_cuda_calls import CudaCalls
+
+GROUPS = (32, 64, 128)
+FLOAT = "float32"
+
+
+def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
+    """A linear with packed weights and float16 activations."""
+    weight = op.args[1].storage.weight
+    form = weights_form(weight, op)
+    count = prod(op.out.shape[:-1])
+    tall = calls.tall(op)
+    x = calls.units(op.args[0], op.label) if tall else calls.half(op.args[0], op.label)
+    calls.constants.held.append(weight)
+    packed = calls.constant((id(weight.q), form), lambda: _packed(weight, form))
+    arguments = [x.storage, packed.storage]
+    if not form.group:
+        scale = calls.constant(
+            (id(weight.q), "row scales"),
+            lambda: weight.scale.reshape(-1).float().expand(form.rows).contiguous(),
+        )
+        arguments.append(scale.storage)
+    how: Any
+    if count <= FEW and not tall:
+        how = choose(count, form, calls.gpu)
+        _multiply(calls, g, op, "skinny", skinny, arguments, count, form, how)
+        return
+    if tall:
+        how = choose_tall(count, form)
+        _multiply(calls, g, op, "gemm_hopper", gemm_hopper, arguments, count, form, how)
+        return
+    how = choose_blocks(count, form, calls.gpu)
+    room = how.workspace(count, form)
+    if room:
+        arguments.append(calls.temporary(torch.float32, (room,)).storage)
+        arguments.append(calls.counters(prod(how.grid(count, form)[:2])))
+    _multiply(calls, g, op, "gemm", gemm, arguments, count, form, how, room > 0)
+
+
+def _multiply(
+    calls: CudaCalls, g: Group, op: Op, kind: str, make: Callable[..., Any],
+    arguments: list[Storage], count: int, form: Weights, how: Any, shared: bool = False,
+) -> None:  # fmt: skip
+    """A product and what follows it; `shared`: the last two arguments are written too."""
+    bias = op.args[2] if len(op.args) > 2 else None
+    also = (len(arguments) - 2, len(arguments) - 1) if shared else ()
+    writer = calls.writer(op.out.shape, arguments)
+    value = writer.step("anchor", FLOAT)
+    if bias is not None:
+        value = writer.step("add", FLOAT, value, writer.value(bias, FLOAT))
+    writer.keep(op.out, value)
+    writer.members(g, calls.stored)
+    expression = writer.expression()
+    calls.launch(
+        kind, op.label, (count, form, how, expression),
+        lambda name: make(name, writer.kernel_arguments(), count, form, how, expression),
+        writer, also=also,
+    )  # fmt: skip
+
+
+def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
+    """A linear with an int8 weight for each channel and an input quantized by token."""
+    weight, bias = op.args[1].storage.weight, op.args[2] if len(op.args) > 2 else None
+    x = calls.quantized.get(id(source.ref.storage))
+    if x is None or weight.group:
+        raise UnsupportedError(
+            f"'{op.label}': GPU targets multiply integers where a token has a scale of its "
+            "own, and so has each output"
+        )
+    count = prod(op.out.shape[:-1])
+    form = Bytes(weight.q.shape[0], weight.q.shape[1], source.ref.dtype == torch.int8)
+    calls.constants.held.append(weight)
+    packed = calls.constant((id(weight.q), "units"), lambda: units(weight.q))
+    writer = calls.writer(op.out.shape, [x.storage, packed.storage])
+    zero = source.zero.storage.constant
+    plain = zero is not None and not bool(zero.any())  # nothing to take off for zero points
+    writer.keep(op.out, scaled(calls, writer, weight, bias, source, 0, plain))
+    writer.members(g, calls.stored)
+    expression = writer.expression()
+    if calls.tall(op):
+        product = choose_product(count, form.rows, form.depth, form.signed)
+        calls.launch(
+            "matmul_int8", op.label, (product, expression),
+            lambda name: matmul_int8(name, writer.kernel_arguments(), product, expression),
+            writer,
+        )  # fmt: skip
+        return
+    how = choose(count, form, calls.gpu)
+    calls.launch(
+        "skinny_int8", op.label, (count, form, how, expression),
+        lambda name: skinny(name, writer.kernel_arguments(), count, form, how, expression),
+        writer,
+    )  # fmt: skip
+
+
+def weights_form(weight: Weight, op: Op) -> Weights:
+    """How a linear's weight is stored.
+
+    Raises:
+        UnsupportedError: if no kernel reads its format.
+    """
+    q, group = weight.q, weight.group
+    what = ""
+    if q.ndim != 2 or q.dtype != torch.int8 or bool(weight.zero_point.any()):
+        what = "weights with a zero point"
+    elif group and (group not in GROUPS or weight.axis % 2 != 1 or q.shape[1] % group):
+        what = f"groups of {group}"
+    elif not group and not (weight.axis == 0 or weight.scale.numel() == 1):
+        what = "a scale per input"
+    elif q.shape[1] % 8:
+        what = f"{q.shape[1]} inputs, not a multiple of 8"
+    if what:
+        raise UnsupportedError(f"'{op.label}': GPU targets have no kernel for {what} as yet")
+    four = int(q.min()) >= -8 and int(q.max()) <= 7
+    return Weights(q.shape[0], q.shape[1], 4 if four else 8, group)
+
+
+def _packed(weight: Weight, form: Weights) -> Tensor:
+    scale = weight.scale.reshape(form.rows, -1).float() if form.group else None
+    return pack(weight.q, scale, form)

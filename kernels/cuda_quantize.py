@@ -1,0 +1,188 @@
+"""Rows on a GPU as matrix products read them: units of float16, or of 8-bit integers by token.
+
+    float16: y = x
+    integers: scale = (high − low) / (qmax − qmin), zero = round(qmin − low / scale),
+              q = clamp(round(x / scale) + zero)      low = min(x, 0), high = max(x, 0) of the token
+              symmetric: scale = max |x| / (qmax − middle), zero = 0; scale is 1 where it would be 0
+
+x is an expression, or the norm of one (RMSNorm, LayerNorm), which then needs no kernel of its own.
+The arithmetic is that of `qc::dynamic_quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels import code
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_code import (
+    WARP,
+    CudaKernel,
+    address,
+    call,
+    cuda_kernel,
+    registers,
+    value,
+)
+from qcompiler.kernels.cuda_expressions import SCRATCH, THREADS
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.expression import Emitter, Expression
+from qcompiler.qtype import QType
+
+PIECE = 4  # integers that a thread stores at once
+HELD = 32  # numbers of a row that a thread holds at most
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm before the quantization.
+
+    Attributes:
+        centered: LayerNorm, not RMSNorm.
+        epsilon: added to the mean square.
+        expression: with the normalized number as value 0; its last step is what is quantized.
+    """
+
+    centered: bool
+    epsilon: float
+    expression: Expression
+
+
+def _place(row: Any, byte: Any, across: int) -> Any:
+    """Where a row's byte lies in units, `across` of them side by side."""
+    unit = T.cast(row // UNIT_ROWS, "int64") * across + byte // UNIT_BYTES
+    piece = T.bitwise_xor(byte % UNIT_BYTES // 16, row % 8)
+    return unit * UNIT + row % UNIT_ROWS * UNIT_BYTES + piece * 16 + byte % 16
+
+
+def half_units(name: str, arguments: Sequence[Argument], source: Expression) -> CudaKernel:
+    """A kernel that stores rows as units of float16.
+
+    Args:
+        name: of the function.
+        arguments: the units (uint8), then what the source reads.
+        source: gives x, a multiple of 8 wide; what fills up the last unit is zero.
+    """
+    across = -(-source.width * 2 // UNIT_BYTES)
+    pieces = across * 8  # of 8 numbers
+    count = source.rows * pieces
+    with cuda_kernel(name, arguments, (-(-count // THREADS),), THREADS) as (
+        made, buffers, (block,), thread, _,
+    ):  # fmt: skip
+        read = Emitter(source, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        index = T.Bind(block * THREADS + thread)
+        with T.If(index < count), T.Then():
+            row, column = T.Bind(index // pieces), T.Bind(index % pieces * 8)
+            held = registers(8, "float32")
+            for i in range(8):
+                T.buffer_store(held, T.float32(0), [i])
+            with T.If(column < source.width), T.Then():
+                for i in range(8):
+                    T.buffer_store(held, read.value(read.coordinates(row), column + i, 1), [i])
+            at = _place(row, column * 2, across)
+            call("qc_store8", address(buffers[0], at), address(held, 0, 8))
+    return made
+
+
+def quantize_units(
+    name: str, arguments: Sequence[Argument], source: Expression, kind: QType, norm: Norm | None
+) -> CudaKernel:
+    """A kernel that quantizes rows, each with a range of its own.
+
+    Args:
+        name: of the function.
+        arguments: the integers as units (uint8), the scales (float32), for affine formats the zero
+            points, then what the expressions read.
+        source: gives x, a multiple of 4 wide.
+        kind: int8 or uint8.
+        norm: of x, before that.
+
+    Raises:
+        UnsupportedError: if a row is too long for a block's registers.
+    """
+    width = source.width
+    across = -(-width // UNIT_BYTES)
+    quads = across * UNIT_BYTES // PIECE
+    threads = min(1024, -(-quads // WARP) * WARP)
+    each, warps = -(-quads // threads), threads // WARP
+    if each * PIECE > HELD or width % PIECE:
+        raise UnsupportedError(f"GPU targets quantize no rows of {width} numbers by token")
+    with cuda_kernel(name, arguments, (source.rows,), threads, SCRATCH) as (
+        made, buffers, (row,), thread, memory,
+    ):  # fmt: skip
+        read = Emitter(source, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        place = read.coordinates(row)
+        held = registers(each * PIECE, "float32")
+        columns = [T.Bind((i * threads + thread) * PIECE) for i in range(each)]
+
+        def fold(start: float, step: Any, over: str) -> Any:
+            """step(total, x) over the row."""
+            total = registers(1, "float32")
+            T.buffer_store(total, T.float32(start), [0])
+            for i, column in enumerate(columns):
+                with T.If(column < width), T.Then():
+                    for j in range(PIECE):
+                        T.buffer_store(total, step(total[0], held[i * PIECE + j]), [0])
+            return T.Bind(value(f"qc_block_{over}", total[0], address(memory), warps))
+
+        for i, column in enumerate(columns):
+            for j in range(PIECE):
+                T.buffer_store(held, T.float32(0), [i * PIECE + j])
+            with T.If(column < width), T.Then():
+                for j in range(PIECE):
+                    T.buffer_store(held, read.value(place, column + j, 1), [i * PIECE + j])
+        if norm is not None:
+            _normalize(norm, buffers, row, held, columns, width, fold)
+        high = fold(0.0, code.maximum, "max")
+        low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")  # of −x
+        if kind.symmetric:
+            reach = code.maximum(high, low) / code.number(float(kind.qmax - kind.middle), 1)
+        else:
+            reach = (high + low) / code.number(float(kind.qmax - kind.qmin), 1)
+        reach = T.Bind(reach)
+        scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))
+        bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
+        zero: Any = code.number(float(kind.middle), 1)
+        if not kind.symmetric:
+            zero = code.round_half_even(bottom + low / scale, 1)
+            zero = T.Bind(code.minimum(code.maximum(zero, bottom), top))
+        with T.If(thread == 0), T.Then():
+            T.buffer_store(buffers[1], scale, [row])
+            if not kind.symmetric:
+                T.buffer_store(buffers[2], T.Cast(arguments[2].dtype, zero), [row])
+        for i, column in enumerate(columns):
+            with T.If(column < across * UNIT_BYTES), T.Then():
+                call("qc_quantize4", address(buffers[0], _place(row, column, across)),
+                     address(held, i * PIECE, PIECE), scale, zero, bottom, top)  # fmt: skip
+    return made
+
+
+def _normalize(
+    norm: Norm, buffers: Sequence[Any], row: Any, held: Any, columns: Sequence[Any], width: int,
+    fold: Any,
+) -> None:  # fmt: skip
+    """Replace the row that a block's threads hold by its norm; as `cuda_expressions.rows`."""
+    write = Emitter(norm.expression, buffers)
+    place = write.coordinates(row)
+    part = code.number(1 / width, 1)
+    mean: Any = T.float32(0)
+    if norm.centered:
+        mean = T.Bind(fold(0.0, lambda t, x: t + x, "sum") * part)
+    power = fold(0.0, lambda t, x: code.fma(x - mean, x - mean, t, 1), "sum")
+    power = code.fma(power, part, code.number(norm.epsilon, 1), 1)
+    factor = T.Bind(T.float32(1) / code.intrinsic("llvm.sqrt", "float32", power))
+    for i, column in enumerate(columns):
+        with T.If(column < width), T.Then():
+            for j in range(PIECE):
+                x = T.Bind((held[i * PIECE + j] - mean) * factor)
+                found = write.value(place, column + j, 1, x)
+                T.buffer_store(held, found, [i * PIECE + j])
