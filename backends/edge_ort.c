@@ -1,10 +1,10 @@
 /* A library of custom operators for ONNX Runtime: linears and rotations on generated kernels.
  *
- *     qcompiler::QuantizedMatMul(x, weights; number, library) -> y, …
- *     qcompiler::Rotate(x, factors; number, library) -> y
+ *     qcompiler::QuantizedMatMul(weights, x, …; number, library) -> y, …
+ *     qcompiler::Rotate(factors, x; number, library) -> y
  *
- * x is float (…, K); the outputs, float (…, N), are those of the linears that read it after one
- * quantization. `number` says which of the compiled operators it is, `library` which library its
+ * x, … are float (…, K); the outputs, float (…, N), are those of the linears that read what is
+ * computed of them, after one quantization, then values on the way, float (…, K). `number` says which of the compiled operators it is, `library` which library its
  * weights are packed for. Kernels are compiled for fixed numbers of rows: a call takes the rows of x
  * piece by piece, the largest first. Loops that kernels share among threads run on the session's. */
 #define _GNU_SOURCE
@@ -217,15 +217,15 @@ static const struct element {
 };
 
 /* Calls an entry's kernels on as many rows as it is compiled for. */
-static int run_entry(const struct entry *entry, const uint8_t *weights, uint8_t *arena, void *input,
-                     void *const *outputs) {
+static int run_entry(const struct entry *entry, const uint8_t *weights, uint8_t *arena,
+                     void *const *inputs, void *const *outputs) {
   dl_tensor tensors[entry->tensor_count];
   argument arguments[entry->argument_count];
   for (uint32_t i = 0; i < entry->tensor_count; i++) {
     const struct tensor *given = &entry->tensors[i];
     void *data = given->space == WEIGHTS ? (void *)(uintptr_t)(weights + given->at)
                  : given->space == ARENA ? arena + given->at
-                 : given->space == INPUT ? input
+                 : given->space == INPUT ? inputs[given->at]
                                          : outputs[given->at];
     tensors[i] = (dl_tensor){.data = data,
                              .device_type = DL_CPU,
@@ -244,31 +244,47 @@ static int run_entry(const struct entry *entry, const uint8_t *weights, uint8_t 
   return 0;
 }
 
+/* The numbers in input `index` and, where asked for, the sizes of its dimensions. */
+static ort_status *find_input(ort_api api, const ort_object *context, size_t index, float **data,
+                              size_t *count, int64_t *sizes, size_t *rank) {
+  const ort_object *value;
+  ort_object *shape;
+  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, index, &value));
+  TRY(CALL(ort_tensor_data, ORT_GET_TENSOR_MUTABLE_DATA)((ort_object *)value, (void **)data));
+  TRY(CALL(ort_tensor_shape, ORT_GET_TENSOR_TYPE_AND_SHAPE)(value, &shape));
+  ort_status *status =
+      CALL(ort_element_count, ORT_GET_TENSOR_SHAPE_ELEMENT_COUNT)(shape, count);
+  if (!status && rank) status = CALL(ort_rank, ORT_GET_DIMENSIONS_COUNT)(shape, rank);
+  if (!status && rank && *rank >= 1 && *rank <= MAX_DIMENSIONS)
+    status = CALL(ort_dimensions, ORT_GET_DIMENSIONS)(shape, sizes, *rank);
+  CALL(ort_release_shape, ORT_RELEASE_TENSOR_TYPE_AND_SHAPE_INFO)(shape);
+  return status;
+}
+
 static ort_status *compute(void *given, ort_object *context) {
   struct node *node = given;
   const struct linear *linear = node->linear;
   ort_api api = node->api;
-  const ort_object *x_value, *weights_value;
-  ort_object *shape;
+  const ort_object *weights_value;
   const uint8_t *weights;
   int64_t sizes[MAX_DIMENSIONS];
-  size_t rank, rows = 1;
-  void *x, *ys[MAX_OUTPUTS];
-  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, 0, &x_value));
-  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, 1, &weights_value));
+  size_t rank, count, rows = 1;
+  float *xs[MAX_INPUTS];
+  void *ys[MAX_OUTPUTS];
+  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, 0, &weights_value));
   TRY(find_weights(node, weights_value, &weights));
-  TRY(CALL(ort_tensor_data, ORT_GET_TENSOR_MUTABLE_DATA)((ort_object *)x_value, &x));
-  TRY(CALL(ort_tensor_shape, ORT_GET_TENSOR_TYPE_AND_SHAPE)(x_value, &shape));
-  ort_status *status = CALL(ort_rank, ORT_GET_DIMENSIONS_COUNT)(shape, &rank);
-  if (!status && rank >= 1 && rank <= MAX_DIMENSIONS)
-    status = CALL(ort_dimensions, ORT_GET_DIMENSIONS)(shape, sizes, rank);
-  CALL(ort_release_shape, ORT_RELEASE_TENSOR_TYPE_AND_SHAPE_INFO)(shape);
-  if (status) return status;
+  TRY(find_input(api, context, 1, &xs[0], &count, sizes, &rank));
   if (rank < 1 || rank > MAX_DIMENSIONS || sizes[rank - 1] != linear->depth)
     return refuse(api, ORT_INVALID_ARGUMENT, "%s reads rows of %lld numbers, not of %lld",
                   linear->name, (long long)linear->depth,
                   rank >= 1 && rank <= MAX_DIMENSIONS ? (long long)sizes[rank - 1] : 0LL);
   for (size_t i = 0; i + 1 < rank; i++) rows *= (size_t)sizes[i];
+  for (int i = 1; i < linear->inputs; i++) {
+    TRY(find_input(api, context, (size_t)i + 1, &xs[i], &count, NULL, NULL));
+    if (count != rows * (size_t)linear->depth)
+      return refuse(api, ORT_INVALID_ARGUMENT, "%s reads tensors of one shape, not %zu numbers beside %zu",
+                    linear->name, count, rows * (size_t)linear->depth);
+  }
   for (int i = 0; i < linear->outputs; i++) {
     ort_object *value;
     sizes[rank - 1] = linear->columns[i];
@@ -283,8 +299,8 @@ static ort_status *compute(void *given, ort_object *context) {
   for (int e = linear->entry_count - 1; e >= 0; e--) {
     const struct entry *entry = &linear->entries[e];
     size_t step = (size_t)entry->sizes[0], at[MAX_OUTPUTS], size = rounded((size_t)entry->arena);
-    size_t input_at = size;
-    size += rounded(step * (size_t)linear->depth * sizeof(float));
+    size_t input_size = rounded(step * (size_t)linear->depth * sizeof(float)), input_at = size;
+    size += input_size * (size_t)linear->inputs;
     for (int i = 0; i < linear->outputs; i++) {
       at[i] = size;
       size += rounded(step * (size_t)linear->columns[i] * sizeof(float));
@@ -293,16 +309,19 @@ static ort_status *compute(void *given, ort_object *context) {
       uint8_t *memory = scratch(worker, size);
       if (!memory) return refuse(api, ORT_FAIL, "not enough memory for an operator");
       /* Kernels want aligned rows; those that lie elsewhere are copied. */
-      float *input = (float *)x + done * (size_t)linear->depth;
-      if ((uintptr_t)input % ALIGNMENT)
-        input = memcpy(memory + input_at, input, step * (size_t)linear->depth * sizeof(float));
-      void *outputs[MAX_OUTPUTS];
+      void *inputs[MAX_INPUTS], *outputs[MAX_OUTPUTS];
+      for (int i = 0; i < linear->inputs; i++) {
+        inputs[i] = xs[i] + done * (size_t)linear->depth;
+        if ((uintptr_t)inputs[i] % ALIGNMENT)
+          inputs[i] = memcpy(memory + input_at + (size_t)i * input_size, inputs[i],
+                             step * (size_t)linear->depth * sizeof(float));
+      }
       for (int i = 0; i < linear->outputs; i++) {
         outputs[i] = (float *)ys[i] + done * (size_t)linear->columns[i];
         if ((uintptr_t)outputs[i] % ALIGNMENT) outputs[i] = memory + at[i];
       }
       worker->context = context;
-      int failed = run_entry(entry, weights, memory, input, outputs);
+      int failed = run_entry(entry, weights, memory, inputs, outputs);
       worker->context = NULL;
       if (failed) return refuse(api, ORT_FAIL, "%s failed: %s", linear->name, worker->error);
       for (int i = 0; i < linear->outputs; i++) {
@@ -319,15 +338,15 @@ static const char *product_name(const ort_custom_op *op) { return (void)op, "Qua
 static const char *rotation_name(const ort_custom_op *op) { return (void)op, "Rotate"; }
 static const char *provider(const ort_custom_op *op) { return (void)op, NULL; }
 static int input_type(const ort_custom_op *op, size_t index) {
-  return (void)op, index ? ORT_UINT8 : ORT_FLOAT;
+  return (void)op, index ? ORT_FLOAT : ORT_UINT8;
 }
 static size_t two(const ort_custom_op *op) { return (void)op, 2; }
 static int output_type(const ort_custom_op *op, size_t index) {
   return (void)op, (void)index, ORT_FLOAT;
 }
 static size_t one(const ort_custom_op *op) { return (void)op, 1; }
-static int required(const ort_custom_op *op, size_t index) {
-  return (void)op, (void)index, ORT_REQUIRED;
+static int input_kind(const ort_custom_op *op, size_t index) {
+  return (void)op, index ? ORT_VARIADIC : ORT_REQUIRED;
 }
 static int variadic(const ort_custom_op *op, size_t index) {
   return (void)op, (void)index, ORT_VARIADIC;
@@ -344,7 +363,7 @@ static int latest(const ort_custom_op *op) { return (void)op, INT32_MAX; }
   .output_type = output_type,       \
   .output_count = one,              \
   .destroy = destroy,               \
-  .input_kind = required,           \
+  .input_kind = input_kind,         \
   .output_kind = variadic,          \
   .input_memory = memory_kind,      \
   .variadic_inputs = yes,           \

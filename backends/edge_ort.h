@@ -5,14 +5,14 @@
 #include "edge_ort_api.h"
 #include "edge_program.h"
 
-enum { MAX_OUTPUTS = 16 };
+enum { MAX_INPUTS = 8, MAX_OUTPUTS = 16 };
 
 struct linear {
   const char *name;          /* of the layers, for people */
   uint64_t weights;          /* bytes of its constants, which the graph holds */
-  int64_t depth;             /* numbers in a row of its input */
+  int64_t depth;             /* numbers in a row of its inputs */
   const int64_t *columns;    /* numbers in a row of each output */
-  int outputs, entry_count;
+  int inputs, outputs, entry_count;
   const struct entry *entries; /* by rows, the fewest first; sizes[0] is their number */
 };
 

@@ -26,12 +26,14 @@ from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_program import Shapes, array, entry_tables, quoted
 from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.errors import UnsupportedError
-from qcompiler.generated import Library, Operator
+from qcompiler.generated import Library, Operator, Step
 from qcompiler.kernels.isa import Isa
 from qcompiler.qtype import QType
 from qcompiler.target import Target
 
 ROWS = (1, 2, 4, 8, 32, 128)  # that there is code for; greedily, so 1 must be among them
+aten = torch.ops.aten
+
 MAX_OUTPUTS = 16  # of edge_ort.h
 COMPILED = ("edge_ort.c", "edge_cpu.c")
 INCLUDED = ("edge_ort.h", "edge_ort_api.h", "edge_program.h")
@@ -93,7 +95,7 @@ class _Tables:
 
 def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables: _Tables) -> bytes:
     """Generate one operator's code; its constants."""
-    if len(operator.linears) > MAX_OUTPUTS:
+    if len(operator.columns) > MAX_OUTPUTS:
         raise UnsupportedError(
             f"{operator.name}: {len(operator.linears)} linears read one tensor, and an "
             f"operator has at most {MAX_OUTPUTS} outputs"
@@ -115,7 +117,7 @@ def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables:
     tables.lines.append(array("int64_t", f"columns_{name}", columns))
     fields = (
         quoted(operator.name), f"{len(blob)}u", str(operator.depth), f"columns_{name}",
-        str(len(columns)), str(len(rows)), f"entries_{name}",
+        str(operator.inputs), str(len(columns)), str(len(rows)), f"entries_{name}",
     )  # fmt: skip
     tables.rows.append(f"{{{', '.join(fields)}}}")
     return blob
@@ -125,8 +127,10 @@ def _trace(operator: Operator, weights: Sequence[Weight], rows: int) -> Trace:
     """The operator on that many rows."""
     recorded: list[Op] = []
 
-    def record(target: object, args: tuple[object, ...], label: str, *outputs: Ref) -> Ref:
-        op = Op(target, args, {}, outputs, label)
+    def record(
+        target: object, args: tuple[object, ...], label: str, *outputs: Ref, **named: object
+    ) -> Ref:
+        op = Op(target, args, named, outputs, label)
         for ref in op.refs():
             ref.storage.readers.append(op)
         for ref in outputs:
@@ -135,14 +139,18 @@ def _trace(operator: Operator, weights: Sequence[Weight], rows: int) -> Trace:
         return outputs[0]
 
     depth, label = operator.depth, operator.name
-    given = _made(torch.float32, rows, depth)
-    given.storage.port = "x"
-    x = given
-    if operator.rotation is not None:
-        factors = [_constant(factor) for factor in operator.rotation]
-        x = record(ops.rotate, (x, *factors), label, _made(torch.float32, rows, depth))
+    given = tuple(_made(torch.float32, rows, depth) for _ in range(operator.inputs))
+    for number, ref in enumerate(given):
+        ref.storage.port = f"x_{number}"
+    values = [*given]
+    for step in operator.steps:
+        function, arguments, named = _call(step, values, depth)
+        made = _made(torch.float32, rows, depth)
+        values.append(record(function, arguments, label, made, **named))
+    kept = tuple(values[number] for number in operator.kept)
+    x = values[-1] if operator.steps else values[0]
     if not operator.linears:
-        return Trace((given,), (x,), tuple(recorded))
+        return Trace(given, (x, *kept), tuple(recorded))
     kind = QType.parse(operator.activation)
     q, scale = _made(kind.dtype, rows, depth), _made(torch.float32, rows, 1)
     zero = _made(kind.dtype, rows, 1)
@@ -154,7 +162,28 @@ def _trace(operator: Operator, weights: Sequence[Weight], rows: int) -> Trace:
         bias = () if linear.bias is None else (_constant(linear.bias),)
         made = _made(torch.float32, rows, len(linear.q))
         outputs.append(record(LINEAR, (floats, _weight(weight), *bias), linear.name, made))
-    return Trace((given,), tuple(outputs), tuple(recorded))
+    return Trace(given, (*outputs, *kept), tuple(recorded))
+
+
+def _call(
+    step: Step, values: Sequence[Ref], depth: int
+) -> tuple[object, tuple[object, ...], dict[str, object]]:
+    """A step as a call of torch's: function, arguments, keywords."""
+    operands = [values[number] for number in step.operands]
+    constants = [_constant(tensor) for tensor in step.constants]
+    if step.kind in ("add", "mul"):
+        function = aten.add.Tensor if step.kind == "add" else aten.mul.Tensor
+        return function, (*operands, *constants), {}
+    if step.kind == "rotate":
+        return ops.rotate, (*operands, *constants), {}
+    if step.kind == "silu":
+        return aten.silu.default, (*operands,), {}
+    if step.kind in ("gelu", "gelu_tanh"):
+        named = {"approximate": "tanh" if step.kind == "gelu_tanh" else "none"}
+        return aten.gelu.default, (*operands,), dict(named)
+    if step.kind == "rms_norm":
+        return aten.rms_norm.default, (*operands, [depth], *constants, step.epsilon), {}
+    return aten.layer_norm.default, (*operands, [depth], *constants, step.epsilon), {}
 
 
 def _made(dtype: torch.dtype, *shape: int) -> Ref:

@@ -169,15 +169,20 @@ def prune_logits(graph: gs.Graph) -> bool:
     head = tensor.inputs[0]
     if len(head.outputs) != 1:  # what it reads is another layer's too
         return False
-    data = head.inputs[0]
-    kept = gs.Variable(f"{data.name}_kept", data.dtype)
     bounds = [
         gs.Constant(FIRST, np.array([0], np.int64)),
         gs.Constant(f"{FIRST}_end", np.array([np.iinfo(np.int64).max], np.int64)),
         gs.Constant(f"{FIRST}_axis", np.array([1], np.int64)),
     ]
-    graph.nodes.append(gs.Node("Slice", f"{head.name}_rows", {}, [data, *bounds], [kept]))
-    head.inputs[0] = kept
+    # A generated operator reads its constants first, then one or more tensors of rows.
+    generated = head.op == "QuantizedMatMul"
+    places = range(1, len(head.inputs)) if generated else range(1)
+    for place in places:
+        data = head.inputs[place]
+        kept = gs.Variable(f"{data.name}_kept", data.dtype)
+        name = f"{head.name}_rows_{place}"
+        graph.nodes.append(gs.Node("Slice", name, {}, [data, *bounds], [kept]))
+        head.inputs[place] = kept
     graph.toposort()
     return True
 

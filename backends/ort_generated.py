@@ -1,11 +1,11 @@
 """Linears that read tokens quantized on their own → operators of a generated library.
 
     MatMul(DequantizeToken(QuantizeToken(x)), Transpose(DequantizeLinear(W))) + bias
-        → qcompiler::QuantizedMatMul(x, constants)
+        → qcompiler::QuantizedMatMul(constants, x)
 
 ONNX has no quantization with a range for each token, and ONNX Runtime no fast product with 4-bit
-weights for more than a few rows. All linears that read one quantized tensor are one operator, and a
-rotation that it alone reads belongs to it; other rotations are operators of their own.
+weights for more than a few rows. All linears that read one quantized tensor are one operator, with
+the steps before that (`ort_steps`). A rotation that leads to no linear is an operator of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.ort_cache import JOINED
+from qcompiler.backends.ort_steps import rotation, take_steps
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.errors import UnsupportedError
-from qcompiler.generated import Generate, Linear, Operator
+from qcompiler.generated import Generate, Linear, Operator, Step
 
 PRODUCT, ROTATION = "QuantizedMatMul", "Rotate"  # of edge_ort.c
 
@@ -43,7 +44,7 @@ def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
     for number, ((node, _), weights) in enumerate(zip(found, library.weights, strict=True)):
         node.attrs |= {"number": number, "library": library.number}
         packed = np.frombuffer(weights, np.uint8)
-        node.inputs.append(gs.Constant(f"{node.name}_weights", packed))
+        node.inputs.insert(0, gs.Constant(f"{node.name}_weights", packed))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return library.content
 
@@ -51,10 +52,6 @@ def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
 def _linears(graph: gs.Graph, quantize: gs.Node) -> tuple[gs.Node, Operator]:
     """The operator of everything that reads the quantized tensor."""
     source = quantize.inputs[0]
-    rotate = _maker(source, "Rotate")
-    alone = len(source.outputs) == 1 and source not in graph.outputs
-    if rotate is None or not alone or not _constants(rotate.inputs[1:]):
-        rotate = None
     linears, outputs = [], []
     for dequantize in list(quantize.outputs[0].outputs):
         for product in list(dequantize.outputs[0].outputs):
@@ -67,26 +64,33 @@ def _linears(graph: gs.Graph, quantize: gs.Node) -> tuple[gs.Node, Operator]:
             linear, output = _linear(graph, product)
             linears.append(linear)
             outputs.append(output)
-    data = source if rotate is None else rotate.inputs[0]
     name = JOINED.join(linear.name for linear in linears)
-    node = gs.Node(PRODUCT, name, {}, [data], outputs, domain=INTERNAL)
-    quantize.outputs.clear()
-    graph.nodes.append(node)
-    factors = None if rotate is None else _factors(rotate)
     depth = int(linears[0].q.shape[1])
-    return node, Operator(name, depth, factors, quantize.attrs["qtype"], tuple(linears))
+    quantize.outputs.clear()
+    before = take_steps(graph, source, depth, quantize)
+    outputs += before.outputs
+    node = gs.Node(PRODUCT, name, {}, before.inputs, outputs, domain=INTERNAL)
+    graph.nodes.append(node)
+    return node, Operator(
+        name, depth, quantize.attrs["qtype"], tuple(linears), len(before.inputs),
+        tuple(before.steps), tuple(before.kept),
+    )  # fmt: skip
 
 
 def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
-    """The operator of a rotation on its own."""
-    if not _constants(rotate.inputs[1:]):
+    """The operator of a rotation on its own, with the steps before it."""
+    output, name = rotate.outputs[0], rotate.outputs[0].name
+    part = rotation(rotate)
+    if part is None:
         raise UnsupportedError(f"'{rotate.name}' rotates by computed matrices")
-    left, right = _factors(rotate)
-    outputs, name = list(rotate.outputs), rotate.outputs[0].name
+    depth = len(part[0]) * len(part[1])
     rotate.outputs.clear()
-    node = gs.Node(ROTATION, name, {}, [rotate.inputs[0]], outputs, domain=INTERNAL)
+    before = take_steps(graph, rotate.inputs[0], depth, rotate)
+    last = before.steps and len(before.inputs) + len(before.steps) - 1
+    steps = (*before.steps, Step("rotate", (last or 0,), part))
+    node = gs.Node(ROTATION, name, {}, before.inputs, [output, *before.outputs], domain=INTERNAL)
     graph.nodes.append(node)
-    return node, Operator(name, len(left) * len(right), (left, right), "", ())
+    return node, Operator(name, depth, "", (), len(before.inputs), steps, tuple(before.kept))
 
 
 def _is_linear(product: gs.Node, source: gs.Node) -> bool:
@@ -127,11 +131,6 @@ def _maker(tensor: Any, kind: str) -> gs.Node | None:
 
 def _constants(tensors: Any) -> bool:
     return all(isinstance(t, gs.Constant) for t in tensors)
-
-
-def _factors(rotate: gs.Node) -> tuple[Tensor, Tensor]:
-    left, right = (_tensor(t) for t in rotate.inputs[1:])
-    return left, right
 
 
 def _tensor(constant: gs.Constant) -> Tensor:

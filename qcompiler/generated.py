@@ -1,9 +1,9 @@
 """Operators that a code generator makes and another runtime runs inside its own graph.
 
-One operator rotates rows, or quantizes them for each token, or first the one and then the other,
-and computes all linears that read the result:
+One operator computes rows step by step, quantizes them for each token, and computes all linears
+that read the result:
 
-    y_i = quantized(x · (left ⊗ right)) · dequantized(weight_i)ᵀ + bias_i
+    x = steps(x_0, x_1, …),   y_i = quantized(x) · dequantized(weight_i)ᵀ + bias_i
 
 The backend that writes the graph cuts them out; the one that generates code compiles them.
 """
@@ -37,27 +37,51 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Step:
+    """One computation on rows.
+
+    Attributes:
+        kind: "add", "mul", "silu", "gelu", "gelu_tanh", "rms_norm" (x / √(mean x² + ε) · scale),
+            "layer_norm" ((x − mean) / √(var + ε) · scale + shift) or "rotate" (x · (left ⊗ right)).
+        operands: numbers of values: the operator's inputs are the first, then come the steps.
+        constants: float32 of 1 or K numbers: the second operand of "add" and "mul" where they have
+            but one; scale, and shift, of norms. The factors left and right of `qc::rotate`.
+        epsilon: ε.
+    """
+
+    kind: str
+    operands: tuple[int, ...]
+    constants: tuple[Tensor, ...] = ()
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class Operator:
     """One operator: float32 (…, K) → float32 (…, N) for each linear; without any, (…, K).
 
     Attributes:
         name: for people.
         depth: K.
-        rotation: the factors left and right of `qc::rotate`, or None.
         activation: the `QType` of what the linears read, with a range for each token.
-        linears: may be none where there is a rotation.
+        linears: may be none, where the last step's value is what is wanted.
+        inputs: how many tensors (…, K) it reads.
+        steps: the last is what is quantized; without any, the first input is.
+        kept: numbers of values that are outputs too, behind those of the linears.
     """
 
     name: str
     depth: int
-    rotation: tuple[Tensor, Tensor] | None
     activation: str
     linears: tuple[Linear, ...]
+    inputs: int = 1
+    steps: tuple[Step, ...] = ()
+    kept: tuple[int, ...] = ()
 
     @property
     def columns(self) -> tuple[int, ...]:
         """The last size of each output."""
-        return tuple(len(linear.q) for linear in self.linears) or (self.depth,)
+        own = tuple(len(linear.q) for linear in self.linears) or (self.depth,)
+        return own + (self.depth,) * len(self.kept)
 
 
 @dataclass(frozen=True)

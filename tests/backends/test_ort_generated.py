@@ -26,9 +26,9 @@ from qcompiler.backends import edge_folder, edge_ort
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.generated import Library, Linear, Operator
+from qcompiler.generated import Library, Linear, Operator, Step
 from qcompiler.hadamard import sylvester
-from qcompiler.models import ZOO
+from qcompiler.models import ZOO, find
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
@@ -48,18 +48,34 @@ def linear(outputs: int, inputs: int, text: str, biased: bool) -> Linear:
 
 def operators() -> dict[str, Operator]:
     torch.manual_seed(0)
-    turn = (torch.linalg.qr(torch.randn(3, 3))[0].contiguous(), sylvester(16).float())
+    factors = (torch.linalg.qr(torch.randn(3, 3))[0].contiguous(), sylvester(16).float())
+    turn = (Step("rotate", (0,), factors),)
     two = (linear(48, 64, "int4:g32", True), linear(33, 64, "int4:g32", False))
     return {
-        "4 bits, two linears of one tensor": Operator("a", 64, None, "int8:token", two),
+        "4 bits, two linears of one tensor": Operator("a", 64, "int8:token", two),
         "8 bits, affine activations, odd sizes": Operator(
-            "b", 60, None, "uint8:token:affine", (linear(33, 60, "int8:channel", True),)
+            "b", 60, "uint8:token:affine", (linear(33, 60, "int8:channel", True),)
         ),
         "rotated before": Operator(
-            "c", 48, turn, "int8:token", (linear(20, 48, "int8:channel", False),)
+            "c", 48, "int8:token", (linear(20, 48, "int8:channel", False),), 1, turn
         ),
-        "a rotation alone": Operator("d", 48, turn, "", ()),
-    }
+        "a rotation alone": Operator("d", 48, "", (), 1, turn),
+        "the norm of a sum, both kept": Operator(
+            "e", 40, "int8:token", (linear(24, 40, "int8:channel", False),), 2,
+            (Step("add", (0, 1)), Step("rms_norm", (2,), (torch.rand(40) + 0.5,), 1e-5)), (2, 3),
+        ),
+        "a gated product, rotated, then scaled": Operator(
+            "f", 48, "int8:token", (linear(20, 48, "int8:channel", True),), 2,
+            (Step("silu", (1,)), Step("mul", (0, 2)), Step("rotate", (3,), factors),
+             Step("mul", (4,), (torch.rand(48) + 0.5,))),
+        ),
+        "a norm, a shift and GELU": Operator(
+            "g", 40, "int8:token", (linear(24, 40, "int8:channel", False),), 1,
+            (Step("layer_norm", (0,), (torch.rand(40) + 0.5, torch.randn(40)), 1e-12),
+             Step("add", (1,), (torch.randn(1),)), Step("gelu", (2,)), Step("gelu_tanh", (2,)),
+             Step("add", (3, 4))),
+        ),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +90,15 @@ def opened(library: tuple[Library, Path], number: int, threads: int = 1) -> Any:
     """A session of a model that is this one operator."""
     operator, (made, path) = [*operators().values()][number], library
     outputs = [f"y{i}" for i in range(len(operator.columns))]
+    inputs = [f"x{i}" for i in range(operator.inputs)]
     node = helper.make_node(
-        "QuantizedMatMul" if operator.linears else "Rotate", ["x", "w"], outputs,
+        "QuantizedMatMul" if operator.linears else "Rotate", ["w", *inputs], outputs,
         domain="qcompiler", number=number, library=made.number,
     )  # fmt: skip
     weights = made.weights[number]
     graph = helper.make_graph(
         [node], "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [helper.make_tensor("w", TensorProto.UINT8, [len(weights)], weights, raw=True)],
     )  # fmt: skip
@@ -95,46 +112,74 @@ def opened(library: tuple[Library, Path], number: int, threads: int = 1) -> Any:
     )
 
 
-def expected(operator: Operator, x: Tensor) -> list[Tensor]:
+def stepped(step: Step, values: list[Tensor]) -> Tensor:
+    a, *rest = [*(values[n] for n in step.operands), *(c.double() for c in step.constants)]
+    if step.kind in ("add", "mul"):
+        return a + rest[0] if step.kind == "add" else a * rest[0]
+    if step.kind == "rotate":
+        return a @ torch.kron(*rest)
+    if step.kind == "silu":
+        return a * torch.sigmoid(a)
+    if step.kind in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if step.kind == "gelu_tanh" else "none"
+        return torch.nn.functional.gelu(a, approximate=approximate)
+    if step.kind == "rms_norm":
+        return a / (a.square().mean(-1, keepdim=True) + step.epsilon).sqrt() * rest[0]
+    centred = a - a.mean(-1, keepdim=True)
+    power = centred.square().mean(-1, keepdim=True)
+    return centred / (power + step.epsilon).sqrt() * rest[0] + rest[1]
+
+
+def expected(operator: Operator, *xs: Tensor) -> list[Tensor]:
     """In float64, from the integers that quantizing float32 numbers gives."""
-    if operator.rotation is not None:
-        x = (x.double() @ torch.kron(*(f.double() for f in operator.rotation))).float()
+    values = [x.double() for x in xs]
+    for step in operator.steps:
+        values.append(stepped(step, values))
+    x = values[-1 if operator.steps else 0].float()
+    kept = [values[n] for n in operator.kept]
     if not operator.linears:
         return [x]
     q, scale, zero = ops.dynamic_quantize(x, operator.activation)
-    values = (q.double() - zero.double()) * scale.double()
+    quantized = (q.double() - zero.double()) * scale.double()
     found = []
     for part in operator.linears:
         steps = part.scale.reshape(len(part.q), -1).double()
         weight = part.q.double() * steps.repeat_interleave(part.q.shape[1] // steps.shape[1], 1)
-        found.append(values @ weight.T + (0 if part.bias is None else part.bias.double()))
-    return found
+        found.append(quantized @ weight.T + (0 if part.bias is None else part.bias.double()))
+    return [*found, *kept]
 
 
-@pytest.mark.parametrize("number", range(4), ids=operators())
+@pytest.mark.parametrize("number", range(len(operators())), ids=operators())
 def test_against_float64(library: tuple[Library, Path], number: int) -> None:
     operator = [*operators().values()][number]
     one, two = (opened(library, number, threads) for threads in (1, 2))
     for shape in SHAPES:
-        x = torch.randn(*shape, operator.depth) * 3
-        # A value that two roundings of a rotation put on both sides of a step moves its row.
-        bound = 2e-2 if operator.rotation is not None and operator.linears else 1e-6
-        got = one.run(None, {"x": x.numpy()})
-        for y, reference in zip(got, expected(operator, x), strict=True):
+        xs = [torch.randn(*shape, operator.depth) * 3 for _ in range(operator.inputs)]
+        fed = {f"x{i}": x.numpy() for i, x in enumerate(xs)}
+        # A value that two roundings of a step put on both sides of a tie moves its row.
+        bound = 1e-6 if not operator.steps or not operator.linears else 2e-2
+        got = one.run(None, fed)
+        for y, reference in zip(got, expected(operator, *xs), strict=True):
             assert y.shape == tuple(reference.shape)
             error = (torch.from_numpy(y).double() - reference).norm() / reference.norm()
             assert error < bound
-        shared = two.run(None, {"x": x.numpy()})
+        kept = len(operator.kept)
+        for y, reference in zip(got[-kept:], expected(operator, *xs)[-kept:], strict=True):
+            assert not kept or np.allclose(y, reference, rtol=1e-5, atol=1e-5)
+        shared = two.run(None, fed)
         assert all(np.array_equal(a, b) for a, b in zip(got, shared, strict=True))
 
 
 def test_rows_of_another_length_and_foreign_libraries_are_refused(
     library: tuple[Library, Path],
 ) -> None:
+    pair = opened(library, 4)
+    with pytest.raises(Exception, match="reads tensors of one shape, not 40 numbers beside 80"):
+        pair.run(None, {"x0": np.zeros((2, 40), np.float32), "x1": np.zeros((1, 40), np.float32)})
     session = opened(library, 0)
     with pytest.raises(Exception, match="reads rows of 64 numbers, not of 63"):
-        session.run(None, {"x": np.zeros((2, 63), np.float32)})
-    assert session.run(None, {"x": np.zeros((0, 64), np.float32)})[0].shape == (0, 48)
+        session.run(None, {"x0": np.zeros((2, 63), np.float32)})
+    assert session.run(None, {"x0": np.zeros((0, 64), np.float32)})[0].shape == (0, 48)
     made, path = library
     other = Library(made.content, made.number + 1, made.weights)
     with pytest.raises(Exception, match="not the one that this model was compiled with"):
@@ -159,6 +204,9 @@ def test_a_decoder_on_its_own_operators(decoder: Artifact) -> None:
     found = {node.op_type for node in graph.node if node.domain == "qcompiler"}
     assert "QuantizedMatMul" in found
     assert not [n for n in graph.node if n.op_type in ("MatMulNBits", "DynamicQuantizeLinear")]
+    # Sums, norms and gates on the way to a product belong to its operator.
+    assert not {"RMSNormalization", "Sigmoid"} & {node.op_type for node in graph.node}
+    assert len([n for n in graph.node if n.op_type == "Add"]) == 2  # of the rotary embedding
     layers = decoder.manifest["audit"]["layers"]
     kept = [layer for layer in layers if layer["op"] == "qcompiler.QuantizedMatMul"]
     assert len(kept) == 8
@@ -170,6 +218,25 @@ def test_a_decoder_on_its_own_operators(decoder: Artifact) -> None:
     batch = decoder.batches("held-out")[0]
     one = decoder.runner(1)(*batch)
     assert all(torch.equal(a, b) for a, b in zip(one, decoder.runner(2)(*batch), strict=True))
+
+
+def test_a_language_model_prunes_what_its_head_reads(
+    language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head reads several tensors of rows: the last sum's operands."""
+    monkeypatch.setattr(edge_ort, "ROWS", (1, 8))
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    recipe = load_recipe("w8a8-token", {"rounding": "rtn"})
+    made = compile(spec, target="ort:cpu+tvm", recipe=recipe, out=tmp_path / "out")
+    runtime = made.generator(1).runtime
+    tokens = np.arange(3, 33)
+    runtime.reset(30)
+    whole = runtime.feed(tokens)
+    runtime.reset(30)
+    np.testing.assert_allclose(runtime.feed(tokens, last=True), whole[-1:], rtol=1e-5, atol=1e-5)
+    graph = onnx.load(made.folder / MODEL).graph
+    assert not {"RMSNormalization", "Add", "Sigmoid"} & {node.op_type for node in graph.node}
 
 
 def test_a_missing_library_is_named(decoder: Artifact, tmp_path: Path) -> None:
