@@ -10,13 +10,11 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.gpu import check, device, driver
 
-DRIVER = 12_000  # CUDA 12: cuLaunchKernelEx with programmatic launches
-_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -54,86 +52,6 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint),
     )
-
-
-@cache
-def driver() -> Any:
-    """libcuda, initialised.
-
-    Raises:
-        UnsupportedError: on a machine without a GPU, or where its driver is too old.
-    """
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise UnsupportedError("no GPU: NVIDIA's driver (libcuda.so.1) was not found") from None
-    if library.cuInit(0):
-        raise UnsupportedError("no GPU: NVIDIA's driver finds no device that it can use")
-    version = ctypes.c_int()
-    library.cuDriverGetVersion(ctypes.byref(version))
-    if version.value < DRIVER:
-        raise UnsupportedError(
-            f"the GPU's driver is made for CUDA {_version(version.value)}; "
-            f"{_version(DRIVER)} or later is needed"
-        )
-    return library
-
-
-def driver_version() -> str:
-    """The CUDA version that the driver is made for."""
-    version = ctypes.c_int()
-    driver().cuDriverGetVersion(ctypes.byref(version))
-    return _version(version.value)
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def check(code: int, what: str) -> None:
-    """Raise what the driver says went wrong.
-
-    Raises:
-        UnsupportedError: if the code is not 0.
-    """
-    if code:
-        text = ctypes.c_char_p()
-        driver().cuGetErrorName(code, ctypes.byref(text))
-        name = (text.value or b"unknown error").decode()
-        raise UnsupportedError(f"{what}: the GPU's driver answered {name}")
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU: its number, its name, its compute capability such as 90, bytes of memory."""
-
-    number: int
-    name: str
-    capability: int
-    memory: int
-
-
-@cache
-def device(number: int = 0) -> Device:
-    """A GPU of this machine, its primary context made current.
-
-    Raises:
-        UnsupportedError: if there is none.
-    """
-    library = driver()
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    check(library.cuDeviceGet(ctypes.byref(handle), number), f"device {number}")
-    check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "context")
-    check(library.cuCtxSetCurrent(context), "context")
-    name, total = ctypes.create_string_buffer(100), ctypes.c_size_t()
-    library.cuDeviceGetName(name, 100, handle)
-    library.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
-    parts = []
-    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
-        value = ctypes.c_int()
-        library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
-        parts.append(value.value)
-    return Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value)
 
 
 class Module:
@@ -198,14 +116,6 @@ class Module:
             ctypes.byref(config), function, pointers, ctypes.c_void_p(None)
         )
         check(code, f"launching {launch.name}")
-
-
-def free_memory() -> int:
-    """Bytes of device memory that are free."""
-    device()
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    check(driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), "memory")
-    return free.value
 
 
 class Stream:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompiler.backends.edge_cuda_driver import Launch, Memory, Module, Stream, device, free_memory
+from qcompiler.backends.edge_cuda_driver import Launch, Memory, Module, Stream
 from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.gpu import device, free_memory
 
 KERNELS, WEIGHTS, PROGRAM = "kernels.fatbin", "weights.bin", "program.json"
 

@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("tvm", reason="needs the extra [tvm]")
 
 import qcompiler
+from qcompiler import gpu
 from qcompiler.artifact import Artifact
-from qcompiler.backends import edge_cuda_build, edge_cuda_driver, edge_cuda_load
+from qcompiler.backends import edge_cuda_build, edge_cuda_load
 from qcompiler.backends.edge_artifact import load
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.recipe import load_recipe
@@ -176,7 +177,7 @@ def test_a_language_model_keeps_its_cache_in_float16(tmp_path: Path) -> None:
 
 def stub(monkeypatch: pytest.MonkeyPatch, capability: int, free: int) -> None:
     """A GPU that is only described."""
-    found = edge_cuda_driver.Device(0, "a GPU", capability, free)
+    found = gpu.Device(0, "a GPU", capability, free)
     monkeypatch.setattr(edge_cuda_load, "device", lambda: found)
     monkeypatch.setattr(edge_cuda_load, "free_memory", lambda: free)
 

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from gpu_cases import CASES, Case, kernel, trial
 
-from qcompiler.backends.edge_cuda_driver import Launch, Module, device, driver_version
+from qcompiler.backends.edge_cuda_driver import Launch, Module
+from qcompiler.gpu import device, driver_version
 
 CACHE = 400 << 20  # bytes that a rotation reads at least: several times the L2 cache
 REPLAYS = 9

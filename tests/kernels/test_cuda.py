@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
+from qcompiler import gpu
 from qcompiler.backends import edge_cuda_build, edge_cuda_driver
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import HOPPER, generate
@@ -139,7 +140,7 @@ def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line() -> None:
     with pytest.raises(UnsupportedError, match="no GPU: ") as raised:
-        edge_cuda_driver.device()
+        gpu.device()
     assert "\n" not in str(raised.value)
 
 
