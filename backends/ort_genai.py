@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from qcompiler.backends.ort_session import MODEL, SHARED
+from qcompiler.backends.ort_session import LIBRARY, MODEL, SHARED
 
 CONFIG = "genai_config.json"
 # Families that its generic decoder class knows by name. Another name is an error there, and the
@@ -54,12 +54,15 @@ def write(
     start, pad, context = generation["start"], generation["pad"], generation["context"]
     first = {i["name"]: i["name"] for i in inputs if i not in caches}
     family = generation["family"]
+    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if (folder / LIBRARY).is_file():
+        options["custom_ops_library"] = LIBRARY
     config = {
         "model": {
             "bos_token_id": start if start is not None else (stop or [0])[0],
             "context_length": context,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": options,
                 "filename": MODEL,
                 "head_size": size,
                 "hidden_size": generation["width"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from qcompiler.artifact import Artifact
+from qcompiler.backends import ort_genai
+from qcompiler.backends.ort_session import LIBRARY, MODEL
 
 HOME = Path(__file__).parents[1] / "build" / "genai-venv"
 PACKAGE = "onnxruntime-genai==0.18.0"
@@ -78,3 +81,15 @@ def test_it_writes_the_same_tokens(python: str, language_artifact: Artifact) -> 
     ours = generator.generate(prompt, count).tokens
     stop = generator.settings["stop"]
     assert [t for t in theirs["written"] if t not in stop] == list(ours)
+
+
+def test_the_library_of_a_model_is_named(language_artifact: Artifact, tmp_path: Path) -> None:
+    shutil.copy(language_artifact.folder / MODEL, tmp_path)
+    manifest = language_artifact.manifest
+    for content in (None, b"a library"):
+        if content is not None:
+            (tmp_path / LIBRARY).write_bytes(content)
+        path = ort_genai.write(tmp_path, manifest["generation"], manifest["inputs"])
+        assert path is not None
+        options = json.loads(path.read_text())["model"]["decoder"]["session_options"]
+        assert options.get("custom_ops_library") == (LIBRARY if content else None)
