@@ -23,6 +23,14 @@ from qcompiler.backends.ort_cache import (
     prune_logits,
     use_grouped_attention,
 )
+from qcompiler.backends.ort_half import halve
+from qcompiler.backends.ort_phases import (
+    DECODE,
+    EVERYWHERE,
+    NOWHERE,
+    PREFILL,
+    widen_products,
+)
 from qcompiler.backends.ort_session import LIBRARY, MODEL, SHARED, session
 from qcompiler.backends.ort_store import KEY, read_metadata, write_metadata
 from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
@@ -34,7 +42,6 @@ from qcompiler.regions import CONVS, LINEAR
 
 __all__ = ["MODEL", "SHARED", "load", "load_model", "lower", "session"]
 
-DATA = "model.onnx.data"
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights; protobuf ends at 2 GiB
 IR_VERSION = 11
 
@@ -49,6 +56,8 @@ def lower(
     fused: bool = True,
     external_above: int = EXTERNAL_ABOVE,
     generate: Generate | None = None,
+    half: bool = False,
+    packed: str = EVERYWHERE,
 ) -> Path:
     """Write `program` as `folder/model.onnx`.
 
@@ -62,6 +71,9 @@ def lower(
         external_above: bytes of weights above which they go to `model.onnx.data`.
         generate: compiles linears whose inputs are quantized by token, and rotations, to a library
             of custom operators beside the model; ONNX Runtime has none.
+        half: in float16; see `ort_half`.
+        packed: where MatMulNBits multiplies (`ort_phases`): for decode alone, `prefill.onnx` is
+            written beside a language model whose cache is shared; what is no such has it nowhere.
 
     Returns:
         The path of the model. It passed `onnx.checker` and shape inference.
@@ -91,17 +103,27 @@ def lower(
     properties = ({SHARED: "1"} if shared else {}) | ({KEY: write_metadata(kept)} if kept else {})
     if properties:
         onnx.helper.set_model_props(result, properties)
-    path = folder / MODEL
-    size = sum(_bytes(t) for t in result.graph.initializer)
+    if half:
+        caches = [n.outputs[1:] for n in graph.nodes if n.op == "GroupQueryAttention"]
+        halve(result, {tensor.name for tensors in caches for tensor in tensors})
+    if packed == NOWHERE or (packed == DECODE and not shared):
+        widen_products(result)
+    _save(result, folder / MODEL, external_above)
+    if packed == DECODE and widen_products(result):
+        _save(result, folder / PREFILL, external_above)
+    return folder / MODEL
+
+
+def _save(model: onnx.ModelProto, path: Path, external_above: int) -> None:
+    size = sum(_bytes(t) for t in model.graph.initializer)
     if size > external_above:
         onnx.save(
-            result, path, save_as_external_data=True, all_tensors_to_one_file=True, location=DATA,
-            size_threshold=1024,
+            model, path, save_as_external_data=True, all_tensors_to_one_file=True,
+            location=f"{path.name}.data", size_threshold=1024,
         )  # fmt: skip
     else:
-        onnx.save(result, path)
+        onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)
-    return path
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

@@ -33,7 +33,9 @@ FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Nhw
 PAIRS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) -> Audit:
+def audit(
+    folder: Path, planned: Mapping[str, str], integer: Collection[str], written: bool = False
+) -> Audit:
     """Read the optimised graph of `folder/model.onnx`.
 
     Args:
@@ -41,11 +43,9 @@ def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) ->
         planned: the layers (linears and convolutions) with quantized weights in the plan: node →
             module path.
         integer: those of them whose inputs are quantized too, so that integer kernels are promised.
+        written: read the graph as it was written instead, for a GPU that this machine may not have.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        optimised = Path(scratch) / "optimised.onnx"
-        session(folder / MODEL, 1, optimised)
-        graph = onnx.load(optimised, load_external_data=False).graph
+    graph = _graph(folder / MODEL, written)
     makers = {name: node for node in graph.node for name in node.output}
     constants = {i.name for i in graph.initializer}
     layers, stray = [], 0
@@ -61,7 +61,11 @@ def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) ->
         elif node.op_type in INTEGER:
             layers.append(Layer(node.name, path, node.op_type, "integer"))
         elif node.op_type in WEIGHTS:
-            reason = "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)"
+            reason = (
+                "its input is float16"
+                if written
+                else "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)"
+            )
             layers += [
                 Layer(name, planned.get(name, ""), node.op_type, "weights only", reason)
                 for name in node.name.split(JOINED)
@@ -92,6 +96,15 @@ def audit(folder: Path, planned: Mapping[str, str], integer: Collection[str]) ->
             )
     counts = Counter(node.op_type for node in graph.node)
     return Audit(tuple(layers), dict(counts.most_common()), stray, tuple(broken))
+
+
+def _graph(path: Path, written: bool) -> onnx.GraphProto:
+    if written:
+        return onnx.load(path, load_external_data=False).graph
+    with tempfile.TemporaryDirectory() as scratch:
+        optimised = Path(scratch) / "optimised.onnx"
+        session(path, 1, optimised)
+        return onnx.load(optimised, load_external_data=False).graph
 
 
 def _program_name(name: str) -> str:

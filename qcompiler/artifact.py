@@ -130,8 +130,12 @@ class Artifact:
         """The compiled model as a function of flat inputs, returning flat outputs."""
         from importlib import import_module
 
-        runtime = str(self.manifest["target"]).partition(":")[0]
-        match runtime:
+        from qcompiler.target import Target
+
+        target = Target.parse(str(self.manifest["target"]))
+        match target.runtime:
+            case "ort" if target.device == "cuda":
+                backend = import_module("qcompiler.backends.ort_cuda")
             case "ort":
                 backend = import_module("qcompiler.backends.ort")
             case "tvm":

@@ -50,7 +50,7 @@ Run = Callable[..., Any]
 def here(target: Target) -> bool:
     """Whether this machine can time code for the target."""
     if target.runtime == "ort":
-        return target.feature in ("", cpu_feature())
+        return target.device == "cpu" and target.feature in ("", cpu_feature())
     if target.runtime != "tvm":
         return False
     from qcompiler.backends import edge_target

@@ -142,7 +142,7 @@ def deliver(
             shutil.copyfile(source, folder / name)
     (folder / "program.txt").write_text(str(compiled.quantized) + "\n")
     manifest = _manifest(spec, compiled, recipe, target, command, names)
-    if spec.generation is not None and target.runtime == "ort":
+    if spec.generation is not None and (target.runtime, target.device) == ("ort", "cpu"):
         from qcompiler.backends import ort_genai
 
         ort_genai.write(folder, manifest["generation"], manifest["inputs"])
@@ -368,7 +368,7 @@ def _warnings(manifest: Mapping[str, Any]) -> list[str]:
         "the audit lists the kernels"
         for row in slow
     ]
-    if "MatMulNBits" in manifest["audit"]["kernels"]:
+    if "MatMulNBits" in manifest["audit"]["kernels"] and "cuda" not in manifest["target"]:
         found.append(
             "ONNX Runtime quantizes activations to 8 bits inside MatMulNBits (its accuracy level "
             "4): a lowering error beyond rounding, shown above"
@@ -465,7 +465,7 @@ def bench(
         seconds: of measuring, all candidates together.
         shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order.
     """
-    from qcompiler.backends import ort, ort_peers
+    from qcompiler.backends import ort, ort_cuda, ort_peers
 
     say = progress or (lambda step: None)
     artifact = Artifact.open(folder)
@@ -485,10 +485,14 @@ def bench(
     inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
-        runs: dict[str, Run] = {"float": ort.load_model(paths["float"], threads, rest=True)}
+        on_gpu = artifact.manifest["target"] == "ort:cuda"
+        open_model = (
+            ort_cuda.load_model if on_gpu else partial(ort.load_model, threads=threads, rest=True)
+        )
+        runs: dict[str, Run] = {"float": open_model(paths["float"])}
         sizes = {"qcompiler": int(artifact.manifest["size"]["model_bytes"])}
         if paths["qcompiler"].is_file():
-            runs["qcompiler"] = ort.load_model(paths["qcompiler"], threads, rest=True)
+            runs["qcompiler"] = open_model(paths["qcompiler"])
         else:
             runs["qcompiler"] = artifact.runner(threads)
         notes: dict[str, str] = {}
@@ -504,7 +508,7 @@ def bench(
                     lambda: artifact.batches("calibration"),
                     inputs,
                 )
-                runs[peer] = ort.load_model(paths[peer], threads, rest=True)
+                runs[peer] = open_model(paths[peer])
             except InputError:
                 raise
             except Exception as error:  # a peer that fails is a result, not our failure

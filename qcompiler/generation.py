@@ -278,8 +278,8 @@ def runtime(folder: Path, target: str, threads: int | None = None) -> Runtime:
     """The target's decoder of the model in `folder`: an artifact's own, or its float model."""
     from importlib import import_module
 
-    backends = {"ort": "ort_decode", "tvm": "edge_decode"}
-    name = backends.get(target.partition(":")[0])
+    backends = {"ort": "ort_decode", "ort:cuda": "ort_cuda_decode", "tvm": "edge_decode"}
+    name = backends.get(target) or backends.get(target.partition(":")[0])
     if name is None:
         raise UnsupportedError(f"target '{target}' writes no text; compile for ort:cpu")
     made: Any = import_module(f"qcompiler.backends.{name}").Decoder(folder, threads)

@@ -92,6 +92,8 @@ def lower(
             f"--bucket: code for fixed sizes is generated for tvm: targets; {target} takes any size"
         )
     match target.runtime:
+        case "ort" if target.device == "cuda":
+            return _onnx_cuda(folder, spec, quantized, plain, names, planned, recipe, target, say)
         case "ort":
             return _onnx(
                 folder, spec, quantized, plain, names, planned, recipe, target, sample, say
@@ -118,8 +120,9 @@ def integer_layers(quantized: Program, planned: Collection[str]) -> list[str]:
 
 
 def _reference(
-    folder: Path, spec: ModelSpec, plain: Program, names: tuple[str, ...], say: Progress
-) -> Path:
+    folder: Path, spec: ModelSpec, plain: Program, names: tuple[str, ...], say: Progress,
+    half: bool = False,
+) -> Path:  # fmt: skip
     from qcompiler.backends import ort
 
     say("lower the float model")
@@ -127,7 +130,7 @@ def _reference(
     reference.mkdir()
     ort.lower(
         plain, reference, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes,
+        dynamic_shapes=spec.dynamic_shapes, half=half,
     )  # fmt: skip
     return reference
 
@@ -161,6 +164,87 @@ def _onnx(
         ort.load(folder, 1), ort.load(reference, 1), asdict(audit) | {"time_share": shares},
         model_size(folder / ort.MODEL), model_size(reference / ort.MODEL),
     )  # fmt: skip
+
+
+def _onnx_cuda(
+    folder: Path,
+    spec: ModelSpec,
+    quantized: Program,
+    plain: Program,
+    names: tuple[str, ...],
+    planned: Mapping[str, str],
+    recipe: Recipe,
+    target: Target,
+    say: Progress,
+) -> Lowered:
+    from qcompiler.backends import ort, ort_audit, ort_cuda
+    from qcompiler.backends.ort_phases import DECODE, EVERYWHERE, NOWHERE, PREFILL, TOKENS
+
+    say("lower")
+    bits = 8 if recipe.weight_type is not None and recipe.weight_type.bits > 4 else 4
+    one = target.share_of_float(bits, 1, _width(quantized, planned))
+    many = target.share_of_float(bits, TOKENS)
+    packed = DECODE if one < 1 else NOWHERE
+    ort.lower(
+        quantized, folder, input_names=spec.input_names, output_names=names,
+        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused, half=True,
+        packed=packed if many > 1 else EVERYWHERE,
+    )  # fmt: skip
+    reference = _reference(folder, spec, plain, names, say, half=True)
+    say("audit")
+    writes = (folder / PREFILL).is_file()
+    audit = ort_audit.audit(folder, planned if writes else {}, (), written=True)
+    notes = _phases(bits, one, many, writes) if planned else []
+    run: Run = partial(_in_torch, quantized)
+    run_float, absent = None, ""
+    try:
+        run, run_float = ort_cuda.load(folder), ort_cuda.load(reference)
+    except UnsupportedError as error:
+        absent = str(error)
+        notes.append(_not_run(absent))
+    return Lowered(
+        run, run_float, asdict(audit) | {"time_share": []},
+        model_size(folder / ort.MODEL) + model_size(folder / PREFILL),
+        model_size(reference / ort.MODEL), ran=not absent, notes=notes,
+    )  # fmt: skip
+
+
+def _width(quantized: Program, planned: Collection[str]) -> int:
+    """The typical size of a weight's sides."""
+    nodes = {node.name: node for node in quantized.exported.graph.nodes}
+    sizes = [nodes[name].args[1] for name in planned if name in nodes]
+    counts = [s.meta["val"].numel() for s in sizes if isinstance(s, Node) and "val" in s.meta]
+    return int((sum(counts) / len(counts)) ** 0.5) if counts else 0
+
+
+def _phases(bits: int, one: float, many: float, writes: bool) -> list[str]:
+    """What multiplies the weights in each phase, and why: for the report."""
+    from qcompiler.backends.ort_phases import PREFILL, TOKENS
+
+    measured = (
+        f"MatMulNBits with {bits}-bit weights takes {one:g} of their time for a token and {many:g} "
+        f"of it from {TOKENS} tokens on, as measured on an H200"
+    )
+    if not writes:
+        return [f"the quantized weights are multiplied as float16 numbers: {measured}"]
+    return [
+        f"decode reads {bits}-bit weights, prompts of {TOKENS} tokens and more the same weights as "
+        f"float16 numbers ({PREFILL}): {measured}"
+    ]
+
+
+def _in_torch(quantized: Program, *batch: Tensor) -> tuple[Tensor, ...]:
+    """What stands for an artifact that this machine cannot run."""
+    from qcompiler import integer
+
+    return tuple(integer.run(quantized, batch))
+
+
+def _not_run(reason: str) -> str:
+    return (
+        f"not run: {reason}; errors are those of the quantized program in torch. Check it on "
+        f"the machine that it is for: qcompiler verify"
+    )
 
 
 def _generator(target: Target) -> Generate | None:
@@ -210,10 +294,7 @@ def _edge(
     emulator = " ".join(getattr(run, "emulator", ()))
     notes = []
     if absent:
-        notes.append(
-            f"not run: {absent}; errors are those of the quantized program in torch. Check it on "
-            f"the machine that it is for: qcompiler verify"
-        )
+        notes.append(_not_run(absent))
     if emulator:
         notes.append(
             f"compiled for {target}; on this machine it ran under {emulator}: "
@@ -250,7 +331,6 @@ def _edge(
 
 def _edge_run(folder: Path, target: Target, quantized: Program) -> tuple[Run, str]:
     """What runs the model; or the quantized program in torch, and why."""
-    from qcompiler import integer
     from qcompiler.backends.edge_artifact import load
 
     if target.device != "cuda":
@@ -258,7 +338,7 @@ def _edge_run(folder: Path, target: Target, quantized: Program) -> tuple[Run, st
     try:
         return load(folder, 1), ""
     except UnsupportedError as error:
-        return lambda *batch: tuple(integer.run(quantized, batch)), str(error)
+        return partial(_in_torch, quantized), str(error)
 
 
 TEXTS = 4  # texts of a batch with which a language model is verified
@@ -345,7 +425,8 @@ def _cut(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> Batch:
 
 def model_size(model: Path) -> int:
     """Bytes of a model file, its external data and the library of its operators."""
-    from qcompiler.backends.ort_session import LIBRARY
+    from qcompiler.backends.ort_session import LIBRARY, MODEL
 
-    files = [*model.parent.glob(f"{model.name}*"), *model.parent.glob(LIBRARY)]
+    files = [*model.parent.glob(f"{model.name}*")]
+    files += model.parent.glob(LIBRARY) if model.name == MODEL else []
     return sum(path.stat().st_size for path in files)

@@ -4,6 +4,7 @@ ort:cpu                  ONNX Runtime on the CPU that compiles
 ort:cpu:vnni             … on an x86-64 CPU with AVX512-VNNI or AVX-VNNI
 ort:cpu:avx2             … on an x86-64 CPU without VNNI: weights keep to 7 bits, see `saturates`
 ort:cpu:arm64            … on 64-bit ARM
+ort:cuda                 ONNX Runtime on NVIDIA GPUs, in float16
 ort:cpu+tvm              … with linears by token on kernels generated for this machine
 tvm:x86-64               machine code for x86-64 with SSE4.2 (x86-64-v2)
 tvm:x86-64:avx512vnni    … with AVX512 F, BW, CD, DQ, VL and VNNI
@@ -32,6 +33,15 @@ from qcompiler.qtype import QType
 
 # Feature → whether u8 × s8 products are summed in pairs in saturating int16 there (vpmaddubsw).
 CPU_FEATURES = {"vnni": False, "avx2": True, "arm64": False}
+# Time of ONNX Runtime 1.31's MatMulNBits on a GPU, as a share of what float16 weights take: by
+# tokens, then by bits of a weight. Measured on an H200: one product of 8192 × 8192, and the decode
+# step of a language model 2048 wide, where products leave the GPU idle most of the time.
+CUDA_SHARES = {
+    1: {4: 0.48, 8: 0.79}, 4: {4: 0.70, 8: 2.2}, 16: {4: 2.1, 8: 2.2}, 64: {4: 2.0, 8: 2.4},
+    512: {4: 1.4, 8: 1.7}, 2048: {4: 1.1, 8: 1.2},
+}  # fmt: skip
+CUDA_WIDE = 8192
+CUDA_NARROW = {4: 0.87, 8: 1.14}
 # Whose kernels a runtime may run beside its own, by runtime and device.
 KERNELS = {("ort", "cpu"): ("tvm",)}
 # Our name of a feature that brings bfloat16 products → Linux's in /proc/cpuinfo.
@@ -44,7 +54,8 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
             "vnni": "x86-64 with AVX512-VNNI or AVX-VNNI",
             "avx2": "x86-64 without VNNI: 7-bit weights, so that int16 sums cannot overflow",
             "arm64": "64-bit ARM",
-        }
+        },
+        "cuda": {"": "NVIDIA GPUs, float16, by ONNX Runtime's CUDA provider"},
     },
     "torch": {"cpu": {"": "simulation in torch: for measuring, writes no artifact"}},
     "tvm": {
@@ -143,7 +154,7 @@ class Target:
         vpmaddubsw adds two products in int16: 255·127·2 = 64770 > 32767. With weights in −64…63 the
         worst pair is 255·64·2 = 32640, which fits. Our own kernels widen before they add.
         """
-        own = self.runtime == "ort" and not self.kernels
+        own = (self.runtime, self.device) == ("ort", "cpu") and not self.kernels
         return own and CPU_FEATURES[self.effective_feature]
 
     def table_refusal(self, table: QType) -> str | None:
@@ -175,11 +186,13 @@ class Target:
         if products == "bfloat16" and not self.multiplies_bfloat16:
             able = [t for t in known_targets() if Target.parse(t).feature in BFLOAT16]
             why = (
-                "ONNX Runtime's CPU kernels have no bfloat16 products"
+                f"ONNX Runtime's {self.device.upper()} kernels have no bfloat16 products here"
                 if self.runtime == "ort"
                 else "it has no bfloat16 products"
             )
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
+        if any(cache) and (self.runtime, self.device) == ("ort", "cuda"):
+            return "ort:cuda keeps its cache in float16 (--set keys=none --set values=none)"
         reason = _cache_refusal(self.runtime, *cache) if any(cache) else None
         if reason:
             return reason
@@ -190,7 +203,8 @@ class Target:
         if self.quantizes_itself(weight, activation):
             activation = None
         if self.device == "cuda":
-            return _cuda_refusal(weight, activation)
+            own = _ort_cuda_refusal if self.runtime == "ort" else _cuda_refusal
+            return own(weight, activation)
         if self.kernels:
             if weight is None or activation is None or activation.granularity != "token":
                 return (
@@ -200,6 +214,19 @@ class Target:
                 )
             return _tvm_refusal(weight, activation)
         return (_ort_refusal if self.runtime == "ort" else _tvm_refusal)(weight, activation)
+
+    def share_of_float(self, bits: int, tokens: int, width: int = CUDA_WIDE) -> float:
+        """Time of a product with such weights as a share of the same with float weights.
+
+        1 where it was not measured: for all targets but `ort:cuda`. `width` is the typical size of
+        a weight's sides.
+        """
+        if (self.runtime, self.device) != ("ort", "cuda"):
+            return 1.0
+        bits = 8 if bits > 4 else 4
+        if tokens == 1 and width < CUDA_WIDE:
+            return CUDA_NARROW[bits]
+        return CUDA_SHARES[max(n for n in CUDA_SHARES if n <= tokens)][bits]
 
     @property
     def multiplies_bfloat16(self) -> bool:
@@ -215,7 +242,7 @@ class Target:
         is finer than one for each token.
         """
         return (
-            self.runtime == "ort"
+            (self.runtime, self.device) == ("ort", "cpu")
             and not self.kernels
             and weight is not None
             and (weight.bits == 8 or (weight.bits <= 4 and weight.group is not None))
@@ -252,6 +279,15 @@ def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
     if weight is None or weight.bits != 8 or weight.granularity == "group":
         return f"ONNX Runtime has no kernel for {weight} weights with {activation} activations"
     return None
+
+
+def _ort_cuda_refusal(weight: QType | None, activation: QType | None) -> str | None:
+    if activation is not None:
+        return (
+            "ONNX Runtime's CUDA provider takes two to six times as long for int8 activations as "
+            "for float16: leave them float (w4a16, w8a16, w8, fp32)"
+        )
+    return _ort_refusal(weight, None)
 
 
 def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> str | None:

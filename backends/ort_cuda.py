@@ -1,0 +1,106 @@
+"""ONNX Runtime's CUDA provider: sessions on an NVIDIA GPU, and why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompiler.backends.ort_session import MODEL
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.gpu import device, free_memory
+
+PROVIDER = "CUDAExecutionProvider"
+ROOM = 256 << 20  # bytes for activations and the libraries' own memory, beside the weights
+
+
+def session(path: Path, graphs: bool = False, more: int = 0) -> Any:
+    """An ONNX Runtime session on the GPU.
+
+    Args:
+        path: the model.
+        graphs: capture CUDA graphs of runs that ask for it (`gpu_graph_id`).
+        more: bytes of GPU memory that will be asked for beside the model's.
+
+    Raises:
+        UnsupportedError: without a GPU, its driver, CUDA's libraries, or enough memory.
+    """
+    import onnxruntime
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; compile the model again")
+    found = device()
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise UnsupportedError(
+            "this onnxruntime has no CUDA provider: pip uninstall onnxruntime; pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    needed = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) + more + ROOM
+    free = free_memory()
+    if needed > free:
+        raise UnsupportedError(
+            f"{path} needs about {needed >> 20} MiB on the GPU, and {free >> 20} MiB of "
+            f"{found.name} are free"
+        )
+    onnxruntime.preload_dlls()
+    _check_libraries(Path(onnxruntime.__file__).parent)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    settings = {"enable_cuda_graph": "1"} if graphs else {}
+    providers = [(PROVIDER, settings), "CPUExecutionProvider"]
+    made = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if PROVIDER not in made.get_providers():
+        raise UnsupportedError(
+            f"ONNX Runtime could not start its CUDA provider on {found.name}; its log says why: "
+            "python -c 'import onnxruntime; onnxruntime.set_default_logger_severity(0)'"
+        )
+    return made
+
+
+def _check_libraries(package: Path) -> None:
+    """Raise an `UnsupportedError` that names the library which the provider misses."""
+    provider = package / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.is_file():  # another system names it otherwise
+        return
+    for library in (package / "capi" / "libonnxruntime_providers_shared.so", provider):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            missing = str(error).partition(":")[0]
+            raise UnsupportedError(
+                f"ONNX Runtime's CUDA provider needs {missing}, which was not found: pip install "
+                "'onnxruntime-gpu[cuda,cudnn]', or install CUDA 13"
+            ) from error
+
+
+def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The artifact's model as a function of flat inputs, returning flat outputs.
+
+    `threads` means nothing here.
+    """
+    return load_model(folder / MODEL)
+
+
+def load_model(path: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """An ONNX model on the GPU as a function of flat inputs, returning flat outputs.
+
+    Tensors are on the CPU. Float inputs are converted to what the model takes, and outputs in
+    float16 to float32: a program has no other.
+    """
+    running = session(path)
+    kinds = {i.name: i.type for i in running.get_inputs()}
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        feed = {}
+        for (name, kind), value in zip(kinds.items(), inputs, strict=True):
+            value = value.half() if kind == "tensor(float16)" else value
+            feed[name] = np.ascontiguousarray(value.detach().cpu().numpy())
+        found = (torch.from_numpy(np.asarray(y)) for y in running.run(None, feed))
+        return tuple(y.float() if y.dtype == torch.float16 else y for y in found)
+
+    return run

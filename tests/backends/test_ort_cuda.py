@@ -1,0 +1,204 @@
+"""ONNX Runtime's CUDA provider: what is written, what is refused, and on a GPU what runs.
+
+The CPU provider runs float16 graphs too, slowly: without a GPU it stands for the other one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+import qcompiler
+from qcompiler import gpu, integer
+from qcompiler.artifact import REFERENCE, Artifact
+from qcompiler.backends import ort_cuda, ort_cuda_decode
+from qcompiler.backends.ort_phases import PREFILL
+from qcompiler.backends.ort_session import MODEL
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.models import ZOO, find
+from qcompiler.program import Program
+from qcompiler.qtype import QType
+from qcompiler.recipe import load_recipe
+from qcompiler.target import Target
+
+CLOSE = 5e-3  # ‖out − ref‖ / ‖ref‖ of float16 arithmetic in two layers
+
+
+@pytest.fixture(scope="module")
+def llama(
+    language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
+) -> Artifact:
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
+    out = tmp_path_factory.mktemp("cuda") / "llama"
+    return qcompiler.compile(spec, target="ort:cuda", recipe=recipe, out=out)
+
+
+def expected(artifact: Artifact) -> tuple[Any, tuple[Any, ...]]:
+    """A batch and the quantized program's outputs by the reference executor."""
+    batch = artifact.batches("held-out")[0]
+    saved = torch.export.load(artifact.folder / REFERENCE / "quantized.pt2")
+    return batch, integer.run(Program(saved), batch)
+
+
+def error(got: Any, want: torch.Tensor) -> float:
+    wide = torch.as_tensor(got).double()
+    return float((wide - want.double()).norm() / want.double().norm())
+
+
+def test_a_language_model_in_two_forms(llama: Artifact) -> None:
+    decode, prefill = (onnx.load(llama.folder / name).graph for name in (MODEL, PREFILL))
+    assert sum(n.op_type == "MatMulNBits" for n in decode.node) == 11  # q, k and v are one
+    assert {n.op_type for n in prefill.node} & {"MatMulNBits", "MatMul"} == {"MatMul"}
+    for graph in (decode, prefill):
+        kinds = {t.data_type for t in graph.initializer}
+        assert TensorProto.FLOAT not in kinds
+        assert TensorProto.FLOAT16 in kinds
+        caches = [v for v in (*graph.input, *graph.output) if v.name.startswith(("past", "pres"))]
+        assert {v.type.tensor_type.elem_type for v in caches} == {TensorProto.FLOAT16}
+        assert graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    batch, want = expected(llama)
+    session = onnxruntime.InferenceSession(
+        llama.folder / PREFILL, providers=["CPUExecutionProvider"]
+    )
+    feed = {
+        i.name: (x.half() if "16" in i.type else x).numpy()
+        for i, x in zip(session.get_inputs(), batch, strict=True)
+    }
+    for got, reference in zip(session.run(None, feed), want, strict=True):
+        assert error(got, reference) < CLOSE
+    assert llama.manifest["target"] == "ort:cuda"
+    assert any("prefill.onnx" in note for note in llama.manifest["warnings"])
+    assert llama.manifest["audit"]["broken"] == []
+
+
+def test_an_encoder_falls_back_to_float_weights(tmp_path: Path, torchlib_once: None) -> None:
+    spec = ZOO["tiny-attention-block"].build()
+    artifact = qcompiler.compile(spec, target="ort:cuda", recipe="w8", out=tmp_path / "out")
+    graph = onnx.load(artifact.folder / MODEL).graph
+    assert "MatMulNBits" not in {n.op_type for n in graph.node}
+    assert not (artifact.folder / PREFILL).exists()
+    assert any("multiplied as float16" in note for note in artifact.manifest["warnings"])
+    batch, want = expected(artifact)
+    session = onnxruntime.InferenceSession(
+        artifact.folder / MODEL, providers=["CPUExecutionProvider"]
+    )
+    feed = {
+        i.name: (x.half() if "16" in i.type else x).numpy()
+        for i, x in zip(session.get_inputs(), batch, strict=True)
+    }
+    assert error(session.run(None, feed)[0], want[0]) < CLOSE
+
+
+def test_what_the_target_refuses() -> None:
+    target = Target.parse("ort:cuda")
+    four = QType.parse("int4:g32")
+    assert target.refusal(four, None) is None
+    assert "two to six times" in str(target.refusal(four, QType.parse("int8:token")))
+    assert "float16" in str(target.refusal(four, None, (QType.parse("int8:channel"),) * 2))
+    assert "bfloat16" in str(target.refusal(four, None, products="bfloat16"))
+    assert target.share_of_float(4, 1) < 1 < target.share_of_float(4, 300)
+    assert target.share_of_float(8, 1) < 1 < target.share_of_float(8, 1, 2048)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a GPU of one mebibyte of free memory."""
+    monkeypatch.setattr(ort_cuda, "device", lambda: gpu.Device(0, "a GPU", 90, 1 << 30))
+    monkeypatch.setattr(ort_cuda, "free_memory", lambda: 1 << 20)
+    return monkeypatch
+
+
+def test_what_a_machine_lacks_is_one_line(
+    llama: Artifact, pretended: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        ort_cuda.session(tmp_path / MODEL)
+    kinds = [ort_cuda.PROVIDER, "CPUExecutionProvider"]
+    pretended.setattr(onnxruntime, "get_available_providers", lambda: kinds)
+    with pytest.raises(UnsupportedError, match=r"needs about \d+ MiB on the GPU, and 1 MiB of a"):
+        llama.runner()
+    pretended.setattr(ort_cuda, "free_memory", lambda: 1 << 40)
+    pretended.setattr(onnxruntime, "preload_dlls", lambda: None)
+    capi = tmp_path / "capi"
+    capi.mkdir()
+    for name in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
+        (capi / name).write_bytes(b"no library")
+    pretended.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(UnsupportedError, match=r"CUDA provider needs .*which was not found"):
+        llama.runner()
+    pretended.setattr(onnxruntime, "get_available_providers", lambda: kinds[1:])
+    with pytest.raises(UnsupportedError, match="has no CUDA provider"):
+        llama.runner()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(llama: Artifact) -> None:
+    with pytest.raises(UnsupportedError, match="no GPU"):
+        llama.runner()
+    with pytest.raises(UnsupportedError, match="no GPU"):
+        llama.generate("Hello", 2)
+
+
+def test_steps_with_a_fixed_mask(
+    language_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder's own logic, with the CPU in the place of the GPU and float32 caches."""
+
+    def session(path: Path, graphs: bool = False, more: int = 0) -> Any:
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def value(array: Any, where: str = "") -> Any:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    monkeypatch.setattr(ort_cuda_decode, "session", session)
+    monkeypatch.setattr(ort_cuda_decode, "_value", value)
+    monkeypatch.setattr(ort_cuda_decode, "_options", lambda graph: onnxruntime.RunOptions())
+    tokens = np.arange(3, 43, dtype=np.int64)
+    decoder = ort_cuda_decode.Decoder(language_artifact.folder)
+    decoder.reset(44)
+    whole = decoder.feed(tokens)
+    for capacity in (44, 48, 40):
+        decoder.reset(capacity)
+        parts = [decoder.feed(tokens[:20])]
+        parts += [decoder.feed(tokens[i : i + 1]) for i in range(20, len(tokens))]
+        assert error(np.concatenate(parts), torch.from_numpy(whole)) < 1e-5
+    decoder.reset(44)
+    assert np.array_equal(decoder.feed(tokens, last=True), whole[-1:])
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(llama: Artifact) -> None:
+    batch, want = expected(llama)
+    for got, reference in zip(llama.runner()(*batch), want, strict=True):
+        assert error(got, reference) < CLOSE
+    rows = [r for r in llama.manifest["errors"]["lowering"] if r["data"] == "held-out"]
+    assert min(row["sqnr_db"] for row in rows) > 40
+
+
+@pytest.mark.gpu
+def test_a_token_as_a_graph(llama: Artifact) -> None:
+    """Token by token from a captured graph, and in pieces: the logits of the whole text."""
+    tokens = np.arange(3, 43, dtype=np.int64)
+    decoder = ort_cuda_decode.Decoder(llama.folder)
+    decoder.reset(44)
+    whole = decoder.feed(tokens)
+    for first in (20, 5):  # both forms of the model read the first piece
+        decoder.reset(44)
+        parts = [decoder.feed(tokens[:first])]
+        parts += [decoder.feed(tokens[i : i + 1]) for i in range(first, len(tokens))]
+        # Both are float16 arithmetic, each that far from the exact result.
+        assert error(np.concatenate(parts), torch.from_numpy(whole)) < 2 * CLOSE
+    decoder.reset(48)  # another cache, another graph
+    decoder.feed(tokens[:20])
+    last = [decoder.feed(tokens[i : i + 1]) for i in range(20, len(tokens))][-1]
+    assert error(last, torch.from_numpy(whole[-1:])) < 2 * CLOSE
+    assert llama.generate("Hello wor", 6).tokens
