@@ -19,13 +19,12 @@ PROVIDER = "CUDAExecutionProvider"
 ROOM = 256 << 20  # bytes for activations and the libraries' own memory, beside the weights
 
 
-def session(path: Path, graphs: bool = False, more: int = 0) -> Any:
+def session(path: Path, graphs: bool = False) -> Any:
     """An ONNX Runtime session on the GPU.
 
     Args:
         path: the model.
         graphs: capture CUDA graphs of runs that ask for it (`gpu_graph_id`).
-        more: bytes of GPU memory that will be asked for beside the model's.
 
     Raises:
         UnsupportedError: without a GPU, its driver, CUDA's libraries, or enough memory.
@@ -40,7 +39,7 @@ def session(path: Path, graphs: bool = False, more: int = 0) -> Any:
             "this onnxruntime has no CUDA provider: pip uninstall onnxruntime; pip install "
             "'onnxruntime-gpu[cuda,cudnn]'"
         )
-    needed = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) + more + ROOM
+    needed = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) + ROOM
     free = free_memory()
     if needed > free:
         raise UnsupportedError(

@@ -19,6 +19,7 @@ from qcompiler.backends.ort_cuda import session
 from qcompiler.backends.ort_phases import PREFILL, TOKENS
 from qcompiler.backends.ort_session import FIRST, MODEL, SHARED
 from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.gpu import free_memory
 
 PLAIN = -1  # the number of the graph for runs that are none
 
@@ -59,10 +60,23 @@ class Decoder:
 
         Args:
             capacity: tokens that the next text will have at most.
+
+        Raises:
+            UnsupportedError: where the GPU's memory does not hold so long a cache.
         """
         self.length = 0
         if capacity <= self._capacity:
             return  # what lies in the cache is never read again: the mask hides it
+        self._caches: list[Any] = []  # their memory is free before more is asked for
+        self._binding: Any = None
+        size = sum(int(shape[1]) * int(shape[3]) for shape in self._shapes)
+        needed, free = size * capacity * np.dtype(self._kind).itemsize, free_memory()
+        if needed > free:
+            self._capacity = 0
+            raise UnsupportedError(
+                f"a cache for {capacity} tokens needs {needed >> 20} MiB on the GPU, and "
+                f"{free >> 20} MiB are free; ask for a shorter text"
+            )
         self._capacity = capacity  # no longer: rotary tables end with the model's context
         self._graph += 1
         self._caches = [

@@ -153,7 +153,7 @@ def test_steps_with_a_fixed_mask(
 ) -> None:
     """The decoder's own logic, with the CPU in the place of the GPU and float32 caches."""
 
-    def session(path: Path, graphs: bool = False, more: int = 0) -> Any:
+    def session(path: Path, graphs: bool = False) -> Any:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def value(array: Any, where: str = "") -> Any:
@@ -162,6 +162,7 @@ def test_steps_with_a_fixed_mask(
     monkeypatch.setattr(ort_cuda_decode, "session", session)
     monkeypatch.setattr(ort_cuda_decode, "_value", value)
     monkeypatch.setattr(ort_cuda_decode, "_options", lambda graph: onnxruntime.RunOptions())
+    monkeypatch.setattr(ort_cuda_decode, "free_memory", lambda: 64 << 10)
     tokens = np.arange(3, 43, dtype=np.int64)
     decoder = ort_cuda_decode.Decoder(language_artifact.folder)
     decoder.reset(44)
@@ -173,6 +174,9 @@ def test_steps_with_a_fixed_mask(
         assert error(np.concatenate(parts), torch.from_numpy(whole)) < 1e-5
     decoder.reset(44)
     assert np.array_equal(decoder.feed(tokens, last=True), whole[-1:])
+    # Two layers of two heads of 16 numbers, keys and values: 512 bytes a token.
+    with pytest.raises(UnsupportedError, match="a cache for 2048 tokens needs 1 MiB"):
+        decoder.reset(2048)
 
 
 @pytest.mark.gpu
