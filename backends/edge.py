@@ -7,20 +7,18 @@ anew.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qcompiler.audit import Audit, Layer
+from qcompiler.audit import Audit
 from qcompiler.backends import edge_folder
 from qcompiler.backends.edge_artifact import SIZES, load
+from qcompiler.backends.edge_audit import audited
 from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_decoder import (
     CAPACITY,
@@ -32,20 +30,25 @@ from qcompiler.backends.edge_decoder import (
     roles,
 )
 from qcompiler.backends.edge_entries import Code, Weights, build_kernels, make_entry, state_bytes
-from qcompiler.backends.edge_group import CONV, LINEAR, Constants
+from qcompiler.backends.edge_group import Constants
 from qcompiler.backends.edge_memory import ALIGN
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port
-from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
+from qcompiler.backends.edge_ops import Ref, Storage, Trace
+from qcompiler.backends.edge_ports import (
+    entries_of,
+    masked_sizes,
+    output_ports,
+    place_outputs,
+    ports_of,
+)
 from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.backends.edge_trace import rows_looked_up, trace
-from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.errors import InputError
 from qcompiler.kernels import isa as isas
 from qcompiler.program import Batch, Program
 from qcompiler.target import Target
 
 __all__ = ("choose_isa", "load", "lower")
-
-PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
 
 
 class Maker:
@@ -139,8 +142,8 @@ def lower(
         return _lower_decoder(
             program, found, target, folder, buckets or {}, planned or {}, integer, say
         )
-    ports = _ports(program, dynamic_shapes or {}, input_names)
-    entries_at = _entries(ports, program, buckets or {}, padding_mask)
+    ports = ports_of(program, dynamic_shapes or {}, input_names)
+    entries_at = entries_of(ports, program, buckets or {}, padding_mask)
     code, weights, constants = Code(), Weights(), Constants()
     entries, last = [], None
     outputs: tuple[Port, ...] = ()
@@ -157,14 +160,14 @@ def lower(
             for name, port in zip(program.inputs, ports, strict=True)
         )
         calls = maker.calls(traced, maker.isa, constants)
-        placed = _outputs_placed(traced, calls)
+        placed = place_outputs(traced, calls)
         entries.append(make_entry(sizes, traced, placed, calls, code, weights))
         if not outputs:
-            outputs = _output_ports(program, ports, placed, output_names, len(entries_at) > 1)
+            outputs = output_ports(program, ports, placed, output_names, len(entries_at) > 1)
         last = calls
     say("compile kernels")
     objects = maker.compile(code.kernels)
-    padded = frozenset(_masked_sizes(ports, padding_mask, program))
+    padded = frozenset(masked_sizes(ports, padding_mask, program))
     edge = EdgeModel(
         target=str(target), features=maker.features, inputs=ports, outputs=outputs,
         entries=tuple(entries), padded=padded, state=0, objects=objects,
@@ -178,7 +181,7 @@ def lower(
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")
     assert last is not None
-    return _audit(last, planned or {}, integer)
+    return audited(last, planned or {}, integer)
 
 
 def _lower_decoder(
@@ -217,7 +220,7 @@ def _lower_decoder(
         counted = {found.positions: position} if found.positions else {}
         traced = trace(program, input_shapes(program, found, new), module, counted)
         calls = maker.calls(traced, maker.isa, constants, Decoding(capacity, position))
-        placed = _outputs_placed(traced, calls)
+        placed = place_outputs(traced, calls)
         tokens = next(r for r in traced.inputs if r.storage.port == found.tokens)
         spot = Ref(position, torch.int64, 0, (1,), (1,))
         narrowed = Trace((tokens, spot), traced.outputs, traced.ops)
@@ -249,7 +252,7 @@ def _lower_decoder(
         "tokens": program.inputs.index(found.tokens),
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")
-    return _audit(last, planned, integer)
+    return audited(last, planned, integer)
 
 
 def _shown(sizes: Mapping[str, int]) -> str:
@@ -271,171 +274,15 @@ def sizes_run(
         batch: inputs.
         dynamic_shapes, buckets, padding_mask: as for `lower`.
     """
-    ports = _ports(program, dynamic_shapes or {}, ())
+    ports = ports_of(program, dynamic_shapes or {}, ())
     own = {
         d: int(value.shape[i])
         for port, value in zip(ports, batch, strict=True)
         for i, d in enumerate(port.shape)
         if isinstance(d, str)
     }
-    padded = _masked_sizes(ports, padding_mask, program)
-    for sizes in _entries(ports, program, buckets or {}, padding_mask):
+    padded = masked_sizes(ports, padding_mask, program)
+    for sizes in entries_of(ports, program, buckets or {}, padding_mask):
         if all(own[d] == n or (d in padded and own[d] < n) for d, n in sizes.items()):
             return sizes
     return own
-
-
-def _ports(
-    program: Program, dynamic: Mapping[str, Mapping[int, str]], names: tuple[str, ...]
-) -> tuple[Port, ...]:
-    """The inputs, with the names of their dynamic sizes."""
-    symbols: dict[str, str] = {}
-    found = []
-    for name, given in zip(program.inputs, names or program.inputs, strict=True):
-        value: Any = program.placeholder(name).meta.get("val")
-        if not isinstance(value, Tensor):
-            raise UnsupportedError(f"input '{name}' is not a tensor")
-        shape: list[int | str] = []
-        sizes: Sequence[Any] = value.shape  # symbols where they are dynamic
-        for dim, size in enumerate(sizes):
-            if isinstance(size, int):
-                shape.append(size)
-                continue
-            wanted = dynamic.get(name, dynamic.get(given, {})).get(dim, f"{given}_{dim}")
-            shape.append(symbols.setdefault(str(size), wanted))
-        found.append(Port(given, str(value.dtype).removeprefix("torch."), tuple(shape)))
-    return tuple(found)
-
-
-def _masked_sizes(ports: Sequence[Port], mask: str, program: Program) -> list[str]:
-    """Sizes that may be padded: the mask's last dimension, where it is dynamic."""
-    for name, port in zip(program.inputs, ports, strict=True):
-        if mask and mask in (name, port.name) and isinstance(port.shape[-1], str):
-            return [port.shape[-1]]
-    return []
-
-
-def _entries(
-    ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str
-) -> list[dict[str, int]]:
-    """The combinations of sizes to compile for, smallest first."""
-    names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
-    unknown = [name for name in buckets if name not in names]
-    if unknown:
-        known = f"its dynamic sizes are {', '.join(names)}" if names else "all its sizes are fixed"
-        raise InputError(f"--bucket {unknown[0]}=…: the model has no such size; {known}")
-    masked = _masked_sizes(ports, mask, program)
-    chosen = []
-    for name in names:
-        default = PADDED if name in masked else (_example(ports, program, name),)
-        values = sorted({int(v) for v in buckets.get(name, default)})
-        if not values or values[0] < 1:
-            raise InputError(f"--bucket {name}=…: sizes are positive numbers")
-        chosen.append(values)
-    combined = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*chosen)]
-    return sorted(combined, key=lambda sizes: [*sizes.values()])
-
-
-def _example(ports: Sequence[Port], program: Program, size: str) -> int:
-    """1 for a size that leads every input (a batch), else what the model was captured with."""
-    first = all(p.shape.index(size) == 0 for p in ports if size in p.shape)
-    if first:
-        return 1
-    for name, port in zip(program.inputs, ports, strict=True):
-        if size in port.shape:
-            value = program.placeholder(name).meta["val"].shape[port.shape.index(size)]
-            return int(value.node.hint) if value.node.hint else 1
-    return 1
-
-
-def _outputs_placed(traced: Trace, calls: Calls) -> tuple[Ref, ...]:
-    """The outputs as tensors of their own, contiguous; copied where they are not."""
-    taken: set[int] = {id(ref.storage) for ref in traced.inputs}
-    found = []
-    written = {id(s) for call in calls.calls for s in call.writes}
-    for number, ref in enumerate(traced.outputs):
-        own = (
-            ref.contiguous
-            and ref.offset == 0
-            and ref.numel == ref.storage.size
-            and id(ref.storage) not in taken
-            and id(ref.storage) in written
-        )
-        if not own:
-            made = calls.temporary(ref.dtype, ref.shape)
-            calls.copy(ref, made, f"output_{number}")
-            ref = made
-        taken.add(id(ref.storage))
-        found.append(ref)
-    return tuple(found)
-
-
-def _output_ports(
-    program: Program, inputs: Sequence[Port], placed: Sequence[Ref], names: tuple[str, ...],
-    many: bool,
-) -> tuple[Port, ...]:  # fmt: skip
-    """The outputs with the names of their dynamic sizes, taken from the inputs' symbols."""
-    symbols: dict[str, str] = {}
-    for name, port in zip(program.inputs, inputs, strict=True):
-        for size, known in zip(program.placeholder(name).meta["val"].shape, port.shape,
-                               strict=True):  # fmt: skip
-            if isinstance(known, str):
-                symbols[str(size)] = known
-    values = {n.name: n.meta.get("val") for n in program.exported.graph.nodes}
-    found = []
-    for number, (output, ref) in enumerate(
-        zip(program.exported.graph_signature.user_outputs, placed, strict=True)
-    ):
-        name = names[number] if number < len(names) else f"output_{number}"
-        value, shape = values.get(str(output)), []
-        for dim, size in enumerate(ref.shape):
-            symbol = str(value.shape[dim]) if isinstance(value, Tensor) else ""
-            if symbol in symbols:
-                shape.append(symbols[symbol])
-            elif many and not symbol.isdigit():
-                raise UnsupportedError(
-                    f"output '{name}' has the size {symbol}, not one of the inputs' sizes: "
-                    "compile for a single set of sizes (--bucket)"
-                )
-            else:
-                shape.append(size)  # type: ignore[arg-type]  # int or name
-        found.append(Port(name, str(ref.dtype).removeprefix("torch."), tuple(shape)))
-    return tuple(found)
-
-
-def _audit(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -> Audit:
-    layers: list[Layer] = []
-    kernels = dict(Counter(call.kind for call in calls.calls))
-    computed = {
-        g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
-        and g.anchor.target in (LINEAR, CONV)
-    }  # fmt: skip
-    main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise",
-            "skinny", "gemm", "gemm_hopper", "skinny_int8"}  # fmt: skip
-    by_label = {call.label: call for call in calls.calls if call.kind in main}
-    for label, op in computed.items():
-        made = by_label.get(label)
-        name = made.kind if made is not None else str(op.target)
-        kind, reason = _kernel(op, calls)
-        layers.append(Layer(label, planned.get(label, ""), name, kind, reason))
-    broken = [
-        f"{layer.path or layer.name} was planned as integer and runs in float: {layer.reason}"
-        for layer in layers
-        if layer.name in planned
-        and (layer.kernel == "float" or (layer.kernel != "integer" and layer.name in integer))
-    ]
-    return Audit(tuple(layers), kernels, 0, tuple(broken))
-
-
-def _kernel(op: Op, calls: Calls) -> tuple[str, str]:
-    """Which kind of kernel computes a layer, and why it is not integer."""
-    if op in calls.integer:
-        return "integer", ""
-    if op in calls.narrow:
-        return "bfloat16", ""
-    if op in calls.packings:
-        bits = calls.packings[op].bits
-        return "weights only", f"its input is float; {bits}-bit weights are unpacked in registers"
-    if op.args[1].storage.weight is not None:
-        return "float", "no kernel multiplies its input by this format: stored as float32"
-    return "float", "its weight is not quantized"

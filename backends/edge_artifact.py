@@ -15,6 +15,7 @@ from qcompiler.errors import InputError
 from qcompiler.target import Target
 
 SIZES = "sizes.json"
+CODE = "model.so"  # code for any size, for TVM's virtual machine
 
 
 def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
@@ -24,6 +25,10 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
     and
     errors: see `edge_load.load`.
     """
+    if (folder / CODE).is_file():
+        from qcompiler.backends.edge_any_size_load import load as load_any_size
+
+        return load_any_size(folder / CODE, limits(folder), threads)
     run = edge_load.load(folder, threads)
     path = folder / SIZES
     if not path.is_file():
@@ -47,6 +52,8 @@ def files(target: Target) -> tuple[str, ...]:
     """The files that make up a model: its weights and its code."""
     if target.device == "cuda":
         return edge_cuda_load.WEIGHTS, edge_cuda_load.KERNELS
+    if target.feature == "dynamic":
+        return (CODE,)
     return edge_folder.WEIGHTS, edge_folder.RUNNER
 
 

@@ -132,7 +132,7 @@ def machine(target: Target) -> Machine:
         UnsupportedError: if the target is of another runtime, or `tvm:native` is asked for on a
             machine that the table does not have.
     """
-    if str(target) == "tvm:native":
+    if (target.runtime, target.device) == ("tvm", "native"):
         return MACHINES[native()]
     found = MACHINES.get(str(target))
     if found is None:

@@ -48,7 +48,9 @@ def attention(
     """The kernel; the expression goes on from the output, its value 0."""
     wide, keys = heads.width, heads.padded
     across = max(1, min(isa.vectors // 8, 2))  # vectors of scores, or of values, in a tile
-    high = min(max(1, isa.vectors // across), heads.queries)
+    high = max(1, isa.vectors // across)
+    if code.known(heads.queries):
+        high = min(high, heads.queries)
     group = heads.heads // heads.kv_heads
     around = bfloat16.available(isa) if heads.narrow else nullcontext()
     with code.kernel(name, arguments) as (made, buffers), around:
@@ -96,22 +98,33 @@ def attention(
                             result = code.load(sums[r * count + v], 0) * code.spread(factors[r])
                             finish(first, r, column + v * LANES, result)
 
-            if heads.queries // high == 1:
+            times = code.quotient(heads.queries, high)
+            if code.same(times, 1):
                 rows(0, high)
             else:
-                with code.loop(heads.queries // high) as i:
+                with code.loop(times) as i:
                     rows(i * high, high)
-            if heads.queries % high:
-                rows(heads.queries // high * high, heads.queries % high)
+            left = code.remainder_of(heads.queries, high)
+            last = heads.queries - left
+            if not code.known(left):
+                with code.loop(left) as i:
+                    rows(last + i, 1)
+            elif left:
+                rows(last, left)
     return made
 
 
-def _tiles(panels: int, across: int, tile: Callable[[Any, int], None]) -> None:
-    if panels // across:
-        with code.loop(panels // across) as i:
+def _tiles(panels: Any, across: int, tile: Callable[[Any, int], None]) -> None:
+    if code.at_least(panels, across):
+        with code.loop(code.quotient(panels, across)) as i:
             tile(i * across, across)
-    if panels % across:
-        tile(panels // across * across, panels % across)
+    left = code.remainder_of(panels, across)
+    last = panels - left
+    if not code.known(left):
+        with code.loop(left) as i:
+            tile(last + i, 1)
+    elif left:
+        tile(last, left)
 
 
 class _FloatProducts:
@@ -133,19 +146,23 @@ class _FloatProducts:
         source, stride = self.buffers[heads.k.argument], heads.k.strides[2]
         whole = heads.keys // LANES
 
-        def panel(p: Any, lanes: int) -> None:
-            if lanes < LANES:
+        def panel(p: Any, lanes: Any) -> None:
+            if not code.same(lanes, LANES):
                 with code.loop(heads.size) as d:
                     code.store(packed, (p * heads.size + d) * LANES, code.number(0.0))
             with code.loop(lanes) as lane, code.loop(heads.size) as d:
                 value = code.load(source, start + (p * LANES + lane) * stride + d, 1)
                 code.store(packed, (p * heads.size + d) * LANES + lane, value, 1)
 
-        if whole:
+        if code.at_least(whole, 1):
             with code.loop(whole) as p:
                 panel(p, LANES)
-        if heads.keys % LANES:
-            panel(whole, heads.keys % LANES)
+        left = code.remainder_of(heads.keys, LANES)
+        if not code.known(left):
+            with code.loop(code.minimum(left, 1)):
+                panel(whole, left)
+        elif left:
+            panel(whole, left)
 
     def _padded_values(self) -> Any:
         heads, wide = self.heads, self.heads.width
@@ -191,6 +208,32 @@ class _FloatProducts:
         return sums
 
 
+def _last_vector(
+    heads: Heads, scores: Any, base: Any, top: Any, masked: Callable[[Any, int], Any]
+) -> None:
+    """The keys that fill no whole vector, and the lanes beyond them."""
+    keys, left = heads.keys, code.remainder_of(heads.keys, LANES)
+    whole = keys - left
+
+    def largest() -> None:
+        value = code.load(scores, base + whole)
+        code.store(top, 0, code.maximum(code.load(top, 0), value))
+
+    if not code.known(left):
+        with code.loop(code.minimum(left, 1)):
+            with code.loop(left) as t:
+                code.store(scores, base + (whole + t), masked(whole + t, 1), 1)
+            with code.loop(LANES - left) as t:
+                code.store(scores, base + (keys + t), code.number(NOWHERE, 1), 1)
+            largest()
+    elif left:
+        for t in range(whole, keys):
+            code.store(scores, base + t, masked(t, 1), 1)
+        for t in range(keys, whole + LANES):
+            code.store(scores, base + t, code.number(NOWHERE, 1), 1)
+        largest()
+
+
 def _zeros(count: int) -> list[Any]:
     sums = [code.scratch(LANES, "float32") for _ in range(count)]
     for total in sums:
@@ -203,7 +246,7 @@ def _softmax(
     heads: Heads,
     scores: Any,
     r: int,
-    keys: int,
+    keys: Any,
     batch: Any,
     head: Any,
     query: Any,
@@ -214,7 +257,7 @@ def _softmax(
     held = code.scratch(LANES, "float32")
     code.store(top, 0, code.number(NEVER))
     code.store(total, 0, code.number(0.0))
-    plain = heads.mask is None and not heads.causal and heads.keys == keys
+    plain = heads.mask is None and not heads.causal and code.same(heads.keys, keys)
     last = query + heads.keys - heads.queries  # the last key that a causal query sees
 
     def masked(t: Any, lanes: int) -> Any:
@@ -223,7 +266,7 @@ def _softmax(
             a, b, c, d = heads.mask.strides
             start = heads.mask.offset + batch * a + head * b + query * c + t * d
             buffer = buffers[heads.mask.argument]
-            if d == 0:
+            if code.same(d, 0):
                 mask = code.spread(code.load(buffer, start, 1), lanes)
             else:
                 mask = code.load(buffer, start, lanes, d)
@@ -247,18 +290,12 @@ def _softmax(
             value = code.load(scores, base + i * LANES)
             code.store(top, 0, code.maximum(code.load(top, 0), value))
     else:
-        if heads.keys // LANES:
+        if code.at_least(heads.keys, LANES):
             with code.loop(heads.keys // LANES) as i:
                 value = masked(i * LANES, LANES)
                 code.store(scores, base + i * LANES, value)
                 code.store(top, 0, code.maximum(code.load(top, 0), value))
-        for t in range(heads.keys // LANES * LANES, heads.keys):
-            code.store(scores, base + t, masked(t, 1), 1)
-        for t in range(heads.keys, keys):
-            code.store(scores, base + t, code.number(NOWHERE, 1), 1)
-        if heads.keys % LANES:
-            value = code.load(scores, base + keys - LANES)
-            code.store(top, 0, code.maximum(code.load(top, 0), value))
+        _last_vector(heads, scores, base, top, masked)
     highest = code.max_lanes(code.load(top, 0), held)
     with code.loop(keys // LANES) as i:
         power = code.exp(code.load(scores, base + i * LANES) - code.spread(highest))

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
+from tvm.sym import Analyzer
+from tvm.tirx import Var
 from tvm.tirx.script.builder import ir as T
 
 LANES = 16
@@ -39,37 +41,83 @@ class Argument:
     Attributes:
         name: in the kernel's source.
         dtype: numpy's name.
-        size: number of elements.
+        size: number of elements; None where only the call knows.
     """
 
     name: str
     dtype: str
-    size: int
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Size:
+    """A kernel's argument: a size that the call gives.
+
+    Attributes:
+        name: in the kernel's source.
+        variable: int64, by which the kernel's other sizes are expressed, as int32.
+    """
+
+    name: str
+    variable: Any
 
 
 class Kernel:
     """A kernel under construction and, afterwards, its function."""
 
-    def __init__(self, name: str, arguments: Sequence[Argument]) -> None:
+    def __init__(self, name: str, arguments: Sequence[Argument | Size]) -> None:
         self.name, self.arguments = name, tuple(arguments)
         self.function: Any = None
 
 
 @contextmanager
-def kernel(name: str, arguments: Sequence[Argument]) -> Iterator[tuple[Kernel, list[Any]]]:
+def kernel(name: str, arguments: Sequence[Argument | Size]) -> Iterator[tuple[Kernel, list[Any]]]:
     """Open a kernel; what is written inside becomes its body."""
+
+    def declared(given: Argument) -> Any:
+        size = Var(f"{given.name}_size", "int64") if given.size is None else max(given.size, 1)
+        return T.arg(given.name, T.buffer((size,), given.dtype))
+
     made = Kernel(name, arguments)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        buffers = [T.arg(a.name, T.buffer((max(a.size, 1),), a.dtype)) for a in arguments]
+        buffers = [declared(a) for a in arguments if isinstance(a, Argument)]
+        for size in arguments:
+            if isinstance(size, Size):
+                T.arg(size.name, size.variable)
         yield made, buffers
     made.function = builder.get()
 
 
-def parallel(extent: int) -> Any:
+def known(size: Any) -> bool:
+    """Whether a size is a number, not an expression of what the call gives."""
+    return isinstance(size, int)
+
+
+def at_least(size: Any, least: int) -> bool:
+    """Whether a size reaches a number, or may."""
+    return not known(size) or size >= least
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, whatever the call gives."""
+    return bool(a == b) if known(a) and known(b) else Analyzer().can_prove_equal(a, b)
+
+
+def quotient(size: Any, by: Any) -> Any:
+    """Size // by, neither of them negative: LLVM takes long to see that for itself."""
+    return size // by if known(size) and known(by) else bind(T.truncdiv(size, by))
+
+
+def remainder_of(size: Any, by: Any) -> Any:
+    """Size % by, neither of them negative."""
+    return size % by if known(size) and known(by) else bind(T.truncmod(size, by))
+
+
+def parallel(extent: Any) -> Any:
     """A loop whose iterations the runtime's threads share."""
-    return T.parallel(0, extent) if extent > 1 else T.serial(0, extent)
+    return T.parallel(0, extent) if at_least(extent, 2) else T.serial(0, extent)
 
 
 def loop(extent: Any) -> Any:
@@ -77,10 +125,10 @@ def loop(extent: Any) -> Any:
     return T.serial(0, extent)
 
 
-def scratch(size: int, dtype: str) -> Any:
+def scratch(size: Any, dtype: str) -> Any:
     """Local memory, on the stack (or in registers) unless it is large; elements of 4 bytes."""
     # TVM's own limit for the stack is 1 KiB; this annotation tells it to leave the choice to us.
-    stack = {"disable_lower_builtin": True} if size * 4 <= STACK else {}
+    stack = {"disable_lower_builtin": True} if known(size) and size * 4 <= STACK else {}
     return T.alloc_buffer((size,), dtype, annotations=stack)
 
 

@@ -111,7 +111,7 @@ def cuda_kernel(
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        buffers = [T.arg(a.name, T.buffer((max(a.size, 1),), a.dtype)) for a in arguments]
+        buffers = [T.arg(a.name, T.buffer((max(a.size or 1, 1),), a.dtype)) for a in arguments]
         frames = [T.launch_thread(f"blockIdx.{d}", n) for d, n in zip("xyz", blocks, strict=False)]
         frames.append(T.launch_thread("threadIdx.x", threads))
         indices = [frame.__enter__() for frame in frames]

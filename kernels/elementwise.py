@@ -18,29 +18,31 @@ def elementwise(name: str, arguments: Sequence[Argument], expression: Expression
     """The kernel; arguments are what the expression reads and writes."""
     expression = collapsed(expression)
     rows, width = expression.rows, expression.width
-    many = code.parallel if rows * width >= SMALL else code.loop
+    many = code.parallel if code.at_least(rows * width, SMALL) else code.loop
     with code.kernel(name, arguments) as (made, buffers):
         emitter = Emitter(expression, buffers)
 
-        def run(row: Any, first: Any, width: int) -> None:
+        def run(row: Any, first: Any, width: Any) -> None:
             place = emitter.coordinates(row)
             if expression.wanders:
                 with code.loop(width) as i:
                     emitter.vector(place, first + i, 1)
                 return
-            if width // LANES:
-                with code.loop(width // LANES) as i:
+            if code.at_least(width, LANES):
+                with code.loop(code.quotient(width, LANES)) as i:
                     emitter.vector(place, first + i * LANES, LANES)
-            if width % LANES:
-                with code.loop(width % LANES) as i:
-                    emitter.vector(place, first + width // LANES * LANES + i, 1)
+            left = code.remainder_of(width, LANES)
+            if code.at_least(left, 1):
+                with code.loop(left) as i:
+                    emitter.vector(place, first + (width - left) + i, 1)
 
-        if rows == 1:
-            if width // CHUNK:
-                with many(width // CHUNK) as chunk:
+        if code.same(rows, 1):
+            if code.at_least(width, CHUNK):
+                with many(code.quotient(width, CHUNK)) as chunk:
                     run(0, chunk * CHUNK, CHUNK)
-            if width % CHUNK:
-                run(0, width // CHUNK * CHUNK, width % CHUNK)
+            left = code.remainder_of(width, CHUNK)
+            if code.at_least(left, 1):
+                run(0, width - left, left)
         else:
             with many(rows) as row:
                 run(row, 0, width)
@@ -59,13 +61,14 @@ def collapsed(expression: Expression) -> Expression:
     # A lookup's index must stay constant along the last dimension, so its accesses are kept apart.
     for dim in range(len(shape) - 2, -1, -1):
         joined = all(
-            s[dim] == s[dim + 1] * shape[dim + 1] or shape[dim] == 1 for s in strides.values()
+            code.same(s[dim], s[dim + 1] * shape[dim + 1]) or code.same(shape[dim], 1)
+            for s in strides.values()
         )
         if joined:
             shape[dim : dim + 2] = [shape[dim] * shape[dim + 1]]
             for s in strides.values():
                 del s[dim]
-        elif shape[dim + 1] == 1:
+        elif code.same(shape[dim + 1], 1):
             del shape[dim + 1]
             for s in strides.values():
                 del s[dim + 1]

@@ -272,6 +272,10 @@ class Emitter:
         """The leading coordinates of a row's number."""
         found: list[Any] = []
         for size in reversed(self.expression.shape[:-1]):
+            if not code.known(size):
+                found.insert(0, code.remainder_of(row, size))
+                row = code.quotient(row, size)
+                continue
             found.insert(0, row % size if size > 1 else 0)
             row = row // size if size > 1 else row
         return found
@@ -281,14 +285,14 @@ class Emitter:
         start: Any = access.offset
         strides = access.strides or (0,)  # a single number
         for index, stride in zip([*row, column], strides, strict=True):
-            if stride:
+            if not code.same(stride, 0):
                 start = start + index * stride
         return start
 
     def _read(self, access: Access, start: Any, lanes: int) -> Any:
         buffer = self.buffers[access.argument]
         stride = access.strides[-1] if access.strides else 0
-        if stride == 0:
+        if code.same(stride, 0):
             value = code.spread(code.bind(code.load(buffer, start, 1)), lanes)
         else:
             value = code.load(buffer, start, lanes, stride)

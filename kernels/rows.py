@@ -20,14 +20,15 @@ from qcompiler.kernels.expression import Emitter, Expression
 ROWS_TO_SHARE = 4  # rows below which threads cost more than they save
 
 
-def _along(width: int, body: Callable[[Any, int], None]) -> None:
+def _along(width: Any, body: Callable[[Any, int], None]) -> None:
     """Calls body(start, lanes) over a row."""
-    if width // LANES:
-        with code.loop(width // LANES) as i:
+    if code.at_least(width, LANES):
+        with code.loop(code.quotient(width, LANES)) as i:
             body(i * LANES, LANES)
-    if width % LANES:
-        with code.loop(width % LANES) as i:
-            body(width // LANES * LANES + i, 1)
+    left = code.remainder_of(width, LANES)
+    if code.at_least(left, 1):
+        with code.loop(left) as i:
+            body(width - left + i, 1)
 
 
 class _Row:
@@ -75,7 +76,7 @@ def rows(
         epsilon: ε.
     """
     width = source.width
-    many = code.parallel if source.rows >= ROWS_TO_SHARE else code.loop
+    many = code.parallel if code.at_least(source.rows, ROWS_TO_SHARE) else code.loop
     with code.kernel(name, arguments) as (made, buffers):
         read, write = Emitter(source, buffers), Emitter(expression, buffers)
         with many(source.rows) as row:
@@ -142,7 +143,7 @@ def quantize_rows(
     """
     width = source.width
     low, high = (float(b) for b in bounds)
-    many = code.parallel if source.rows >= ROWS_TO_SHARE else code.loop
+    many = code.parallel if code.at_least(source.rows, ROWS_TO_SHARE) else code.loop
     with code.kernel(name, arguments) as (made, buffers):
         read = Emitter(source, buffers)
         with many(source.rows) as row:
@@ -215,6 +216,10 @@ def reduction(
         def spots(flat: Any) -> list[Any]:
             found: list[Any] = []
             for size in reversed(gone):
+                if not code.known(size):
+                    found.insert(0, code.remainder_of(flat, size))
+                    flat = code.quotient(flat, size)
+                    continue
                 found.insert(0, flat % size if size > 1 else 0)
                 flat = flat // size if size > 1 else flat
             return found
@@ -270,8 +275,13 @@ def _vector_across(source: Expression, outer: int) -> bool:
     accesses = [s.access for s in source.steps if s.access is not None]
     return (
         outer > 0
-        and source.shape[outer - 1] >= LANES
-        and all(a.strides[outer - 1] in (0, 1) and a.strides[-1] != 1 for a in accesses)
+        and code.at_least(source.shape[outer - 1], LANES)
+        and all(
+            code.known(a.strides[outer - 1])
+            and a.strides[outer - 1] in (0, 1)
+            and not code.same(a.strides[-1], 1)
+            for a in accesses
+        )
     )
 
 

@@ -19,6 +19,7 @@ from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.kernels.isa import Isa
 
 ROWS = 256  # rows of A that stay in the second-level cache while panels pass
+FEW = 4  # rows of a smaller tile, for the last of a number that only the call knows
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def tiled(
     columns, rows = product.columns, product.rows
     panels = -(-columns // isa.panel)
     whole = panels if columns % isa.panel == 0 else panels - 1
-    block = min(rows, ROWS)
+    block = min(rows, ROWS) if code.known(rows) else ROWS
     high, wide = isa.tile(block)
     with code.kernel(name, arguments) as (made, buffers), around or nullcontext():
         emitter = Emitter(expression, buffers)
@@ -121,29 +122,50 @@ def tiled(
             with code.loop(height) as r:
                 line(tile, first, base + row, r, panel, tail)
 
-        def band(start: Any, first: Any, total: int, panel: Any, across: int, tail: bool) -> None:
-            if total // high == 1:
+        def band(start: Any, first: Any, total: Any, panel: Any, across: int, tail: bool) -> None:
+            times, left = code.quotient(total, high), code.remainder_of(total, high)
+            if code.same(times, 1):
                 work(start, first, panel, high, across, tail)
-            elif total // high:
-                with code.loop(total // high) as i:
+            elif code.at_least(times, 1):
+                with code.loop(times) as i:
                     work(start, first + i * high, panel, high, across, tail)
-            if total % high:
-                work(start, first + total // high * high, panel, total % high, across, tail)
+            last = first + (total - left)
+            if code.known(left):
+                if left:
+                    work(start, last, panel, left, across, tail)
+                return
+            for height in (FEW, 1) if high > FEW and across > 1 else (1,):
+                rest = code.remainder_of(left, height) if height > 1 else 0
+                with code.loop(code.quotient(left, height) if height > 1 else left) as i:
+                    work(start, last + i * height, panel, height, across, tail)
+                last, left = last + (left - rest), rest
 
-        def bands(start: Any, threads: bool, first: int, many: int, total: int) -> None:
+        def bands(start: Any, threads: bool, first: int, many: Any, total: int) -> None:
             """`many` blocks of `total` rows each, from row `first`, by all panels."""
             each = code.parallel if threads else code.loop
             tiles = whole // wide
-            if many * tiles:
+
+            def block(number: Any) -> tuple[Any, Any]:
+                """Its first row, and how many it has; the last may have fewer."""
+                row = first + number * total
+                if code.known(rows):
+                    return row, total
+                return row, code.bind(code.minimum(total, rows - row))
+
+            if code.at_least(many * tiles, 1) and tiles:
                 with each(many * tiles) as number:
-                    row = first + number // tiles * total
-                    band(start, row, total, number % tiles * wide, wide, False)
+                    row, count = block(number // tiles)
+                    band(start, row, count, number % tiles * wide, wide, False)
             rest = [(panel, False) for panel in range(tiles * wide, whole)]
             for panel, tail in rest + ([(whole, True)] if whole < panels else []):
                 with each(many) as number:
-                    band(start, first + number * total, total, panel, 1, tail)
+                    row, count = block(number)
+                    band(start, row, count, panel, 1, tail)
 
         def matrix(start: Any, threads: bool) -> None:
+            if not code.known(rows):
+                bands(start, threads, 0, code.quotient(rows + block - 1, block), block)
+                return
             bands(start, threads, 0, rows // block, block)
             if rows % block:
                 bands(start, threads, rows // block * block, 1, rows % block)
@@ -158,7 +180,7 @@ def tiled(
                 matrix(start, threads)
 
         members = prod(product.batch)
-        if members == 1:
+        if code.same(members, 1):
             side_by_side(product.offset, 0, 0, True)
         else:
             with code.parallel(members) as member:

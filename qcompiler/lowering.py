@@ -277,16 +277,19 @@ def _edge(
     say: Progress,
 ) -> Lowered:
     try:
-        from qcompiler.backends import edge, edge_artifact
+        from qcompiler.backends import edge, edge_any_size, edge_artifact
     except ImportError as error:
         raise _without_tvm(target, error) from error
     from qcompiler.backends import ort
 
     since = time.perf_counter()
-    audit = edge.lower(
+    dynamic = target.feature == "dynamic"
+    given: dict[str, Any] = {} if dynamic else {"padding_mask": spec.padding_mask}
+    backend: Any = edge_any_size if dynamic else edge
+    audit = backend.lower(
         quantized, target, folder, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, buckets=buckets, padding_mask=spec.padding_mask,
-        planned=planned, integer=integer_layers(quantized, planned), say=say,
+        dynamic_shapes=spec.dynamic_shapes, buckets=buckets,
+        planned=planned, integer=integer_layers(quantized, planned), say=say, **given,
     )  # fmt: skip
     seconds = time.perf_counter() - since
     reference = _reference(folder, spec, plain, names, say)
@@ -324,7 +327,7 @@ def _edge(
 
     def fit(batches: Sequence[Batch]) -> list[Batch]:
         """Batches cut to what there is code for: single samples, none longer than the longest."""
-        return fitted(batches, limits, EMULATED if emulator else None)
+        return [*batches] if dynamic else fitted(batches, limits, EMULATED if emulator else None)
 
     return Lowered(run, run_float, described, *sizes, fit, ran=not absent, extra=extra, notes=notes)
 

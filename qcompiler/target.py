@@ -17,6 +17,7 @@ tvm:aarch64:bf16         … with BFMMLA too
 tvm:armv7                machine code for 32-bit ARM with NEON and VFPv4, hard float
 tvm:riscv64              machine code for RV64GC
 tvm:native               machine code for the machine that compiles
+tvm:native:dynamic       … for any size, run by TVM's runtime in Python
 tvm:cuda:sm_90           machine code for NVIDIA GPUs of compute capability 9.0; sm_80, sm_86, sm_89
 torch:cpu                no machine: the formats simulated in torch, for measuring what they cost
 """
@@ -73,7 +74,10 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
         },
         "armv7": {"": "32-bit ARM with NEON and VFPv4"},
         "riscv64": {"": "64-bit RISC-V (RV64GC)"},
-        "native": {"": "the CPU of this machine"},
+        "native": {
+            "": "the CPU of this machine",
+            "dynamic": "the CPU of this machine, any size: run by TVM's runtime in Python, not C",
+        },
         "cuda": {
             "sm_80": "NVIDIA GPUs of compute capability 8.0 (A100)",
             "sm_86": "NVIDIA GPUs of compute capability 8.6 (A10, RTX 30)",

@@ -1,0 +1,135 @@
+"""The inputs and outputs of generated code, and the sizes that it is compiled for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qcompiler.backends.edge_calls import Calls
+from qcompiler.backends.edge_model import Port
+from qcompiler.backends.edge_ops import Ref, Trace
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.program import Program
+
+PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
+
+
+def ports_of(
+    program: Program, dynamic: Mapping[str, Mapping[int, str]], names: tuple[str, ...]
+) -> tuple[Port, ...]:
+    """The inputs, with the names of their dynamic sizes."""
+    symbols: dict[str, str] = {}
+    found = []
+    for name, given in zip(program.inputs, names or program.inputs, strict=True):
+        value: Any = program.placeholder(name).meta.get("val")
+        if not isinstance(value, Tensor):
+            raise UnsupportedError(f"input '{name}' is not a tensor")
+        shape: list[int | str] = []
+        sizes: Sequence[Any] = value.shape  # symbols where they are dynamic
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            wanted = dynamic.get(name, dynamic.get(given, {})).get(dim, f"{given}_{dim}")
+            shape.append(symbols.setdefault(str(size), wanted))
+        found.append(Port(given, str(value.dtype).removeprefix("torch."), tuple(shape)))
+    return tuple(found)
+
+
+def masked_sizes(ports: Sequence[Port], mask: str, program: Program) -> list[str]:
+    """Sizes that may be padded: the mask's last dimension, where it is dynamic."""
+    for name, port in zip(program.inputs, ports, strict=True):
+        if mask and mask in (name, port.name) and isinstance(port.shape[-1], str):
+            return [port.shape[-1]]
+    return []
+
+
+def entries_of(
+    ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str
+) -> list[dict[str, int]]:
+    """The combinations of sizes to compile for, smallest first."""
+    names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
+    unknown = [name for name in buckets if name not in names]
+    if unknown:
+        known = f"its dynamic sizes are {', '.join(names)}" if names else "all its sizes are fixed"
+        raise InputError(f"--bucket {unknown[0]}=…: the model has no such size; {known}")
+    masked = masked_sizes(ports, mask, program)
+    chosen = []
+    for name in names:
+        default = PADDED if name in masked else (_example(ports, program, name),)
+        values = sorted({int(v) for v in buckets.get(name, default)})
+        if not values or values[0] < 1:
+            raise InputError(f"--bucket {name}=…: sizes are positive numbers")
+        chosen.append(values)
+    combined = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*chosen)]
+    return sorted(combined, key=lambda sizes: [*sizes.values()])
+
+
+def _example(ports: Sequence[Port], program: Program, size: str) -> int:
+    """1 for a size that leads every input (a batch), else what the model was captured with."""
+    first = all(p.shape.index(size) == 0 for p in ports if size in p.shape)
+    if first:
+        return 1
+    for name, port in zip(program.inputs, ports, strict=True):
+        if size in port.shape:
+            value = program.placeholder(name).meta["val"].shape[port.shape.index(size)]
+            return int(value.node.hint) if value.node.hint else 1
+    return 1
+
+
+def place_outputs(traced: Trace, calls: Calls) -> tuple[Ref, ...]:
+    """The outputs as tensors of their own, contiguous; copied where they are not."""
+    taken: set[int] = {id(ref.storage) for ref in traced.inputs}
+    found = []
+    written = {id(s) for call in calls.calls for s in call.writes}
+    for number, ref in enumerate(traced.outputs):
+        own = (
+            ref.contiguous
+            and ref.offset == 0
+            and ref.numel == ref.storage.size
+            and id(ref.storage) not in taken
+            and id(ref.storage) in written
+        )
+        if not own:
+            made = calls.temporary(ref.dtype, ref.shape)
+            calls.copy(ref, made, f"output_{number}")
+            ref = made
+        taken.add(id(ref.storage))
+        found.append(ref)
+    return tuple(found)
+
+
+def output_ports(
+    program: Program, inputs: Sequence[Port], placed: Sequence[Ref], names: tuple[str, ...],
+    many: bool,
+) -> tuple[Port, ...]:  # fmt: skip
+    """The outputs with the names of their dynamic sizes, taken from the inputs' symbols."""
+    symbols: dict[str, str] = {}
+    for name, port in zip(program.inputs, inputs, strict=True):
+        for size, known in zip(program.placeholder(name).meta["val"].shape, port.shape,
+                               strict=True):  # fmt: skip
+            if isinstance(known, str):
+                symbols[str(size)] = known
+    values = {n.name: n.meta.get("val") for n in program.exported.graph.nodes}
+    found = []
+    for number, (output, ref) in enumerate(
+        zip(program.exported.graph_signature.user_outputs, placed, strict=True)
+    ):
+        name = names[number] if number < len(names) else f"output_{number}"
+        value, shape = values.get(str(output)), []
+        for dim, size in enumerate(ref.shape):
+            symbol = str(value.shape[dim]) if isinstance(value, Tensor) else ""
+            if symbol in symbols:
+                shape.append(symbols[symbol])
+            elif many and not symbol.isdigit():
+                raise UnsupportedError(
+                    f"output '{name}' has the size {symbol}, not one of the inputs' sizes: "
+                    "compile for a single set of sizes (--bucket)"
+                )
+            else:
+                shape.append(size)  # type: ignore[arg-type]  # int or name
+        found.append(Port(name, str(ref.dtype).removeprefix("torch."), tuple(shape)))
+    return tuple(found)
