@@ -15,7 +15,7 @@ from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_packed import packing
 from qcompiler.kernels import matmul_int8
 from qcompiler.kernels.isa import Isa, zero_shift
-from qcompiler.kernels.matmul_packed import Packing
+from qcompiler.kernels.packing import Packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.qtype import QType
 

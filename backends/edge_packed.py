@@ -10,9 +10,10 @@ from torch import Tensor
 from qcompiler.backends.edge_group import CONV, LINEAR, Group
 from qcompiler.backends.edge_ops import Op, Ref, Weight
 from qcompiler.kernels import matmul_packed
+from qcompiler.kernels import packing as forms
 from qcompiler.kernels.code import LANES
 from qcompiler.kernels.isa import Isa
-from qcompiler.kernels.matmul_packed import Packing
+from qcompiler.kernels.packing import Packing
 from qcompiler.kernels.tiles import Product
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def packing(op: Op, integer: bool, isa: Isa) -> Packing | None:
         end = start + (1 << bits)
         if start <= min(low, zero_bounds[0]) and max(high, zero_bounds[1]) < end:
             shared = zero_bounds[0] - start if zero.numel() == 1 else None
-            found = matmul_packed.packing(bits, weight.group or depth, shared, integer, isa)
+            found = forms.packing(bits, weight.group or depth, shared, integer, isa)
             odd = found.needs_sums and found.group % LANES  # the sums are made by whole vectors
             if found.group % found.block == 0 and not odd:
                 return found
@@ -76,9 +77,9 @@ def packed_product(
     depth = weight.q.numel() // n
     key = (id(weight.q), form)
     calls.constants.held.append(weight)
-    packed = calls.constant(key, lambda: matmul_packed.pack(_stored(weight, form), form))
+    packed = calls.constant(key, lambda: forms.pack(_stored(weight, form), form))
     scales = calls.constant(
-        (key, "scales"), lambda: matmul_packed.pack_groups(_by_group(weight.scale, weight, form))
+        (key, "scales"), lambda: forms.pack_groups(_by_group(weight.scale, weight, form))
     )
     arguments = [rows.storage, packed.storage, scales.storage]
     if form.zero is None:
@@ -125,4 +126,4 @@ def _by_group(values: Tensor, weight: Weight, form: Packing) -> Tensor:
 
 def _zeros(weight: Weight, form: Packing) -> Tensor:
     zeros = _by_group(weight.zero_point, weight, form) - _start(weight, form) + form.low
-    return matmul_packed.pack_groups(zeros.to(torch.int8 if form.signed else torch.uint8))
+    return forms.pack_groups(zeros.to(torch.int8 if form.signed else torch.uint8))

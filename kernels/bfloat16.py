@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES
 from qcompiler.kernels.isa import Isa
-from qcompiler.kernels.square import Square
+from qcompiler.kernels.square import Square, from_memory
 
 _DPBF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -97,7 +97,7 @@ class Tile:
             places: of each vector's 16 · depth operands in it.
         """
         if self.square is not None:
-            self.square.add(left, starts, right, places, _bfmmla)
+            self.square.add(left, starts, from_memory(right, places), _bfmmla)
             return
         weights = [code.bind(code.load(right, place, 2 * LANES)) for place in places]
         for r, start in enumerate(starts):

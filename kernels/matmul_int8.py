@@ -19,7 +19,7 @@ from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES, Argument
 from qcompiler.kernels.expression import Expression
 from qcompiler.kernels.isa import Isa, activation_word, dot
-from qcompiler.kernels.square import Square
+from qcompiler.kernels.square import Square, from_memory
 from qcompiler.kernels.tiles import Product, tiled
 
 
@@ -83,7 +83,7 @@ def matmul_int8(
                 for c in range(count)
             ]  # fmt: skip
             if square is not None:
-                square.add(buffers[0], starts, buffers[1], places, _smmla)
+                square.add(buffers[0], starts, from_memory(buffers[1], places), _smmla)
             else:
                 for r, start in enumerate(starts):
                     word = activation_word(isa, buffers[0], start, signed)

@@ -15,11 +15,10 @@ products, added up eight times, are 30 720; then they are widened.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
-import torch
 from torch import Tensor
 from tvm.tirx.script.builder import ir as T
 
@@ -27,102 +26,18 @@ from qcompiler.kernels import code
 from qcompiler.kernels.code import LANES, Argument
 from qcompiler.kernels.expression import Expression
 from qcompiler.kernels.isa import Isa
+from qcompiler.kernels.packed_tiles import tile_fill
+from qcompiler.kernels.packing import QUAD, Packing, Quads, group_sum, start, zero_points
 from qcompiler.kernels.tiles import Product, tiled
 
 UNROLLED = 32  # values of k, at most, that are written out one after another: one by one, 8
-QUAD = 4  # values of k that lie side by side in a 32-bit lane
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How weights are stored.
-
-    Attributes:
-        bits: 2, 3, 4 or 8.
-        group: values of k that share a scale.
-        zero: the stored number that stands for 0, or None where each group has its own.
-        integer: for int8 activations, not float ones.
-        signed: 8-bit weights are stored as int8.
-    """
-
-    bits: int
-    group: int
-    zero: int | None
-    integer: bool
-    signed: bool
-
-    @property
-    def block(self) -> int:
-        """Values of k that are stored together for 16 columns; a group holds whole blocks."""
-        if self.bits == 8:
-            return QUAD if self.integer else 1
-        return {2: 16, 3: 32, 4: 8}[self.bits]
-
-    @property
-    def bytes(self) -> int:
-        """Of a block."""
-        return self.block * LANES * self.bits // 8
-
-    @property
-    def low(self) -> int:
-        """The smallest number that is stored."""
-        return -128 if self.signed else 0
-
-    @property
-    def needs_sums(self) -> bool:
-        """Whether the kernel reads the sum of each group of int8 activations."""
-        return self.integer and self.zero != 0
-
-
-def packing(bits: int, group: int, zero: int | None, integer: bool, isa: Isa) -> Packing:
-    """The packing that a machine reads; `zero` counts from the smallest number of `bits` bits."""
-    # vpdpbusd multiplies unsigned weights; everything else takes signed bytes as they are.
-    signed = bits == 8 and not (integer and isa.dot == "vnni")
-    return Packing(bits, group, zero if zero is None else zero - 128 * signed, integer, signed)
 
 
 def narrow(isa: Isa) -> Isa:
     """The machine with panels of 16 columns, and registers left for the groups' integer sums."""
+    if isa.dot == "smmla":  # rows go in pairs
+        return replace(isa, vectors=4)
     return replace(isa, vectors=8 if isa.vectors >= 8 else max(1, isa.vectors // 2))
-
-
-def pack(weight: Tensor, packing: Packing) -> Tensor:
-    """(N, K) numbers, 0 the smallest of their bits → flat uint8 (or int8): 16 columns a panel.
-
-    For each panel and block, quads of four k for 16 columns: [quad][16][4]. 4 and 2 bits: quads
-    share bytes, the first in the lowest bits. 3 bits: the two low bits of eight quads in two such
-    vectors, then the high bits of all, quad i's in bit i. 8 bits by floats: [k][16].
-    """
-    n, k = weight.shape
-    values = torch.zeros(-(-n // LANES) * LANES, k, dtype=torch.int16)
-    values[:n] = weight
-    if packing.signed:
-        values = values - 128
-    if packing.block == 1:
-        return values.to(torch.int8).reshape(-1, LANES, k).transpose(1, 2).reshape(-1)
-    quads = values.reshape(-1, LANES, k // packing.block, packing.block // QUAD, QUAD)
-    quads = quads.permute(0, 2, 3, 1, 4)
-    if packing.bits == 8:
-        return quads.to(torch.int8 if packing.signed else torch.uint8).reshape(-1)
-    if packing.bits == 3:
-        parts = [_joined(quads[:, :, i : i + 4] & 3, 2) for i in (0, 4)]
-        parts.append(_joined(quads >> 2, 1))
-        return torch.cat(parts, 2).to(torch.uint8).reshape(-1)
-    return _joined(quads, packing.bits).to(torch.uint8).reshape(-1)
-
-
-def _joined(quads: Tensor, bits: int) -> Tensor:
-    """(panels, blocks, quads, 16, 4) → (panels, blocks, 1, 16, 4): the first in the lowest bits."""
-    shifts = (torch.arange(quads.shape[2]) * bits).reshape(-1, 1, 1)
-    return (quads.int() << shifts).sum(2, keepdim=True)
-
-
-def pack_groups(values: Tensor) -> Tensor:
-    """(N, groups), scales or zero points → flat [N/16][groups][16]."""
-    n, groups = values.shape
-    padded = torch.zeros(-(-n // LANES) * LANES, groups, dtype=values.dtype)
-    padded[:n] = values
-    return padded.reshape(-1, LANES, groups).transpose(1, 2).contiguous().reshape(-1)
 
 
 def reference(activation: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -180,16 +95,11 @@ def matmul_packed(
         with code.loop(groups) as g:
             zeros: list[Any] = []
             for p in range(across):
-                zeros.append(_zero(buffers, packing, ((panel + p) * groups + g) * LANES))
+                zeros.append(zero_points(buffers, packing, ((panel + p) * groups + g) * LANES))
             for r in range(height):
-                taken = None
-                if packing.needs_sums:
-                    # One row of sums for each row of activations.
-                    row = (left - product.offset) // product.row_stride + r
-                    place = 4 if packing.zero is None else 3
-                    taken = code.load(buffers[place], row * groups + g, 1)
+                taken = group_sum(buffers, packing, product, left, r, g)
                 for p in range(across):
-                    code.store(sums[r * across + p], 0, _start(packing, taken, zeros[p]))
+                    code.store(sums[r * across + p], 0, start(packing, taken, zeros[p]))
             if packing.group == unrolled:
                 run(g, 0, zeros)
             else:
@@ -204,26 +114,8 @@ def matmul_packed(
                         part = code.cast(part, "float32")
                     code.store(had, 0, code.fma(part, scale, code.load(had, 0)))
 
-    return tiled(name, arguments, product, expression, narrow(isa), "float32", fill)
-
-
-def _zero(buffers: list[Any], packing: Packing, at: Any) -> Any:
-    """The zero points of 16 columns where they have their own, as the sums' type."""
-    if packing.zero is not None:
-        return None
-    kind = "int32" if packing.integer else "float32"
-    return code.bind(code.cast(code.cast(code.load(buffers[3], at), "int32"), kind))
-
-
-def _start(packing: Packing, taken: Any, zero: Any) -> Any:
-    """What a group's sum starts from: −zero · the sum of its activations."""
-    if not packing.integer:
-        return code.number(0.0)
-    if taken is None:
-        return code.integer(0)
-    if packing.zero is not None:
-        return code.spread(code.bind(taken * code.integer(-packing.zero, 1)))
-    return code.integer(0) - zero * code.spread(code.bind(taken))
+    made = tile_fill(product, packing, unrolled) if packing.tiled else fill
+    return tiled(name, arguments, product, expression, narrow(isa), "float32", made)
 
 
 def _multiplication(packing: Packing, isa: Isa) -> Any:
@@ -242,39 +134,6 @@ def _multiplication(packing: Packing, isa: Isa) -> Any:
     return multiply
 
 
-class _Quads:
-    """Unpacks a block's quads: bytes of 4 values of k, for `columns` columns from one on."""
-
-    def __init__(self, packing: Packing, weights: Any, at: Any, first: int, columns: int) -> None:
-        self.packing, self.lanes = packing, columns * QUAD
-        count = {2: 1, 3: 3, 4: 1}.get(packing.bits, packing.block // QUAD)
-        self.held = [
-            code.bind(code.load(weights, at + (i * LANES + first) * QUAD, self.lanes))
-            for i in range(count)
-        ]
-
-    def _bits(self, value: Any, shift: int, mask: int) -> Any:
-        """Bits of each byte; a negative shift goes left."""
-        amount = T.broadcast(T.uint8(abs(shift)), self.lanes)
-        if shift > 0:
-            value = T.shift_right(value, amount)
-        elif shift < 0:
-            value = T.shift_left(value, amount)
-        return T.bitwise_and(value, T.broadcast(T.uint8(mask), self.lanes))
-
-    def __getitem__(self, i: int) -> Any:
-        """The quad's bytes as int8."""
-        bits = self.packing.bits
-        if bits == 8:
-            value = self.held[i]
-        elif bits == 3:
-            low = self._bits(self.held[i // 4], i % 4 * 2, 3)
-            value = T.bitwise_or(low, self._bits(self.held[2], i - 2, 4))
-        else:
-            value = self._bits(self.held[0], i * bits, (1 << bits) - 1)
-        return code.bind(code.bits(value, "int8", self.lanes))
-
-
 def _word(buffers: list[Any], start: Any) -> Any:
     """Four int8 activations as an int32."""
     return code.bind(code.bits(code.load(buffers[0], start, QUAD), "int32", 1))
@@ -283,7 +142,7 @@ def _word(buffers: list[Any], start: Any) -> Any:
 def _vnni(packing: Packing, buffers: list[Any], sums: list[Any], rows: list[Any], at: Any,
           blocks: int, zero: Any) -> None:  # fmt: skip
     for b in range(blocks):
-        quads = _Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
+        quads = Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
         for i in range(packing.block // QUAD):
             weights = quads[i]
             for total, row in zip(sums, rows, strict=True):
@@ -299,7 +158,7 @@ def _sdot(packing: Packing, buffers: list[Any], sums: list[Any], rows: list[Any]
           blocks: int, zero: Any) -> None:  # fmt: skip
     for b in range(blocks):
         for part in range(0, LANES, 4):
-            quads = _Quads(packing, buffers[1], at + b * packing.bytes, part, 4)
+            quads = Quads(packing, buffers[1], at + b * packing.bytes, part, 4)
             for i in range(packing.block // QUAD):
                 weights = quads[i]
                 for total, row in zip(sums, rows, strict=True):
@@ -319,7 +178,7 @@ def _pairs(packing: Packing, buffers: list[Any], sums: list[Any], rows: list[Any
     for part in range(0, LANES, half):
         held: list[Any] = [None] * len(sums)
         for b in range(blocks):
-            quads = _Quads(packing, buffers[1], at + b * packing.bytes, part, half)
+            quads = Quads(packing, buffers[1], at + b * packing.bytes, part, half)
             for i in range(packing.block // QUAD):
                 weights = quads[i]
                 for r, row in enumerate(rows):
@@ -345,7 +204,7 @@ def _lanes(packing: Packing, quad: Any, j: int) -> Any:
 def _plain(packing: Packing, buffers: list[Any], sums: list[Any], rows: list[Any], at: Any,
            blocks: int, zero: Any) -> None:  # fmt: skip
     for b in range(blocks):
-        quads = _Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
+        quads = Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
         for i in range(packing.block // QUAD):
             quad = quads[i]
             for j in range(QUAD):
@@ -376,7 +235,7 @@ def _floats(packing: Packing, buffers: list[Any], sums: list[Any], rows: list[An
         if packing.block == 1:
             add(b, code.cast(code.load(buffers[1], at + b * packing.bytes), "int32"))
             continue
-        quads = _Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
+        quads = Quads(packing, buffers[1], at + b * packing.bytes, 0, LANES)
         for i in range(packing.block // QUAD):
             quad = quads[i]
             for j in range(QUAD):
@@ -390,7 +249,7 @@ def _floats_looked_up(packing: Packing, buffers: list[Any], sums: list[Any], row
     table = code.bind(code.cast(numbers - code.integer(packing.zero or 0), "float32"))
     for b in range(blocks):
         start, bits = at + b * packing.bytes, packing.bits
-        quads = _Quads(packing, buffers[1], start, 0, LANES)
+        quads = Quads(packing, buffers[1], start, 0, LANES)
         for i in range(packing.block // QUAD):
             # Bits above the number's own repeat the table; those of 3-bit quads are clear.
             words = code.bits(quads[i] if bits == 3 else quads.held[0], "int32", LANES)

@@ -35,7 +35,7 @@ class Square:
         # An odd last row's partner computes the same again.
         self.spare = [code.scratch(LANES, dtype) for _ in range(count)] if rows % 2 else []
 
-    def _pair(self, first: int, c: int) -> tuple[Any, Any]:
+    def pair(self, first: int, c: int) -> tuple[Any, Any]:
         """The buffers of the eight tiles of two rows by 16 columns, four in each."""
         low = self.totals[first * self.count + c]
         if first + 1 < self.rows:
@@ -45,18 +45,15 @@ class Square:
     def start(self, columns: Sequence[Any]) -> None:
         """What each vector of columns begins with, the same for all rows."""
         for c, values in enumerate(columns):
-            for half in range(2):
-                order = [half * TILES + tile * 2 + j for tile in range(4) for j in (0, 1, 0, 1)]
-                tiles = code.bind(T.Shuffle([values], order))
+            for half, tiles in enumerate(by_tile(values)):
                 for first in range(0, self.rows, 2):
-                    code.store(self._pair(first, c)[half], 0, tiles)
+                    code.store(self.pair(first, c)[half], 0, tiles)
 
     def add(
         self,
         left: Any,
         starts: Sequence[Any],
-        right: Any,
-        places: Sequence[Any],
+        columns: Callable[[int, int], Any],
         multiply: Callable[[Any, Any, Any], Any],
     ) -> None:
         """One step for all sums.
@@ -64,8 +61,7 @@ class Square:
         Args:
             left: buffer of activations.
             starts: of each row's 8 bytes in it.
-            right: buffer of packed weights.
-            places: of each vector's 16 · 8 bytes in it.
+            columns: (vector, tile) → the weights of the tile's two columns, 8 bytes of each.
             multiply: (tile's sums, two rows, two columns) → sums; the instruction.
         """
         size = ROW // _bytes(left.dtype)
@@ -75,23 +71,38 @@ class Square:
             code.bind(code.bits(T.Shuffle([rows[r], rows[r + 1]], [0, 1]), left.dtype, 2 * size))
             for r in range(0, len(rows), 2)
         ]
-        for c, place in enumerate(places):
+        for c in range(self.count):
             for tile in range(TILES):
-                columns = code.bind(code.load(right, place + tile * 2 * size, 2 * size))
+                weights = code.bind(columns(c, tile))
                 for number, pair in enumerate(pairs):
-                    total = self._pair(2 * number, c)[tile // 4]
+                    total = self.pair(2 * number, c)[tile // 4]
                     had = code.load(total, tile % 4 * 4, 4)
-                    code.store(total, tile % 4 * 4, multiply(had, pair, columns), 4)
+                    code.store(total, tile % 4 * 4, multiply(had, pair, weights), 4)
 
     def finish(self) -> None:
         """Afterwards `totals` are rows."""
         for first in range(0, self.rows, 2):
             for c in range(self.count):
-                low, high = self._pair(first, c)
+                low, high = self.pair(first, c)
                 tiles = [code.bind(code.load(low, 0)), code.bind(code.load(high, 0))]
                 for row, total in enumerate((low, high)):
                     order = [4 * tile + 2 * row + j for tile in range(TILES) for j in (0, 1)]
                     code.store(total, 0, T.Shuffle(tiles, order))
+
+
+def by_tile(values: Any) -> list[Any]:
+    """What each of 16 columns has, in the order of the tiles: of the first four and of the rest."""
+    orders = [
+        [half * TILES + tile * 2 + j for tile in range(4) for j in (0, 1, 0, 1)]
+        for half in range(2)
+    ]
+    return [code.bind(T.Shuffle([values], order)) for order in orders]
+
+
+def from_memory(right: Any, places: Sequence[Any]) -> Callable[[int, int], Any]:
+    """Weights that lie tile by tile, each vector's from its place on; for `Square.add`."""
+    size = 2 * ROW // _bytes(right.dtype)
+    return lambda c, tile: code.load(right, places[c] + tile * size, size)
 
 
 def _bytes(dtype: str) -> int:

@@ -23,7 +23,8 @@ from qcompiler.kernels.expression import Access, Expression, Step
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.matmul_float import matmul_float
 from qcompiler.kernels.matmul_int8 import matmul_int8, pack
-from qcompiler.kernels.matmul_packed import matmul_packed, packing
+from qcompiler.kernels.matmul_packed import matmul_packed
+from qcompiler.kernels.packing import packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.target import Target
 
@@ -33,6 +34,9 @@ MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "usmmla": 32, "mla": 4, "fmla":
 CASES = (
     ("tvm:aarch64:i8mm", isas.I8MM, "int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "int8"),
+    ("tvm:aarch64:i8mm", isas.I8MM, "4-bit × int8"),
+    ("tvm:aarch64:i8mm", isas.I8MM, "3-bit × int8"),
+    ("tvm:aarch64:i8mm", isas.I8MM, "2-bit × int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "4-bit × int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "2-bit × int8"),
     ("tvm:aarch64", isas.NEON, "int8"),

@@ -33,7 +33,8 @@ from qcompiler.kernels.code import Argument, Kernel
 from qcompiler.kernels.expression import Access, Expression, Step
 from qcompiler.kernels.matmul_int8 import matmul_int8
 from qcompiler.kernels.matmul_int8 import pack as pack8
-from qcompiler.kernels.matmul_packed import matmul_packed, pack, pack_groups, packing
+from qcompiler.kernels.matmul_packed import matmul_packed
+from qcompiler.kernels.packing import pack, pack_groups, packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.target import Target
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from qcompiler.kernels import isa as isas
+from qcompiler.kernels.isa import Isa
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,20 @@ def test_matrix_instructions(instructions: ModuleType, rows: int) -> None:
     assert loop.loads <= loop.multiplies * (1.1 if rows == 1 else 0.6)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_few_bits_are_unpacked_in_registers(instructions: ModuleType, bits: int) -> None:
-    kind = f"{bits}-bit × int8"
-    text = instructions.assembly("tvm:aarch64:dotprod", isas.DOTPROD, kind, (128, 384, 384))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("isa", "rows", "instruction"),
+    [(isas.DOTPROD, 128, "sdot"), (isas.I8MM, 128, "smmla"), (isas.I8MM, 1, "sdot")],
+    ids=["dotprod", "i8mm", "i8mm, one row"],
+)
+def test_few_bits_are_unpacked_in_registers(
+    instructions: ModuleType, isa: Isa, rows: int, instruction: str, bits: int
+) -> None:
+    target = f"tvm:aarch64:{'i8mm' if isa is isas.I8MM else 'dotprod'}"
+    text = instructions.assembly(target, isa, f"{bits}-bit × int8", (rows, 384, 384))
     loop = instructions.inner_loop(text)
     names = {line.split()[0] for line in loop.lines}
-    assert "sdot" in names
+    assert instruction in names
     assert not names & {"mul", "mla", "smull", "smlal"}
 
 

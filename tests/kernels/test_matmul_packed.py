@@ -13,13 +13,8 @@ from qcompiler import ops
 from qcompiler.kernels import isa as isas
 from qcompiler.kernels.code import Kernel
 from qcompiler.kernels.isa import Isa
-from qcompiler.kernels.matmul_packed import (
-    matmul_packed,
-    pack,
-    pack_groups,
-    packing,
-    reference,
-)
+from qcompiler.kernels.matmul_packed import matmul_packed, reference
+from qcompiler.kernels.packing import pack, pack_groups, packing
 from qcompiler.kernels.rows import quantize_rows
 from qcompiler.kernels.tiles import Product
 
@@ -110,6 +105,23 @@ def test_other_machines(writer: Any, emulate: Run, target: str, isa: Isa) -> Non
     found = emulate(target, [(kernel, e) for kernel, e, _ in built])
     for (_, _, want), (got,) in zip(built, found, strict=True):
         close(got, want, 128)
+
+
+def test_matrix_instructions_give_the_same_bits(writer: Any, run: Run, emulate: Run) -> None:
+    """SMMLA's tiles, with odd rows and columns, against the plain kernel on this machine."""
+    cases = [
+        (bits, affine, shape)
+        for bits, affine in FORMS
+        for shape in (SHAPES[bits][0], (7, 33, 64, 32 if affine else 64))
+    ]
+    tiled = [
+        made(writer, isas.I8MM, shape, bits, affine, True, f"g{i}")
+        for i, (bits, affine, shape) in enumerate(cases)
+    ]
+    found = emulate("tvm:aarch64:i8mm", [(kernel, e) for kernel, e, _ in tiled])
+    for (bits, affine, shape), (got,) in zip(cases, found, strict=True):
+        kernel, e, _ = made(writer, isas.NEON, shape, bits, affine, True)
+        assert torch.equal(run(kernel, e, isas.NEON)[0], got), (bits, affine, shape)
 
 
 @pytest.mark.parametrize("group", [0, 16, 32])
