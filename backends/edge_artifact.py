@@ -52,7 +52,7 @@ def files(target: Target) -> tuple[str, ...]:
     """The files that make up a model: its weights and its code."""
     if target.device == "cuda":
         return edge_cuda_load.WEIGHTS, edge_cuda_load.KERNELS
-    if target.feature == "dynamic":
+    if target.any_size:
         return (CODE,)
     return edge_folder.WEIGHTS, edge_folder.RUNNER
 

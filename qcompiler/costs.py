@@ -204,7 +204,7 @@ def sizes_run(
     buckets: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, int]:
     """Sizes that a batch runs at on a target: its own, but where generated code pads it."""
-    if target.runtime == "tvm":
+    if target.runtime == "tvm" and not target.any_size:
         from qcompiler.backends import edge
 
         return edge.sizes_run(

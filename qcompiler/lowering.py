@@ -283,7 +283,7 @@ def _edge(
     from qcompiler.backends import ort
 
     since = time.perf_counter()
-    dynamic = target.feature == "dynamic"
+    dynamic = target.any_size
     given: dict[str, Any] = {} if dynamic else {"padding_mask": spec.padding_mask}
     backend: Any = edge_any_size if dynamic else edge
     audit = backend.lower(

@@ -152,6 +152,11 @@ class Target:
         return self.feature or cpu_feature()
 
     @property
+    def any_size(self) -> bool:
+        """Whether generated code takes any size, and not those alone that it is compiled for."""
+        return self.runtime == "tvm" and self.feature == "dynamic"
+
+    @property
     def saturates(self) -> bool:
         """Whether full-range u8 × s8 weights can overflow silently.
 
