@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ MEASURES = ("kl", "error", "first", "second")
 
 def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw `front.svg`, `front.png`, `sensitivity.svg` and `sensitivity.png`.
+
+    Where costs were timed also `front-time.svg` and `front-time.png`.
 
     Args:
         found: what a study found; see `mixed.Mixer.describe`.
@@ -25,10 +28,13 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     made = []
-    for name, draw, size in (
+    drawings: list[tuple[str, Any, tuple[float, float]]] = [
         ("front", _front, (6.4, 4.2)),
         ("sensitivity", _heat, (6.4, 1.6 + 0.22 * len(found["units"]))),
-    ):
+    ]
+    if found.get("front_of_time"):
+        drawings.append(("front-time", partial(_front, axis="time"), (6.4, 4.2)))
+    for name, draw, size in drawings:
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, found)
@@ -39,20 +45,23 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     return made
 
 
-def _front(figure: Any, found: Mapping[str, Any]) -> None:
+def _front(figure: Any, found: Mapping[str, Any], axis: str = "bits") -> None:
     axes = figure.add_subplot()
+    line = found["front" if axis == "bits" else "front_of_time"]
     series = (
         ("one format for all", found["uniform"], {"marker": "o", "color": "#929ca8", "ls": ""}),
-        ("integer program", found["front"], {"marker": "o", "color": "#1267a8"}),
+        ("integer program", line, {"marker": "o", "color": "#1267a8"}),
         ("chosen", [found["chosen"]] if found.get("chosen") else [],
          {"marker": "o", "color": "#c2500c", "ls": "", "ms": 9}),
     )  # fmt: skip
     for label, points, style in series:
         kept = [p for p in points if p["loss"] > 0]
         if kept:
-            axes.plot([p["bits"] for p in kept], [p["loss"] for p in kept], label=label, **style)
+            axes.plot([p[axis] for p in kept], [p["loss"] for p in kept], label=label, **style)
     axes.set_yscale("log")
-    axes.set_xlabel("mean bits of a weight")
+    axes.set_xlabel(
+        "mean bits of a weight" if axis == "bits" else "share of the float model's time"
+    )
     axes.set_ylabel(found["loss"])
     axes.grid(color="#e9ebee")
     axes.legend(frameon=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -98,10 +98,10 @@ def choose(mixer: Mixer) -> tuple[Recipe, dict[str, Any]]:
     """
     recipe = mixer.recipe
     study = mixer.study()
-    timed = mixer.time() if recipe.latency is not None else {}
     limits = []
     if recipe.latency is not None:
-        limits.append(mixer.latency_limit(recipe.latency, timed))
+        mixer.time()
+        limits.append(mixer.latency_limit(recipe.latency))
     if recipe.bits is not None:
         limits.append(mixer.bits_limit(recipe.bits))
     if recipe.size is not None:
@@ -111,21 +111,33 @@ def choose(mixer: Mixer) -> tuple[Recipe, dict[str, Any]]:
         best, tried = mixer.within(allowed, allocation.size)
     else:
         best, tried = mixer.best(limits)
-    uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    described = describe(mixer, study, tried, uniform, front, best) | {"timed": timed}
-    write(mixer, front, best)
-    figures.write(described, mixer.folder)
-    return recipe_of(mixer, best), described
+    return recipe_of(mixer, best), _finish(mixer, study, tried, best)
 
 
 def explore(mixer: Mixer) -> dict[str, Any]:
     """The study alone, with the plans of the Pareto front."""
     study = mixer.study()
+    if mixer.recipe.latency is not None:
+        mixer.time()
+    return _finish(mixer, study, [])
+
+
+def _finish(
+    mixer: Mixer, study: Study, tried: Sequence[Point], best: Point | None = None
+) -> dict[str, Any]:
+    """Measure the fronts, write them and their figures; what the manifest says."""
     uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    write(mixer, front)
-    described = describe(mixer, study, [], uniform, front)
+    of_time = mixer.front_of_time() if mixer.timed is not None else []
+    write(mixer, front, best, of_time)
+    described = describe(mixer, study, tried, uniform, front, best)
+    described["front_of_time"] = [_row(point) for point in of_time]
+    described["timed"] = mixer.timed or {}
     figures.write(described, mixer.folder)
     return described
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {k: v for k, v in asdict(point).items() if k != "choice"}
 
 
 def recipe_of(mixer: Mixer, point: Point) -> Recipe:
@@ -143,11 +155,7 @@ def describe(
     front: Sequence[Point],
     best: Point | None = None,
 ) -> dict[str, Any]:
-    """Everything for the manifest and the report."""
-
-    def rows(points: Iterable[Point]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in asdict(p).items() if k != "choice"} for p in points]
-
+    """Everything for the manifest and the report but the front of time."""
     units = []
     for index, unit in enumerate(mixer.units):
         row = {"name": unit.name, "weights": unit.weights, "shapes": unit.shapes,
@@ -158,10 +166,10 @@ def describe(
     return {
         "loss": "KL divergence, nats" if mixer.settings.logits else "half of noise ÷ signal",
         "candidates": list(mixer.recipe.candidates),
-        "chosen": rows([best])[0] if best is not None else None,
-        "tried": rows(tried),
-        "uniform": rows(uniform),
-        "front": rows(front),
+        "chosen": _row(best) if best is not None else None,
+        "tried": [_row(p) for p in tried],
+        "uniform": [_row(p) for p in uniform],
+        "front": [_row(p) for p in front],
         "units": units,
         "notes": list(study.notes),
         "seconds": study.seconds,
@@ -169,14 +177,20 @@ def describe(
     }
 
 
-def write(mixer: Mixer, front: Sequence[Point], best: Point | None = None) -> None:
-    """The front as JSON and CSV, and each of its plans as a recipe that `compile` takes."""
+def write(
+    mixer: Mixer,
+    front: Sequence[Point],
+    best: Point | None = None,
+    of_time: Sequence[Point] = (),
+) -> None:
+    """The fronts as JSON and CSV, and each of their plans as a recipe that `compile` takes."""
     named = {f"{i:02d}": point for i, point in enumerate(front)}
+    named |= {f"time-{i:02d}": point for i, point in enumerate(of_time)}
     if best is not None:
         named["chosen"] = best
     rows = [
         {"point": name, "bits": p.bits, "bytes": p.bytes, "loss": p.loss,
-         "additive": p.additive}
+         "additive": p.additive, "time": p.time}
         for name, p in named.items()
     ]  # fmt: skip
     (mixer.folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")

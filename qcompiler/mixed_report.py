@@ -25,6 +25,11 @@ FRONT = (
     "calibration data. The line is the front that the integer program proposes; lower and further "
     "left is better. Point at a mark for its numbers."
 )
+TIME = (
+    "The same against the time that the measured costs of the layers foresee, as a share of the "
+    "float model's."
+)
+AXES = {"bits": "mean bits of a weight", "time": "share of the float model's time"}
 HEAT = (
     "Each set of layers alone, in its coarsest format, by four measures; darker is worse within a "
     "column. A click on a title sorts. Where columns disagree, the first is what the outputs say."
@@ -40,11 +45,12 @@ NOISE = (
 )
 
 
-def mixed(found: Mapping[str, Any]) -> Html | None:
+def mixed(found: Mapping[str, Any], latency: Sequence[Mapping[str, Any]] = ()) -> Html | None:
     """How formats were chosen; nothing where none were.
 
     Args:
         found: the manifest's entry "mixed", or what a study found.
+        latency: the manifest's entry of that name.
     """
     if not found:
         return None
@@ -60,36 +66,50 @@ def mixed(found: Mapping[str, Any]) -> Html | None:
                 f"{count(len(found['tried']), 'plan')} measured for it.",
             )
         )
+    if chosen and chosen.get("time") is not None:
+        text = f"Foreseen: {number(chosen['time'])} of the float model's time, on the target. "
+        text += "".join(
+            f"Measured: {number(row['ratio'])} of that of the float ONNX model at {row['shape']}. "
+            for row in latency[:1]
+        )
+        parts.append(tag("p", text))
     parts += [tag("p", FRONT, class_="soft"), front(found)]
+    if found.get("front_of_time"):
+        parts += [tag("p", TIME, class_="soft"), front(found, "time")]
     parts += [tag("p", HEAT, class_="soft"), heat(found["units"])]
-    points = [*found["uniform"], *found["front"], *found["tried"]]
+    points = [
+        *found["uniform"], *found["front"], *found.get("front_of_time", ()), *found["tried"],
+    ]  # fmt: skip
+    timed = any(p.get("time") is not None for p in points)
     rows = [
         (p["label"], _sort(p["bits"]), _sort(p["bytes"], size(p["bytes"])), _sort(p["loss"]),
-         _sort(p["additive"]))
+         _sort(p["additive"]), *([_sort(p["time"])] if timed else []))
         for p in points
     ]  # fmt: skip
-    titles = ("plan", "bits", "weights", "loss", "additive model")
+    titles = ("plan", "bits", "weights", "loss", "additive model", *(["time"] if timed else []))
     parts.append(folded("All plans that were measured", sortable(
-        table(titles, rows, "Plans that were measured", " nnnn"))))  # fmt: skip
+        table(titles, rows, "Plans that were measured", " nnnn" + "n" * timed))))  # fmt: skip
     parts += [tag("p", note, class_="soft") for note in found["notes"]]
     return tag("div", *parts)
 
 
-def front(found: Mapping[str, Any]) -> Html:
-    """Loss against bits, logarithmic, with a title on each mark."""
+def front(found: Mapping[str, Any], axis: str = "bits") -> Html:
+    """Loss, logarithmic, against bits or time, with a title on each mark."""
     tried = [p for p in found["tried"] if p["label"] in ("greedy", "closed form")]
+    line = found["front" if axis == "bits" else "front_of_time"]
     series = [
         ("pale", "one format for all", found["uniform"]),
-        ("mark", "integer program", found["front"]),
+        ("mark", "integer program", line),
         ("ring", "baselines", tried),
         ("low", "chosen", [found["chosen"]] if found.get("chosen") else []),
     ]
     points = [p for _, _, rows in series for p in rows if p["loss"] > 0]
     if not points:
         return tag("p", "nothing was lost")
-    bits = [p["bits"] for p in points]
+    values = [p[axis] for p in points]
     logs = [math.log10(p["loss"]) for p in points]
-    left, right = min(bits) - 0.2, max(bits) + 0.2
+    edge = 0.03 * (max(values) - min(values)) or 0.2
+    left, right = min(values) - edge, max(values) + edge
     low, high = math.floor(min(logs)), math.ceil(max(logs) + 1e-9)
 
     def x(value: float) -> str:
@@ -105,12 +125,14 @@ def front(found: Mapping[str, Any]) -> Html:
         marks.append(
             tag("text", f"10{str(power).translate(RAISED)}", x=-8, y=at + 4, text_anchor="end")
         )
-    for value in range(math.ceil(left), math.floor(right) + 1):
-        marks.append(tag("text", str(value), x=x(value), y=HEIGHT + 26, text_anchor="middle"))
-    curve = [p for p in found["front"] if p["loss"] > 0]
+    step = 1.0 if axis == "bits" else 0.1
+    for index in range(math.ceil(left / step), math.floor(right / step) + 1):
+        text = number(index * step)
+        marks.append(tag("text", text, x=x(index * step), y=HEIGHT + 26, text_anchor="middle"))
+    curve = [p for p in line if p["loss"] > 0]
     for first, second in pairwise(curve):
         marks.append(
-            tag("line", x1=x(first["bits"]), y1=y(first["loss"]), x2=x(second["bits"]),
+            tag("line", x1=x(first[axis]), y1=y(first["loss"]), x2=x(second[axis]),
                 y2=y(second["loss"]), class_="line-mark")
         )  # fmt: skip
     for kind, _, rows in series:
@@ -121,17 +143,19 @@ def front(found: Mapping[str, Any]) -> Html:
                 f"{p['label']}: {number(p['bits'])} bits, {size(p['bytes'])}, loss "
                 f"{number(p['loss'])} (additive model {number(p['additive'])})"
             )
+            if p.get("time") is not None:
+                title += f", {number(p['time'])} of the float model's time foreseen"
             radius = 6 if kind == "low" else 4.5
             marks.append(
-                tag("circle", tag("title", title), cx=x(p["bits"]), cy=y(p["loss"]), r=radius,
+                tag("circle", tag("title", title), cx=x(p[axis]), cy=y(p["loss"]), r=radius,
                     class_=kind, tabindex=0)
             )  # fmt: skip
     plot = tag(
         "svg", *marks, role="img", class_="plot", height=HEIGHT + BOTTOM,
-        aria_label=f"Loss of {len(points)} measured plans against their mean bits",
+        aria_label=f"Loss of {len(points)} measured plans against their {AXES[axis]}",
     )  # fmt: skip
     names = {kind: text for kind, text, rows in series if rows}
-    caption = tag("figcaption", f"{found['loss']} against mean bits of a weight")
+    caption = tag("figcaption", f"{found['loss']} against {AXES[axis]}")
     return tag("figure", legend(names), plot, caption)
 
 

@@ -56,6 +56,8 @@ class Point:
         loss: measured divergence, all units together.
         additive: what the additive model expects.
         latency: milliseconds that the units take by phase; empty where not measured.
+        time: what the whole model should take, as a share of the float model's; None where nothing
+            was timed (of language models: the units' share at decode).
     """
 
     label: str
@@ -65,6 +67,7 @@ class Point:
     loss: float
     additive: float
     latency: Mapping[str, float] = field(default_factory=dict)
+    time: float | None = None
 
 
 class Mixer:
@@ -100,6 +103,7 @@ class Mixer:
         self.program, self.recipe, self.target, self.spec = program, recipe, target, data.spec
         self.folder, self.say, self.jobs, self.ray = folder, say, jobs, ray
         self.buckets = buckets
+        self.timed: dict[str, float] | None = None
         self.formats = [Format.parse(text) for text in recipe.candidates]
         batches = list(data.calibration())
         trials = _trials(batches)
@@ -213,6 +217,7 @@ class Mixer:
                 self.buckets,
             )  # fmt: skip
         self.units = costs.with_latency(self.units, times, whole)
+        self.timed = whole
         return whole
 
     def _rows(self, batch: Batch) -> int:
@@ -235,7 +240,7 @@ class Mixer:
         recipe = self.recipe.updated({"formats": {**self.recipe.formats, **formats}})
         return costs.quantized_program(self.program, recipe, self.target)
 
-    def latency_limit(self, share: float, whole: Mapping[str, float]) -> Limit:
+    def latency_limit(self, share: float) -> Limit:
         """Milliseconds of the units, so that the model takes that share of the float one's time.
 
         Of language models, where the whole is not timed, the share is that of the units at decode.
@@ -243,7 +248,7 @@ class Mixer:
         phase = "decode" if self.spec.generation is not None else "prefill"
         cost = allocation.latency(phase)
         base = sum(cost(u, u.option("float")) for u in self.units)
-        total = whole.get("float", base)
+        total = (self.timed or {}).get("float", base)
         return Limit(
             f"share of the float model's time ({phase})",
             lambda u, o: (cost(u, o) + (total - base) * u.weights / self.weights) / total,
@@ -295,6 +300,8 @@ class Mixer:
                 name: allocation.total(self.units, choice, allocation.latency(name))
                 for name in sorted(phases)
             },
+            None if self.timed is None
+            else allocation.total(self.units, choice, self.latency_limit(1.0).cost),
         )  # fmt: skip
 
     def bits_limit(self, wanted: float) -> Limit:
@@ -396,6 +403,20 @@ class Mixer:
             wanted = least + (most - least) * step / (POINTS - 1)
             choices[f"{wanted:.2f} bits"] = allocation.solve(
                 self.units, allocation.measure("kl"), [self.bits_limit(wanted)]
+            )
+        return self.measure(choices)
+
+    def front_of_time(self) -> list[Point]:
+        """Measured plans between the fastest and the slowest, evenly spaced in time."""
+        self.say("Pareto front of time")
+        cost = self.latency_limit(1.0).cost
+        ends = [[cost(u, o) for o in u.options] for u in self.units]
+        least, most = sum(map(min, ends)), sum(map(max, ends))
+        choices: dict[str, Choice] = {}
+        for step in range(POINTS):
+            wanted = least + (most - least) * step / (POINTS - 1)
+            choices[f"{wanted:.2f} of the time"] = allocation.solve(
+                self.units, allocation.measure("kl"), [self.latency_limit(wanted * (1 + 1e-9))]
             )
         return self.measure(choices)
 

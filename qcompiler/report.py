@@ -52,7 +52,11 @@ def render(manifest: Mapping[str, Any]) -> str:
         ("audit", "Fusion audit", _audit(manifest)),
         ("errors", "Errors", _errors(manifest)),
         ("smoothing", "Smoothing", _smoothing(manifest)),
-        ("mixed", "Mixed precision", mixed_report.mixed(manifest.get("mixed", {}))),
+        (
+            "mixed",
+            "Mixed precision",
+            mixed_report.mixed(manifest.get("mixed", {}), manifest.get("latency") or ()),
+        ),
         (
             "explanation",
             "Where the error comes from",

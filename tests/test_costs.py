@@ -113,6 +113,16 @@ def test_a_budget_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (whole["float"] - base + chosen) / whole["float"] <= 0.7 * (1 + 1e-6)
     losses = {p["label"]: p["loss"] for p in mixed["uniform"]}
     assert mixed["chosen"]["loss"] < losses["all int8:channel/uint8:tensor:affine"]
+    # A front of time beside that of bits: slower plans lose less, and each is a recipe.
+    points = mixed["front_of_time"]
+    assert len(points) >= 12
+    assert points[0]["time"] == pytest.approx((10.0 * 0.4 + 2.0) / 12.0, rel=0.05)
+    assert [p["time"] for p in points] == sorted(p["time"] for p in points)
+    assert points[0]["loss"] > 10 * points[-1]["loss"]
+    folder = Path(mixed["folder"])
+    assert (folder / "front-time.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "points" / "time-03.yaml").is_file()
+    assert "share of the float model&#x27;s time" in (tmp_path / "a" / "report.html").read_text()
     for point in mixed["uniform"]:
         text = point["label"].removeprefix("all ")
         total = whole["float"] - base + point["latency"]["prefill"]
