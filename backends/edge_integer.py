@@ -134,6 +134,11 @@ def _seen_otherwise(ref: Ref, maker: Op, pads: tuple[int, int, int, int]) -> Sou
     return Source(maker, pads, Ref(q.storage, q.dtype, offset, ref.shape, ref.strides))
 
 
+def int8_panels(q: Tensor, isa: Isa) -> tuple[object, ...]:
+    """The key among `Constants` of `matmul_int8.pack(q, isa)`."""
+    return id(q), "int8", isa.panel, isa.depth
+
+
 def integer_linear(calls: Calls, g: Group, op: Op, source: Source) -> None:
     """A linear with an int8 weight for each channel."""
     isa, weight = calls.isa, op.args[1].storage.weight
@@ -142,9 +147,7 @@ def integer_linear(calls: Calls, g: Group, op: Op, source: Source) -> None:
     count, deep = prod(op.out.shape[:-1]), -(-k // isa.depth) * isa.depth
     if deep != k:
         q = calls.lengthened(q, count, k, deep, op.label)
-    packed = calls.constant(
-        (id(weight.q), "int8", isa.panel, isa.depth), lambda: matmul_int8.pack(weight.q, isa)
-    )
+    packed = calls.constant(int8_panels(weight.q, isa), lambda: matmul_int8.pack(weight.q, isa))
     product = Product(count, n, deep, deep, q.offset)
     integer_product(calls, g, op, q.storage, packed.storage, product, bias, source)
 

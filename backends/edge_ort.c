@@ -2,6 +2,7 @@
  *
  *     qcompiler::QuantizedMatMul(weights, x, …; number, library) -> y, …
  *     qcompiler::Rotate(factors, x; number, library) -> y
+ *     qcompiler::LookUp(weights, ids; number, library) -> rows of the first linear's int8 weights
  *
  * x, … are float (…, K); the outputs, float (…, N), are those of the linears that read what is
  * computed of them, after one quantization, then values on the way, float (…, K). `number` says which of the compiled operators it is, `library` which library its
@@ -245,7 +246,7 @@ static int run_entry(const struct entry *entry, const uint8_t *weights, uint8_t 
 }
 
 /* The numbers in input `index` and, where asked for, the sizes of its dimensions. */
-static ort_status *find_input(ort_api api, const ort_object *context, size_t index, float **data,
+static ort_status *find_input(ort_api api, const ort_object *context, size_t index, void *data,
                               size_t *count, int64_t *sizes, size_t *rank) {
   const ort_object *value;
   ort_object *shape;
@@ -334,8 +335,46 @@ static ort_status *compute(void *given, ort_object *context) {
   return NULL;
 }
 
+/* What an embedding that is tied to a linear reads: integers, as floats. */
+static ort_status *look_up(void *given, ort_object *context) {
+  struct node *node = given;
+  const struct linear *linear = node->linear;
+  ort_api api = node->api;
+  const ort_object *weights_value;
+  const uint8_t *weights;
+  const int64_t *ids;
+  ort_object *made;
+  float *y;
+  int64_t sizes[MAX_DIMENSIONS + 1];
+  size_t rank, count;
+  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, 0, &weights_value));
+  TRY(find_weights(node, weights_value, &weights));
+  TRY(find_input(api, context, 1, &ids, &count, sizes, &rank));
+  if (rank > MAX_DIMENSIONS || !linear->rows)
+    return refuse(api, ORT_INVALID_ARGUMENT, "%s: no table for %zu dimensions of ids", linear->name, rank);
+  sizes[rank] = linear->depth;
+  TRY(CALL(ort_output, ORT_KERNEL_CONTEXT_GET_OUTPUT)(context, 0, sizes, rank + 1, &made));
+  TRY(CALL(ort_tensor_data, ORT_GET_TENSOR_MUTABLE_DATA)(made, (void **)&y));
+  const int64_t side = linear->side, block = linear->panel * side;
+  const int64_t blocks = (linear->depth + side - 1) / side;
+  for (size_t i = 0; i < count; i++, y += linear->depth) {
+    int64_t id = ids[i] < 0 ? ids[i] + linear->rows : ids[i];
+    if (id < 0 || id >= linear->rows)
+      return refuse(api, ORT_INVALID_ARGUMENT, "id %lld is outside a table of %lld rows",
+                    (long long)ids[i], (long long)linear->rows);
+    const int8_t *row = (const int8_t *)weights + linear->at + id / linear->panel * blocks * block +
+                        id % linear->panel * side;
+    for (int64_t k = 0; k < linear->depth; k++) y[k] = row[k / side * block + k % side];
+  }
+  return NULL;
+}
+
 static const char *product_name(const ort_custom_op *op) { return (void)op, "QuantizedMatMul"; }
 static const char *rotation_name(const ort_custom_op *op) { return (void)op, "Rotate"; }
+static const char *table_name(const ort_custom_op *op) { return (void)op, "LookUp"; }
+static int table_input(const ort_custom_op *op, size_t index) {
+  return (void)op, index ? ORT_INT64 : ORT_UINT8;
+}
 static const char *provider(const ort_custom_op *op) { return (void)op, NULL; }
 static int input_type(const ort_custom_op *op, size_t index) {
   return (void)op, index ? ORT_FLOAT : ORT_UINT8;
@@ -358,7 +397,6 @@ static int latest(const ort_custom_op *op) { return (void)op, INT32_MAX; }
 #define SAME                        \
   .version = ORT_VERSION,           \
   .provider = provider,             \
-  .input_type = input_type,         \
   .input_count = two,               \
   .output_type = output_type,       \
   .output_count = one,              \
@@ -371,12 +409,14 @@ static int latest(const ort_custom_op *op) { return (void)op, INT32_MAX; }
   .variadic_outputs = yes,          \
   .alike_outputs = yes,             \
   .create_kernel = create,          \
-  .compute = compute,               \
   .first_version = yes,             \
   .last_version = latest
 
-static const ort_custom_op product = {.name = product_name, SAME};
-static const ort_custom_op rotation = {.name = rotation_name, SAME};
+static const ort_custom_op operators[] = {
+    {.name = product_name, .input_type = input_type, .compute = compute, SAME},
+    {.name = rotation_name, .input_type = input_type, .compute = compute, SAME},
+    {.name = table_name, .input_type = table_input, .compute = look_up, SAME},
+};
 
 /* What ONNX Runtime calls when the library is given to a session's options. */
 ort_status *RegisterCustomOps(ort_object *options, const ort_base *base) {
@@ -400,8 +440,8 @@ ort_status *RegisterCustomOps(ort_object *options, const ort_base *base) {
   if (!domain) {
     ort_object *made = NULL;
     status = CALL(ort_create_domain, ORT_CREATE_CUSTOM_OP_DOMAIN)("qcompiler", &made);
-    if (!status) status = CALL(ort_domain_add, ORT_CUSTOM_OP_DOMAIN_ADD)(made, &product);
-    if (!status) status = CALL(ort_domain_add, ORT_CUSTOM_OP_DOMAIN_ADD)(made, &rotation);
+    for (size_t i = 0; !status && i < sizeof operators / sizeof *operators; i++)
+      status = CALL(ort_domain_add, ORT_CUSTOM_OP_DOMAIN_ADD)(made, &operators[i]);
     if (!status) domain = made;
   }
   pthread_mutex_unlock(&lock);

@@ -14,6 +14,9 @@ struct linear {
   const int64_t *columns;    /* numbers in a row of each output */
   int inputs, outputs, entry_count;
   const struct entry *entries; /* by rows, the fewest first; sizes[0] is their number */
+  /* Its first weight as a table, int8 [rows / panel][depth / side][panel][side] from byte `at` of
+   * the constants on; no rows where it is packed otherwise. */
+  int64_t at, panel, side, rows;
 };
 
 struct linears {

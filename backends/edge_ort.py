@@ -21,6 +21,7 @@ from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_entries import Code, Weights, build_kernels, make_entry
 from qcompiler.backends.edge_folder import HEADER, OPTIONS, SOURCES, Tools
 from qcompiler.backends.edge_group import LINEAR, Constants
+from qcompiler.backends.edge_integer import int8_panels
 from qcompiler.backends.edge_memory import ALIGN
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_program import Shapes, array, entry_tables, quoted
@@ -54,7 +55,8 @@ def build(operators: Sequence[Operator], target: Target, sizes: Sequence[int] = 
     """
     where = _machine(target)
     isa = choose_isa(where)
-    code, tables, weights = Code(), _Tables(), []
+    code, tables = Code(), _Tables()
+    weights: list[bytes] = []
     for operator in operators:
         weights.append(_add(operator, sizes or ROWS, isa, code, tables))
     names = [f"int __tvm_ffi_{s}(void *, const argument *, int32_t, argument *);"
@@ -71,7 +73,8 @@ def build(operators: Sequence[Operator], target: Target, sizes: Sequence[int] = 
          f"const struct linears compiled_linears = {{{', '.join(fields)}}};", ""]
     )  # fmt: skip
     functions = {name: made.function for name, made in code.kernels.items()}
-    return Library(_link(source, build_kernels(functions, where), where), number, tuple(weights))
+    content = _link(source, build_kernels(functions, where), where)
+    return Library(content, number, tuple(weights), tuple(tables.looked_up))
 
 
 def _machine(target: Target) -> Machine:
@@ -91,6 +94,7 @@ class _Tables:
     def __init__(self) -> None:
         self.shapes, self.lines, self.rows = Shapes(), list[str](), list[str]()
         self.entries = 0
+        self.looked_up: list[bool] = []
 
 
 def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables: _Tables) -> bytes:
@@ -118,9 +122,26 @@ def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables:
     fields = (
         quoted(operator.name), f"{len(blob)}u", str(operator.depth), f"columns_{name}",
         str(operator.inputs), str(len(columns)), str(len(rows)), f"entries_{name}",
+        *_table(operator, isa, constants, weights),
     )  # fmt: skip
+    tables.looked_up.append(fields[-1] != "0")
     tables.rows.append(f"{{{', '.join(fields)}}}")
     return blob
+
+
+def _table(
+    operator: Operator, isa: Isa, constants: Constants, weights: Weights
+) -> tuple[str, str, str, str]:
+    """Where the first weight lies in panels of int8: byte, panel, numbers side by side, rows.
+
+    No rows where it is packed otherwise.
+    """
+    for linear in operator.linears[:1]:
+        held = constants.by_content.get(int8_panels(linear.q, isa))
+        if held is not None:
+            at = str(weights.place(held))
+            return at, str(isa.panel), str(isa.depth), str(len(linear.q))
+    return "0", "1", "1", "0"
 
 
 def _trace(operator: Operator, weights: Sequence[Weight], rows: int) -> Trace:

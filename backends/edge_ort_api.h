@@ -13,7 +13,7 @@
 
 enum { ORT_VERSION = 18 }; /* of the interface: ONNX Runtime 1.18 and later */
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2 };                /* ONNXTensorElementDataType */
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7 };               /* ONNXTensorElementDataType */
 enum { ORT_REQUIRED, ORT_OPTIONAL, ORT_VARIADIC };    /* OrtCustomOpInputOutputCharacteristic */
 
 /* Opaque, each its own type in the original. */

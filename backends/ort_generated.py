@@ -23,7 +23,7 @@ from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Generate, Linear, Operator, Step
 
-PRODUCT, ROTATION = "QuantizedMatMul", "Rotate"  # of edge_ort.c
+PRODUCT, ROTATION, TABLE = "QuantizedMatMul", "Rotate", "LookUp"  # of edge_ort.c
 
 
 def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
@@ -33,23 +33,30 @@ def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
         UnsupportedError: where something other than a linear reads a tensor quantized by token.
     """
     found: list[tuple[gs.Node, Operator]] = []
+    sources: dict[int, gs.Tensor] = {}  # linear → the graph's integers of its weight
     for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "QuantizeToken"]:
-        found.append(_linears(graph, node))
+        found.append(_linears(graph, node, sources))
     for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "Rotate"]:
         if node.outputs and (node.outputs[0].outputs or node.outputs[0] in graph.outputs):
             found.append(_rotation(graph, node))
     if not found:
         return b""
     library = generate([operator for _, operator in found])
-    for number, ((node, _), weights) in enumerate(zip(found, library.weights, strict=True)):
+    for number, ((node, operator), weights, table) in enumerate(
+        zip(found, library.weights, library.tables, strict=True)
+    ):
         node.attrs |= {"number": number, "library": library.number}
-        packed = np.frombuffer(weights, np.uint8)
-        node.inputs.insert(0, gs.Constant(f"{node.name}_weights", packed))
+        packed = gs.Constant(f"{node.name}_weights", np.frombuffer(weights, np.uint8))
+        node.inputs.insert(0, packed)
+        if table:
+            _look_up(graph, sources[id(operator.linears[0])], packed, node.attrs)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return library.content
 
 
-def _linears(graph: gs.Graph, quantize: gs.Node) -> tuple[gs.Node, Operator]:
+def _linears(
+    graph: gs.Graph, quantize: gs.Node, sources: dict[int, gs.Tensor]
+) -> tuple[gs.Node, Operator]:
     """The operator of everything that reads the quantized tensor."""
     source = quantize.inputs[0]
     linears, outputs = [], []
@@ -61,7 +68,8 @@ def _linears(graph: gs.Graph, quantize: gs.Node) -> tuple[gs.Node, Operator]:
                     "and generated kernels compute linears with constant weights alone; keep it "
                     "in float (--set keep_float=…)"
                 )
-            linear, output = _linear(graph, product)
+            linear, output, source_of = _linear(graph, product)
+            sources[id(linear)] = source_of
             linears.append(linear)
             outputs.append(output)
     name = JOINED.join(linear.name for linear in linears)
@@ -102,8 +110,24 @@ def _is_linear(product: gs.Node, source: gs.Node) -> bool:
     return turned and pair is not None and _constants(pair.inputs)
 
 
-def _linear(graph: gs.Graph, product: gs.Node) -> tuple[Linear, gs.Tensor]:
-    """The linear, with its bias where one is added, and what it writes."""
+def _look_up(graph: gs.Graph, table: gs.Tensor, packed: gs.Constant, attrs: dict[str, Any]) -> None:
+    """Let lookups of the weight's rows take them from where the operator has them packed."""
+    for gather in [n for n in table.outputs if n.op == "Gather" and n.inputs[0] is table]:
+        readers = list(gather.outputs[0].outputs)
+        if int(gather.attrs.get("axis", 0)) != 0 or len(readers) != 1:
+            continue
+        (cast,) = readers
+        if cast.op != "Cast" or int(cast.attrs["to"]) != 1 or gather.outputs[0] in graph.outputs:
+            continue
+        output = cast.outputs[0]
+        cast.outputs.clear()
+        given = [packed, gather.inputs[1]]
+        node = gs.Node(TABLE, gather.name, dict(attrs), given, [output], domain=INTERNAL)
+        graph.nodes.append(node)
+
+
+def _linear(graph: gs.Graph, product: gs.Node) -> tuple[Linear, gs.Tensor, gs.Tensor]:
+    """The linear, with its bias where one is added, what it writes, and its weight's integers."""
     pair = product.inputs[1].inputs[0].inputs[0].inputs[0]
     q, scale = _tensor(pair.inputs[0]), _tensor(pair.inputs[1])
     zero = torch.zeros_like(scale, dtype=q.dtype)
@@ -118,7 +142,7 @@ def _linear(graph: gs.Graph, product: gs.Node) -> tuple[Linear, gs.Tensor]:
             readers[0].outputs.clear()
     product.outputs.clear()
     axis, group = int(pair.attrs.get("axis", 1)), int(pair.attrs.get("block_size", 0))
-    return Linear(product.name, q, scale, zero, axis, group, bias), output
+    return Linear(product.name, q, scale, zero, axis, group, bias), output, pair.inputs[0]
 
 
 def _maker(tensor: Any, kind: str) -> gs.Node | None:

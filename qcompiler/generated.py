@@ -92,11 +92,14 @@ class Library:
         content: of the file.
         number: by which the library knows a graph that was made for it.
         weights: the constants of each operator, packed as its kernels read them.
+        tables: whether rows of the operator's first weight can be looked up in those constants, as
+            an embedding that is tied to it wants.
     """
 
     content: bytes
     number: int
     weights: tuple[bytes, ...]
+    tables: tuple[bool, ...]
 
 
 Generate = Callable[[Sequence[Operator]], Library]
