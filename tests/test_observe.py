@@ -231,6 +231,27 @@ def test_batches_are_read_lazily_and_once() -> None:
     assert alive == 3
 
 
+def test_nothing_runs_behind_the_last_tensor_that_is_observed() -> None:
+    program = capture(Root(), (torch.ones(2, 3),))
+    sqrt = next(n for n in program.exported.graph.nodes if n.name == "sqrt")
+    seen: list[str] = []
+    assert program.run((torch.ones(2, 3),), lambda n, v: seen.append(n.name), last=sqrt) == ()
+    assert seen == ["sqrt"]
+    assert observe(program, {"x": -1}, [(torch.full((2, 3), -1.0),)])["x"].seen == 2
+
+
+def test_without_rows_and_bins_the_rest_is_the_same() -> None:
+    program = capture(Root(), (torch.ones(2, 3),))
+    batches = [(torch.rand(5, 3, generator=torch.Generator().manual_seed(i)),) for i in range(3)]
+    whole = observe(program, {"sqrt": -1}, batches)["sqrt"]
+    bare = observe(program, {"sqrt": -1}, batches, rows=0, binned=False)["sqrt"]
+    for name in ("low", "high", "total", "squares"):
+        assert torch.equal(getattr(whole, name), getattr(bare, name))
+    assert bare.seen == whole.seen == 15
+    assert not len(bare.rows)
+    assert not bool(bare.counts.any())
+
+
 def width_of(stats: Statistics) -> float:
     return 2 * stats.span / BINS
 
