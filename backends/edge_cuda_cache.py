@@ -1,17 +1,19 @@
-"""Attention over a cache in the model's state, for a GPU: two kernels, the cache in float16."""
+"""Attention over a cache in the model's state, for a GPU: float16, or integers with scales."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from qcompiler.backends.edge_group import Group
+from qcompiler.backends.edge_group import Group, Writer
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cache import cache_elements
 from qcompiler.kernels.cuda_attention import cached_attention
-from qcompiler.kernels.cuda_decode import Decode, Rotary, attend, write_cache
+from qcompiler.kernels.cuda_cache import Decode, Rotary, Source, write_cache
+from qcompiler.kernels.cuda_decode import attend
 from qcompiler.kernels.expression import Access
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ FEW = 16  # queries up to which keys are shared out among blocks
 
 
 def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
-    """The calls for `qc::cached_attention` of one text."""
-    q, k, v, _, _, _, cos, sin, positions, heads, kv_heads, scale, window, neighbours = op.args
+    """The calls for `qc::cached_attention` or `qc::stored_attention` of one text."""
+    q, k, v, _, _, _, cos, sin, positions, heads, kv_heads, scale, window, neighbours = op.args[:14]
+    *steps, bits = op.args[14:] or (None, None, 16)
     if calls.decoder is None:
         raise UnsupportedError("attention over a cache outside of a language model")
     new, size = q.shape[1], q.shape[2] // heads
@@ -33,15 +36,24 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
             f"heads of size {size}; attention over a cache takes multiples of {MULTIPLE}"
         )
     sizes = Decode(
-        heads, kv_heads, new, size, calls.decoder.capacity, float(scale), int(window)
+        heads, kv_heads, new, size, calls.decoder.capacity, float(scale), int(window), bits
     )  # fmt: skip
     count = cache_elements(kv_heads, sizes.capacity, size)
-    keys, values = (_state(calls, count) for _ in range(2))
-    queries = calls.temporary(torch.float32, (new, heads, size))
+    keys, values = (_state(calls, count, bits) for _ in range(2))
     base = [keys, values, calls.decoder.position]
-
-    writer = calls.writer((1,), [*base, queries.storage])
-    read_q, read_k, read_v = (_by_head(x, size, writer.argument(x.storage)) for x in (q, k, v))
+    few = new <= FEW
+    writer = calls.writer(op.outputs[0].shape if few else (1,), [*base])
+    if few:
+        writer.argument(calls.temporary(torch.float32, (sizes.workspace,)).storage)
+        writer.argument(calls.counters(sizes.counters))
+    else:
+        queries = calls.temporary(torch.float32, (new, heads, size))
+        writer.argument(queries.storage)
+    read_q = _by_head(q, size, writer.argument(q.storage))
+    sources = [
+        Source(_by_head(x, size, writer.argument(x.storage)), _scales(writer, step))
+        for x, step in ((k, steps[0]), (v, steps[1]))
+    ]
     rotary = None
     if cos is not None:
         tables = [calls.constants.known(table) for table in (cos, sin)]
@@ -54,34 +66,51 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
         )  # fmt: skip
         rows, pairs = tables[0].shape
         rotary = Rotary(first, second, at, rows, pairs, bool(neighbours))
-    calls.launch(
-        "write_cache", op.label, (sizes, read_q, read_k, read_v, rotary),
-        lambda name: write_cache(
-            name, writer.kernel_arguments(), sizes, read_q, read_k, read_v, rotary
-        ),
-        writer, written=2, also=(3,),
-    )  # fmt: skip
-
-    end = calls.writer(op.outputs[0].shape, [*base, queries.storage])
-    few = new <= FEW
-    if few:
-        end.argument(calls.temporary(torch.float32, (sizes.workspace,)).storage)
-        end.argument(calls.counters(sizes.counters))
+    given = (sizes, read_q, sources[0], sources[1], rotary)
+    if not few:
+        calls.launch(
+            "write_cache", op.label, given,
+            lambda name: write_cache(name, writer.kernel_arguments(), *given), writer,
+            written=2, also=(3,),
+        )  # fmt: skip
+    end = writer
+    if not few:
+        end = calls.writer(op.outputs[0].shape, [*base, queries.storage])
+        sources = [
+            replace(source, scale=_scales(end, step))
+            for source, step in zip(sources, steps, strict=True)
+        ]
     end.keep(op.outputs[0], end.step("anchor", FLOAT))
     end.members(g, calls.stored)
-    expression, make = end.expression(), attend if few else cached_attention
+    expression = end.expression()
+    if few:
+        calls.launch(
+            "cached_attention", op.label, (*given, expression),
+            lambda name: attend(name, end.kernel_arguments(), *given, expression), end,
+            written=2, also=(3, 4),
+        )  # fmt: skip
+        return
     calls.launch(
-        "cached_attention", op.label, (sizes, expression),
-        lambda name: make(name, end.kernel_arguments(), sizes, expression), end,
-        also=(4, 5) if few else (),
+        "cached_attention", op.label, (sizes, *sources, expression),
+        lambda name: cached_attention(name, end.kernel_arguments(), sizes, *sources, expression),
+        end,
     )  # fmt: skip
 
 
-def _state(calls: CudaCalls, count: int) -> Storage:
-    """float16 memory that lives from run to run; the n-th is the same in every entry."""
-    made = Storage(torch.float16, count, state=len(calls.states))
+def _state(calls: CudaCalls, count: int, bits: int) -> Storage:
+    """Memory of a cache that lives from run to run; the n-th is the same in every entry."""
+    dtype = torch.float16 if bits == 16 else torch.uint8
+    made = Storage(dtype, count if bits == 16 else count * bits // 8, state=len(calls.states))
     calls.states.append(made)
     return made
+
+
+def _scales(writer: Writer, scale: Ref | None) -> Access | None:
+    """Scales of the tensor (1,) or of each channel (kv_heads, 1, size), over (head, element)."""
+    if scale is None:
+        return None
+    strides = (0, 0) if scale.numel == 1 else (scale.strides[0], scale.strides[2])
+    return Access(writer.argument(scale.storage), FLOAT, scale.offset, strides)
 
 
 def _by_head(x: Ref, size: int, argument: int) -> Access:

@@ -22,7 +22,7 @@ from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
 from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_trace import OVERWRITE
-from qcompiler.cached import cached_attention
+from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import cuda_attention, cuda_expressions
 from qcompiler.kernels.cuda_code import HOPPER, Gpu
@@ -157,7 +157,7 @@ class CudaCalls(Calls):
 
     def _group(self, g: Group) -> None:
         op = g.anchor
-        if op is not None and op.target is cached_attention:
+        if op is not None and op.target in CACHED:
             attention_over_cache(self, g, op)
         elif op is not None and op.target is ops.dynamic_quantize:
             self._quantize(op)

@@ -1,6 +1,6 @@
 """Linears with quantized weights, for a GPU: which kernel, with which partition.
 
-Up to 64 tokens by `skinny`, more by `gemm` or, on Hopper, by `gemm_hopper` and `matmul_int8`
+Up to 64 tokens by `skinny`, more by `gemm` or, on Hopper, by `gemm_hopper` and `matmul_8bit`
 (large weights from 33 tokens on).
 """
 
@@ -19,7 +19,7 @@ from qcompiler.backends.edge_ops import Op, Storage, Weight
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
 from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
-from qcompiler.kernels.cuda_matmul_int8 import choose_product, matmul_int8
+from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
 from qcompiler.kernels.cuda_units import units
 from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
@@ -105,10 +105,10 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     writer.members(g, calls.stored)
     expression = writer.expression()
     if calls.tall(op):
-        product = choose_product(count, form.rows, form.depth, form.signed)
+        product = choose_product(count, form.rows, form.depth, "s8" if form.signed else "u8")
         calls.launch(
             "matmul_int8", op.label, (product, expression),
-            lambda name: matmul_int8(name, writer.kernel_arguments(), product, expression),
+            lambda name: matmul_8bit(name, writer.kernel_arguments(), product, expression),
             writer,
         )  # fmt: skip
         return

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompiler.backends.edge_ops import Storage
-from qcompiler.cached import cached_attention
+from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.program import Program
 
@@ -64,7 +64,7 @@ def roles(program: Program) -> Roles | None:
         UnsupportedError: for a language model that the code cannot keep the cache of.
     """
     nodes = list(program.exported.graph.nodes)
-    attentions = [n for n in nodes if n.target is cached_attention]
+    attentions = [n for n in nodes if n.target in CACHED]
     if not attentions:
         past = [n for n in program.inputs if n.startswith("past_")]
         if past:
@@ -81,7 +81,7 @@ def roles(program: Program) -> Roles | None:
         raise UnsupportedError("the attentions read different masks, positions or caches")
     mask = masks.pop()
     readers = {u.target for u in program.placeholder(mask).users}
-    if mask not in program.inputs or readers != {cached_attention}:
+    if mask not in program.inputs or not readers <= CACHED:
         raise UnsupportedError(f"'{mask}' is read outside of the attention")
     words = int(_output(program).meta["val"].shape[-1])
     tokens = [n for n in left if words in _tables(program, n)]
@@ -139,7 +139,7 @@ def _residual(logits: Node) -> Node | None:
     """The last residual sum before the logits, when nothing else passes it by; or None."""
     nodes = list(logits.graph.nodes)
     order = {node: number for number, node in enumerate(nodes)}
-    start = max(number for node, number in order.items() if node.target is cached_attention)
+    start = max(number for node, number in order.items() if node.target in CACHED)
     last = None
     for node in nodes[start : order[logits]]:
         added = [n for n in node.all_input_nodes if _rows(n)]

@@ -19,7 +19,7 @@ from qcompiler import ops
 from qcompiler.backends import edge_steps
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, dense_order
 from qcompiler.backends.edge_steps import LOOKUPS, NAMES, REDUCE
-from qcompiler.cached import cached_attention
+from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.expression import Access, Expression, Step
@@ -41,7 +41,7 @@ POOLS = frozenset({aten.max_pool2d_with_indices.default, aten.avg_pool2d.default
 INLINE = frozenset({ops.dequantize, aten._to_copy.default, aten.embedding.default})
 # Their kernels end with an expression that elementwise ops may join.
 ANCHORS = frozenset(
-    {LINEAR, CONV, ops.attention, ops.rotate, cached_attention,
+    {LINEAR, CONV, ops.attention, ops.rotate, *CACHED,
      aten.scaled_dot_product_attention.default,
      *PRODUCTS, *ROWS, *REDUCE, *POOLS}
 )  # fmt: skip

@@ -22,7 +22,7 @@ from qcompiler import ops
 from qcompiler.backends.edge_decompose import Recorder
 from qcompiler.backends.edge_formulas import RECURRENT, transposed_convolution
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
-from qcompiler.cached import cached_attention
+from qcompiler.cached import CACHED
 from qcompiler.errors import QCompilerError, UnsupportedError
 from qcompiler.program import Program
 from qcompiler.rewrite import place
@@ -53,7 +53,7 @@ NATIVE = frozenset(
         ops.dynamic_quantize,
         ops.attention,
         ops.rotate,
-        cached_attention,
+        *CACHED,
     }
 )
 

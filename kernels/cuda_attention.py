@@ -16,6 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
 from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_cache import Decode, Source, read
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -26,7 +27,6 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
-from qcompiler.kernels.cuda_decode import Decode
 from qcompiler.kernels.cuda_expressions import SCRATCH
 from qcompiler.kernels.expression import Access, Emitter, Expression
 from qcompiler.kernels.heads import NEVER, Heads, place
@@ -36,12 +36,13 @@ WARPS = THREADS // WARP
 
 
 def cached_attention(
-    name: str, arguments: Sequence[Argument], sizes: Decode, expression: Expression
-) -> CudaKernel:
+    name: str, arguments: Sequence[Argument], sizes: Decode, k: Source, v: Source,
+    expression: Expression,
+) -> CudaKernel:  # fmt: skip
     """Attention over a cache for many queries; see `cuda_decode.attend`, which is for few.
 
-    Arguments: keys' cache, values' cache (float16), position (int64), queries (token, head,
-    element; float32), then the expression's.
+    Arguments: keys' cache, values' cache (float16 or uint8), position (int64), queries (token,
+    head, element; float32), then those of the caches' scales and the expression's.
     """
     size, group = sizes.size, sizes.heads // sizes.kv_heads
     shared = SCRATCH + (size * (1 + WARPS) + sizes.capacity) * 4
@@ -56,7 +57,11 @@ def cached_attention(
         position = T.min(T.max(position, T.int32(0)), T.int32(sizes.capacity - sizes.new))
         last = T.Bind(position + token)
         first = T.Bind(T.max(last - (sizes.window - 1), 0)) if sizes.window > 0 else T.int32(0)
-        start = T.Bind(head // group * (sizes.capacity * size))
+        of = T.Bind(head // group)
+        start = T.Bind(of * (sizes.capacity * size))
+
+        def held(which: int, source: Source, t: Any, d: Any) -> Any:
+            return read(buffers[which], buffers, source, sizes.bits, start + t * size + d, of, d)
 
         def finish(element: Any, result: Any) -> None:
             emitter.vector([0, token], head * size + element, 1, result)
@@ -64,8 +69,7 @@ def cached_attention(
         _one_query(
             thread, memory, shared, size, size, sizes.scale, first, last + 1,
             lambda d: buffers[3][(token * sizes.heads + head) * size + d],
-            lambda t, d: T.Cast("float32", buffers[0][start + t * size + d]),
-            lambda t, d: T.Cast("float32", buffers[1][start + t * size + d]), None, finish,
+            lambda t, d: held(0, k, t, d), lambda t, d: held(1, v, t, d), None, finish,
         )  # fmt: skip
     return made
 

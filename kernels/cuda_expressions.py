@@ -29,6 +29,7 @@ from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.kernels.tiles import Product
 
 THREADS = 256
+KEPT = 16  # numbers of a row that a thread holds at most; longer rows are read again
 SCRATCH = 128  # bytes: a float for each warp of a block
 
 
@@ -76,11 +77,33 @@ def rows(
         call("qc_after_previous")
         call("qc_let_next")
         place = read.coordinates(row)
+        each = -(-width // threads)
+        kept = registers(each, "float32") if each <= KEPT else None
+
+        def along(body: Callable[[Any, Any], None]) -> None:
+            """body(turn, index) for this thread's part of the row."""
+            if kept is None:
+                with T.serial(0, each) as turn:
+                    index = T.Bind(turn * threads + thread)
+                    with T.If(index < width), T.Then():
+                        body(turn, index)
+                return
+            for i in range(each):
+                index = T.Bind(i * threads + thread)
+                with T.If(index < width), T.Then():
+                    body(i, index)
+
+        def number(turn: Any, index: Any) -> Any:
+            return read.value(place, index, 1) if kept is None else kept[turn]
+
+        if kept is not None:
+            along(lambda i, index: T.buffer_store(kept, read.value(place, index, 1), [i]))
 
         def over(start: float, step: Callable[[Any, Any], Any], kind: str) -> Any:
-            part = _fold(width, thread, threads, start,
-                         lambda total, i: step(total, read.value(place, i, 1)))  # fmt: skip
-            return T.Bind(value(f"qc_block_{kind}", part, address(memory), warps))
+            total = registers(1, "float32")
+            T.buffer_store(total, T.float32(start), [0])
+            along(lambda i, at: T.buffer_store(total, step(total[0], number(i, at)), [0]))
+            return T.Bind(value(f"qc_block_{kind}", total[0], address(memory), warps))
 
         if kind == "softmax":
             top = over(-3.4e38, code.maximum, "max")
@@ -101,11 +124,12 @@ def rows(
                 return (x - mean) * factor
         else:
             raise UnsupportedError(f"no row kernel '{kind}'")
-        with T.serial(0, -(-width // threads)) as turn:
-            index = T.Bind(turn * threads + thread)
-            with T.If(index < width), T.Then():
-                result = code.bind(normal(read.value(place, index, 1)))
-                write.vector(write.coordinates(row), index, 1, result)
+
+        def finish(turn: Any, index: Any) -> None:
+            result = code.bind(normal(number(turn, index)))
+            write.vector(write.coordinates(row), index, 1, result)
+
+        along(finish)
     return made
 
 

@@ -154,12 +154,13 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
     """A warpgroup product of 64 rows by `columns`; its source."""
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
-    whole = kind in ("s8", "u8")
-    form, held = ("r", "int") if whole else ("f", "float")
+    bytes_ = kind != "f16"  # both operands come from shared memory
+    form, held = ("r", "int") if kind in ("s8", "u8") else ("f", "float")
     outputs = ", ".join(f'"+{form}"(c[{i}])' for i in range(count))
-    if whole:
+    if bytes_:
         signature = "const void* a, const void* b"
-        text = f"m64n{columns}k32.s32.{kind}.s8 {{{sums}}}, %{count}, %{count + 1}, 1;"
+        types, more = (f"s32.{kind}.s8", "") if form == "r" else ("f32.e4m3.e4m3", ", 1, 1")
+        text = f"m64n{columns}k32.{types} {{{sums}}}, %{count}, %{count + 1}, 1{more};"
         inputs = '"l"(qc_matrix(a)), "l"(qc_matrix(b))'
         before = ""
     else:
@@ -176,7 +177,7 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
 
 
 for _columns in (64, 128, 256):
-    for _kind in ("s8", "u8", "f16"):
+    for _kind in ("s8", "u8", "e4m3", "f16"):
         _name = f"qc_wgmma_{_kind}_{_columns}"
         DEVICE[_name] = ("void", _wgmma(_name, _columns, _kind))
 

@@ -132,3 +132,4 @@ for _name in ("cached_attention", "stored_attention"):
     torch.library.register_fake(f"qc::{_name}", _fake_cached_attention)
 cached_attention = torch.ops.qc.cached_attention.default
 stored_attention = torch.ops.qc.stored_attention.default
+CACHED = frozenset({cached_attention, stored_attention})

@@ -202,7 +202,7 @@ class Target:
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
         if any(cache) and (self.runtime, self.device) == ("ort", "cuda"):
             return "ort:cuda keeps its cache in float16 (--set keys=none --set values=none)"
-        reason = _cache_refusal(self.runtime, *cache) if any(cache) else None
+        reason = _cache_refusal(self, *cache) if any(cache) else None
         if reason:
             return reason
         if weight is not None and weight.dynamic:
@@ -290,20 +290,11 @@ def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:
     return None
 
 
-def _ort_cuda_refusal(weight: QType | None, activation: QType | None) -> str | None:
-    if activation is not None:
-        return (
-            "ONNX Runtime's CUDA provider takes two to six times as long for int8 activations as "
-            "for float16: leave them float (w4a16, w8a16, w8, fp32)"
-        )
-    return _ort_refusal(weight, None)
-
-
-def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> str | None:
+def _cache_refusal(target: Target, keys: QType | None, values: QType | None) -> str | None:
     """Why nothing keeps a cache in these formats, or None."""
     kinds = [kind for kind in (keys, values) if kind is not None]
     fixed = [kind.granularity in ("tensor", "channel") for kind in kinds]
-    if not any(fixed) and runtime == "torch":
+    if not any(fixed) and target.runtime == "torch":
         return None  # simulated
     good = all(
         kind.element in ("int8", "int4") and kind.symmetric and not kind.dynamic for kind in kinds
@@ -313,9 +304,10 @@ def _cache_refusal(runtime: str, keys: QType | None, values: QType | None) -> st
             "a cache is kept as int8:channel, int4:channel, int8:tensor or int4:tensor, keys and "
             f"values alike, not {keys} and {values}; other formats can be measured on torch:cpu"
         )
-    if runtime == "tvm":
+    if target.runtime == "tvm" and target.device != "cuda":
         return (
-            "generated code keeps its key-value cache in float; compile for ort:cpu, or leave it "
+            "generated code keeps its key-value cache in float on CPUs; compile for ort:cpu, or "
+            "leave it "
             "in float (--set keys=none --set values=none)"
         )
     return None

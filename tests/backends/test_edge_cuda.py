@@ -140,9 +140,8 @@ def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path
     assert len(halves) == (2 if kernels == {"gemm"} else 0)
 
 
-@nvcc
-def test_a_language_model_keeps_its_cache_in_float16(tmp_path: Path) -> None:
-    """Takes a while: two sizes of a whole model are compiled."""
+def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artifact:
+    """A tiny Llama."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
     from qcompiler.models.hf_decoder import decoder_spec
 
@@ -157,22 +156,60 @@ def test_a_language_model_keeps_its_cache_in_float16(tmp_path: Path) -> None:
     def texts() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(ids, torch.ones_like(ids))] * 2
 
-    settings = {"rounding": "rtn", "smooth": False, "min_sqnr": 1.0}
-    made = qcompiler.compile(
+    recipe = load_recipe(
+        "w8a8-token", {"rounding": "rtn", "smooth": False, "min_sqnr": 1.0, **settings}
+    )
+    return qcompiler.compile(
         decoder_spec("Llama", model, None, lambda texts: {}, {}, texts, texts),
-        target="tvm:cuda:sm_90", recipe=load_recipe("w8a8-token", settings),
-        out=tmp_path / "a", buckets={"tokens": [1, 20], "capacity": [64]},
+        target="tvm:cuda:sm_90", recipe=recipe, out=out,
+        buckets={"tokens": tokens, "capacity": [64]},
     )  # fmt: skip
+
+
+STORED = {"keys": "int4:channel", "values": "int4:channel"}
+
+
+@nvcc
+@pytest.mark.parametrize(("settings", "bits", "tokens"), [({}, 16, [1]), (STORED, 4, [1, 20])])
+def test_a_language_model_keeps_its_cache(
+    settings: dict[str, object], bits: int, tokens: list[int], tmp_path: Path
+) -> None:
+    """Takes a while: a whole model is compiled at one or two sizes."""
+    made = language(tmp_path / "a", settings, tokens)
     kernels = made.manifest["audit"]["kernels"]
-    assert kernels["write_cache"] == kernels["cached_attention"] == 2
+    assert kernels["cached_attention"] == 2
+    assert kernels.get("write_cache", 0) == (2 if tokens[-1] > 16 else 0)
     assert "rms_norm" not in kernels
     program = json.loads((tmp_path / "a" / edge_cuda_load.PROGRAM).read_text())
-    assert program["state"] == 2 * 2 * (2 * 64 * 16) * 2  # layers, keys and values, elements
-    one, many = program["entries"]
-    assert [e["sizes"]["tokens"] for e in (one, many)] == [1, 20]
-    for entry in (one, many):
+    # Layers, keys and values, heads · capacity · size.
+    assert program["state"] == 2 * 2 * (2 * 64 * 16) * bits // 8
+    assert [e["sizes"]["tokens"] for e in program["entries"]] == tokens
+    for entry in program["entries"]:
         state = {t["at"] for t in entry["tensors"] if t["space"] == "state"}
         assert len(state) == 4
+
+
+@nvcc
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["", "int8:channel", "int4:tensor"])
+def test_a_gpu_reads_its_cache(kind: str, tmp_path: Path) -> None:
+    """Chunks and single tokens agree, and both with the quantized program."""
+    from safetensors.torch import load_file
+
+    settings: dict[str, object] = {"keys": kind, "values": kind} if kind else {}
+    made = language(tmp_path / "a", settings, [1, 16, 20])
+    run = load(made.folder).run  # type: ignore[attr-defined]
+    given = load_file(made.folder / "verify" / "calibration.safetensors")["0/input_ids"][0]
+    name = made.folder / "verify" / "calibration-quantized.safetensors"
+    want = load_file(name)["0/logits"][0, -1]
+    found = []
+    for parts in ([len(given)], [1] * len(given)):
+        run.reset()
+        for part in torch.split(given, parts):
+            scores = run.read(part)
+        found.append(scores)
+        assert (scores - want).norm() / want.norm() < 3e-2  # of a cache's integers, some turn over
+    assert (found[0] - found[1]).norm() / want.norm() < 3e-2
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, capability: int, free: int) -> None:

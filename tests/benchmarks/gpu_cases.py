@@ -13,6 +13,8 @@ from qcompiler.kernels.cuda_units import unit_bytes, units
 from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
 
 EPSILON = 1e-5
+BYTES = ("int8", "few8", "fp8")
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Case:
 
     Attributes:
         kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
-            products), int8 (int8 × int8), few8 (few tokens of it), or rows (norms, quantization).
+            products), int8 (int8 × int8), few8 (few tokens of it), fp8 (e4m3), or rows (norms,
+            quantization).
         tokens, rows, depth: M, N, K; of `rows` kernels M and K.
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
@@ -53,6 +56,7 @@ CASES = (
     *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
     *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
     *(Case("few8", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
+    *(Case("fp8", m, 8192, 8192, 8, 0) for m in (512, 8192)),
     *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
     *(
         Case("rows", 16384, 0, width, variant=variant)
@@ -75,6 +79,7 @@ CASES = (
             ("hopper", 40, 1000, 264, 4, 128), ("hopper", 100, 300, 576, 4, 32),
             ("hopper", 200, 520, 1536, 4, 64), ("hopper", 90, 300, 576, 8, 0),
             ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
+            ("fp8", 70, 300, 200, 8, 0),
             ("few8", 1, 300, 576, 8, 0), ("few8", 5, 130, 200, 8, 0), ("few8", 70, 72, 1536, 8, 0),
         )
     ),
@@ -90,7 +95,7 @@ CASES = (
 
 def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     """The kernel and the elements of its workspace and counters; needs TVM, no GPU."""
-    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_int8, cuda_rows
+    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_8bit, cuda_rows
     from qcompiler.kernels import cuda_skinny as few
     from qcompiler.kernels.code import Argument
 
@@ -108,17 +113,17 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
         given += [Argument("scales", "float32", m)] if output == "int8" else []
         return cuda_rows.cuda_rows(case.name, given, what), {}
     out = Argument("out", "float16", m * n)
-    if case.kind in ("int8", "few8"):
+    if case.kind in BYTES:
         given = [Argument("x", "uint8", unit_bytes(m, k, 1)),
                  Argument("weight", "uint8", unit_bytes(n, k, 1)), out,
                  Argument("token_scales", "float32", m),
                  Argument("scales", "float32", n)]  # fmt: skip
-        write = _stored(m, n, 2, True)
+        write = _stored(m, n, 2, "float32" if case.kind == "fp8" else "int32")
         if case.kind == "few8":
             whole = Bytes(n, k)
             return few.skinny(case.name, given, m, whole, few.choose(m, whole), write), {}
-        product = cuda_matmul_int8.choose_product(m, n, k, True)
-        return cuda_matmul_int8.matmul_int8(case.name, given, product, write), {}
+        product = cuda_matmul_8bit.choose_product(m, n, k, "e4m3" if case.kind == "fp8" else "s8")
+        return cuda_matmul_8bit.matmul_8bit(case.name, given, product, write), {}
     form = Weights(n, k, case.bits, case.group)
     x = ("uint8", unit_bytes(m, k, 2)) if case.kind == "hopper" else ("float16", m * k)
     given = [Argument("x", *x), Argument("weight", "uint8", form.nbytes)]
@@ -142,12 +147,12 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     return cuda_gemm.gemm(case.name, [*given, out], m, form, how, write), extra
 
 
-def _stored(m: int, n: int, out: int, scaled: bool = False) -> Any:
-    """The sums as float16, (M, N); scaled by the two arguments after that, tokens' and outputs'."""
+def _stored(m: int, n: int, out: int, sums: str = "") -> Any:
+    """The sums as float16, (M, N); with their dtype, scaled by tokens' and outputs' scales too."""
     from qcompiler.kernels.expression import Access, Expression, Step
 
-    steps = [Step("anchor", "int32" if scaled else "float32")]
-    if scaled:
+    steps = [Step("anchor", sums or "float32")]
+    if sums:
         steps += [
             Step("cast", "float32", (0,)),
             Step("load", "float32", access=Access(out + 1, "float32", 0, (1, 0))),
@@ -188,10 +193,14 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
     scale = torch.rand(n, -(-k // group) if group else 1, device=device) * 0.02 + 0.001
     out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
     factors: Any = 1.0
-    if case.kind in ("int8", "few8"):
-        x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
+    if case.kind in BYTES:
+        if case.kind == "fp8":
+            x, w = (torch.randn(*shape, device=device).to(FP8) for shape in ((m, k), (n, k)))
+        else:
+            x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
         token = torch.rand(m, device=device) * 0.01 + 0.001
-        given, at = [units(x), units(w), out, token, scale.reshape(-1)], 2
+        stored = [units(t.view(torch.int8)) for t in (x, w)]
+        given, at = [*stored, out, token, scale.reshape(-1)], 2
         factors = token.double()[:, None]
     else:
         x = torch.randn(m, k, device=device).half()

@@ -1,8 +1,10 @@
-"""Products of 8-bit integers on Hopper's tensor cores, for many tokens.
+"""Products of 8-bit numbers on Hopper's tensor cores, for many tokens: integers or fp8.
 
     sum[m, n] = Σ_k x[m, k] · weight[n, k]
 
-Sums are exact in int32; scales, one for each token and output, and zero points are the expression's
+Sums of integers are exact in int32; those of fp8 (e4m3) are made in the tensor cores' own
+precision, which keeps fewer bits than float32 (DeepSeek-V3 2024, section 3.3.2: about 14), and
+given as float32. Scales, one for each token and output, and zero points are the expression's
 business. Both operands come as units (`cuda_units`); a block computes 128 tokens by `columns`
 outputs.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tvm.tirx.script.builder import ir as T
 
@@ -29,6 +31,8 @@ from qcompiler.kernels.cuda_hopper import GROUP, Ring
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
 from qcompiler.kernels.expression import Emitter, Expression
 
+Kind = Literal["s8", "u8", "e4m3"]
+
 READERS = 2  # warpgroups that multiply, each 64 tokens
 TOKENS = READERS * UNIT_ROWS  # of a block
 
@@ -39,7 +43,7 @@ class Product8:
 
     Attributes:
         tokens, rows, depth: M, N, K.
-        signed: whether x is int8, not uint8.
+        kind: of x: s8 or u8, with int8 weights, or e4m3, with weights alike.
         columns: outputs of a block, 64, 128 or 256.
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
@@ -48,10 +52,15 @@ class Product8:
     tokens: int
     rows: int
     depth: int
-    signed: bool = True
+    kind: Kind = "s8"
     columns: int = 256
     ring: int = 4
     band: int = 16
+
+    @property
+    def sums(self) -> str:
+        """Their dtype."""
+        return "float32" if self.kind == "e4m3" else "int32"
 
     @property
     def slot(self) -> int:
@@ -64,16 +73,16 @@ class Product8:
         return self.ring * (self.slot + 16)
 
 
-def choose_product(tokens: int, rows: int, depth: int, signed: bool) -> Product8:
+def choose_product(tokens: int, rows: int, depth: int, kind: Kind) -> Product8:
     """The widest blocks of which every processor gets one."""
     down = -(-tokens // TOKENS)
     for columns in (256, 128):
         if down * -(-rows // columns) >= HOPPER.processors:
-            return Product8(tokens, rows, depth, signed, columns, 4 if columns == 256 else 6)
-    return Product8(tokens, rows, depth, signed, 64, 8)
+            return Product8(tokens, rows, depth, kind, columns, 4 if columns == 256 else 6)
+    return Product8(tokens, rows, depth, kind, 64, 8)
 
 
-def matmul_int8(
+def matmul_8bit(
     name: str, arguments: Sequence[Argument], product: Product8, expression: Expression
 ) -> CudaKernel:
     """The kernel.
@@ -82,7 +91,7 @@ def matmul_int8(
         name: of the function.
         arguments: x and the weight as units (uint8), then what the expression reads and writes.
         product: sizes.
-        expression: over (…, N), with the sums (int32) as value 0; it stores them.
+        expression: over (…, N), with the sums as value 0; it stores them.
     """
     p = product
     stages = -(-p.depth // UNIT_BYTES)
@@ -146,17 +155,16 @@ def matmul_int8(
 
         def multiply() -> None:
             call("qc_registers_inc_232")
-            kind = "s8" if p.signed else "u8"
-            total = registers(p.columns // 2, "int32")
+            total = registers(p.columns // 2, p.sums)
             for i in range(p.columns // 2):
-                T.buffer_store(total, T.int32(0), [i])
+                T.buffer_store(total, T.Cast(p.sums, T.int32(0)), [i])
             with T.serial(0, stages) as stage:
                 slot = T.Bind(stage % p.ring)
                 call("qc_barrier_wait", ring.full(slot), stage // p.ring % 2)
                 call("qc_wgmma_begin")
                 for step in range(UNIT_BYTES // 32):
                     mine = slot * p.slot + step * 32
-                    call(f"qc_wgmma_{kind}_{p.columns}", address(total, 0, p.columns // 2),
+                    call(f"qc_wgmma_{p.kind}_{p.columns}", address(total, 0, p.columns // 2),
                          address(memory, mine + group * UNIT),
                          address(memory, mine + READERS * UNIT))  # fmt: skip
                 call("qc_wgmma_commit")
