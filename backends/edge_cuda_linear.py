@@ -54,14 +54,15 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
         return
     if tall:
         how = choose_tall(count, form)
-        _multiply(calls, g, op, "gemm_hopper", gemm_hopper, arguments, count, form, how)
-        return
-    how = choose_blocks(count, form, calls.gpu)
+        kind, make, pieces = "gemm_hopper", gemm_hopper, prod(how.pieces(count, form))
+    else:
+        how = choose_blocks(count, form, calls.gpu)
+        kind, make, pieces = "gemm", gemm, prod(how.grid(count, form)[:2])
     room = how.workspace(count, form)
     if room:
         arguments.append(calls.temporary(torch.float32, (room,)).storage)
-        arguments.append(calls.counters(prod(how.grid(count, form)[:2])))
-    _multiply(calls, g, op, "gemm", gemm, arguments, count, form, how, room > 0)
+        arguments.append(calls.counters(pieces))
+    _multiply(calls, g, op, kind, make, arguments, count, form, how, room > 0)
 
 
 def _multiply(

@@ -66,18 +66,16 @@ class CudaKernel:
         blocks, threads: extents of the grid and of a block, (x, y, z) and x.
         shared: bytes of dynamic shared memory.
         resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
-        cluster: blocks along y that can read one another's shared memory.
     """
 
     def __init__(
         self, name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
-        shared: int, resident: int = 0, cluster: int = 1,
+        shared: int, resident: int = 0,
     ) -> None:  # fmt: skip
         self.name, self.arguments = name, tuple(arguments)
         x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
         self.blocks = x, y, z
         self.threads, self.shared, self.resident = threads, shared, resident
-        self.cluster = cluster
         self.function: Any = None
         self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
 
@@ -85,7 +83,7 @@ class CudaKernel:
 @contextmanager
 def cuda_kernel(
     name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
-    shared: int = 0, resident: int = 0, cluster: int = 1,
+    shared: int = 0, resident: int = 0,
 ) -> Iterator[tuple[CudaKernel, list[Any], list[Any], Any, Any]]:  # fmt: skip
     """Open a kernel; what is written inside runs once in each thread.
 
@@ -96,7 +94,6 @@ def cuda_kernel(
         threads: of a block.
         shared: bytes of dynamic shared memory.
         resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
-        cluster: blocks along y that can read one another's shared memory (Hopper).
 
     Yields:
         The kernel, its buffers, the block's indices, the thread's index, and shared memory as
@@ -107,7 +104,7 @@ def cuda_kernel(
     one waits on a processor whose first-level cache the first one still fills: measured on an
     H200, it then read lines that the second had overwritten.
     """
-    made = CudaKernel(name, arguments, blocks, threads, shared, resident, cluster)
+    made = CudaKernel(name, arguments, blocks, threads, shared, resident)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -170,13 +167,10 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
     parameters = dict(_SIGNATURE.findall(source))
     for kernel in kernels:
         names = re.findall(r"(\w+)_ptr\b", parameters[kernel.name])
-        bounds = f"__launch_bounds__({kernel.threads}"
-        found = f"{bounds}) {kernel.name}_kernel("
         if kernel.resident:  # TVM's attribute for it is lost on the way to the device function
-            wanted = f"{bounds}, {kernel.resident}) {kernel.name}_kernel("
-            source, found = source.replace(found, wanted), wanted
-        if kernel.cluster > 1:
-            source = source.replace(found, f"__cluster_dims__(1, {kernel.cluster}, 1) {found}")
+            bounds = f"__launch_bounds__({kernel.threads}"
+            found = f"{bounds}) {kernel.name}_kernel("
+            source = source.replace(found, f"{bounds}, {kernel.resident}) {kernel.name}_kernel(")
         order = {name: number for number, name in enumerate(names)}
         kernel.order = tuple(
             sorted((i for i, a in enumerate(kernel.arguments) if a.name in order),

@@ -36,10 +36,6 @@ READERS = 2  # warpgroups that multiply
 PARTS = 2  # products of 64 rows that each makes
 ROWS_OF_BLOCK = READERS * PARTS * UNIT_ROWS
 CHUNK = 64  # columns of a unit of float16
-# Blocks of a cluster → clusters that find room at once, one block a processor: the 132 processors
-# lie in eight parts of 14 to 18, and a cluster in one of them.
-CLUSTERS = {1: 132, 2: 64, 3: 40, 4: 28, 5: 20, 6: 16, 7: 16}
-BATCH = 4  # times four numbers that a thread has under way from the blocks of its cluster
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,7 @@ class Tall:
         tokens: of a block, 64 or 128.
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
-        splits: blocks that share out the columns of one piece of the output: a cluster, whose
-            blocks read one another's sums.
+        splits: blocks that share out the columns of one piece of the output.
     """
 
     tokens: int = 128
@@ -62,6 +57,12 @@ class Tall:
     def pieces(self, tokens: int, form: Weights) -> tuple[int, int]:
         """Pieces of the output along tokens and rows."""
         return -(-tokens // self.tokens), -(-form.rows // ROWS_OF_BLOCK)
+
+    def workspace(self, tokens: int, form: Weights) -> int:
+        """float32 numbers of the workspace."""
+        down, across = self.pieces(tokens, form)
+        held = down * across * self.splits * ROWS_OF_BLOCK * self.tokens
+        return held if self.splits > 1 else 0
 
     def weight_bytes(self, form: Weights) -> int:
         """Bytes of packed weights in a stage."""
@@ -78,15 +79,15 @@ class Tall:
 
 
 def choose_tall(tokens: int, form: Weights) -> Tall:
-    """The deepest ring that fits, and the largest clusters of which all run at once."""
+    """The deepest ring that fits, and as many splits as give every processor a block.
+
+    Blocks that share a piece wait for one another: there are never more than run at once.
+    """
     wide = 128 if tokens > 64 else 64
     rings = [Tall(wide, ring) for ring in (6, 5, 4, 3, 2)]
     found = next(how for how in rings if how.shared(form) <= HOPPER.shared)
     down, across = found.pieces(tokens, form)
-    most = max(1, form.stages // 4)
-    splits = max(
-        n for n, many in CLUSTERS.items() if n == 1 or (n <= most and down * across <= many)
-    )
+    splits = max(1, min(HOPPER.processors // (down * across), form.stages // 4, 8))
     return replace(found, splits=splits)
 
 
@@ -99,7 +100,8 @@ def gemm_hopper(
     Args:
         name: of the function.
         arguments: x as units (uint8), packed weights (uint8); without groups the rows' scales (N
-            float32); then what the expression reads and writes.
+            float32); with splits the workspace (float32) and counters (int32, one for each piece of
+            the output, zero before and after); then what the expression reads and writes.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -119,13 +121,7 @@ def gemm_hopper(
     size = how.tokens // 2  # sums of a thread for 64 rows
     threads = (READERS + 1) * GROUP
     with cuda_kernel(
-        name,
-        arguments,
-        (down * across, splits),
-        threads,
-        how.shared(form),
-        resident=1,
-        cluster=splits,
+        name, arguments, (down * across, splits), threads, how.shared(form), resident=1
     ) as (made, buffers, (block, split), thread, memory):
         x, packed = buffers[:2]
         whole = T.Bind(block // (how.band * across))
@@ -137,6 +133,7 @@ def gemm_hopper(
         first = T.Bind(split * stages)  # of the block's stages, and how many
         count = T.Bind(T.min(stages, form.stages - first))
         ring = Ring(memory, how.ring * slot_bytes, how.ring)
+        emitter = Emitter(expression, buffers)
         ring.start(thread, READERS * GROUP // WARP)
         call("qc_sync")
 
@@ -243,7 +240,15 @@ def gemm_hopper(
             for total in totals:
                 call("qc_settle", address(total, 0, size), size)
             call("qc_after_previous")  # before anything is written
-            finish(totals, lane, warp)
+            (finish if splits == 1 else share)(totals, lane, warp)
+
+        def write(token: Any, row: Any, found: Any) -> None:
+            m = T.Bind(token_block * how.tokens + token)
+            n = T.Bind(row_block * ROWS_OF_BLOCK + row)
+            with T.If(T.And(m < tokens, n < form.rows)), T.Then():
+                if form.scaled_after:
+                    found = found * buffers[2][n]
+                emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
 
         def finish(totals: list[Any], lane: Any, warp: Any) -> None:
             """Turn the sums round in shared memory, [token][row], and store whole rows."""
@@ -257,45 +262,39 @@ def gemm_hopper(
                             at = (column * 8 + lane % 4 * 2 + i) * stride + row
                             found = totals[part][column * 4 + half * 2 + i]
                             call("qc_put", address(memory, at * 4), found)
-            threads, elements = READERS * GROUP, how.tokens * ROWS_OF_BLOCK
-            emitter = Emitter(expression, buffers)
+            call("qc_sync_readers", READERS * GROUP)
+            with T.serial(0, how.tokens * ROWS_OF_BLOCK // (READERS * GROUP)) as i:
+                at = T.Bind(i * (READERS * GROUP) + thread)
+                token, row = T.Bind(at // ROWS_OF_BLOCK), T.Bind(at % ROWS_OF_BLOCK)
+                write(token, row, value("qc_get", address(memory, (token * stride + row) * 4)))
 
-            def write(token: Any, row: Any, found: Any) -> None:
-                m = T.Bind(token_block * how.tokens + token)
-                n = T.Bind(row_block * ROWS_OF_BLOCK + row)
-                with T.If(T.And(m < tokens, n < form.rows)), T.Then():
-                    if form.scaled_after:
-                        found = found * buffers[2][n]
-                    emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
+        def share(totals: list[Any], lane: Any, warp: Any) -> None:
+            """Leave the sums in the workspace; each block adds its share up, in order of blocks."""
+            workspace, counters = buffers[2 + form.scaled_after :][:2]
+            each = size // 4  # pieces of four numbers, of a part
+            fours = each * PARTS
+            mine = -(-fours // splits)
 
-            if splits == 1:
-                call("qc_sync_readers", threads)
-                with T.serial(0, elements // threads) as i:
-                    at = T.Bind(i * threads + thread)
-                    token, row = T.Bind(at // ROWS_OF_BLOCK), T.Bind(at % ROWS_OF_BLOCK)
-                    spot = address(memory, (token * stride + row) * 4)
-                    write(token, row, value("qc_get", spot))
-                return
-            # Each block adds up its share of the piece, in order of the blocks.
-            call("qc_cluster_sync")
-            share = -(-elements // (4 * threads * splits))  # of a thread, four numbers each
-            with T.serial(0, -(-share // BATCH)) as batch:
-                held = registers(BATCH * 4, "float32")
-                places = []
-                for i in range(BATCH):
-                    at = ((batch * BATCH + i) * splits + split) * threads + thread
-                    at = T.Bind(T.min(at, elements // 4 - 1) * 4)  # some are written twice
-                    token, row = T.Bind(at // ROWS_OF_BLOCK), T.Bind(at % ROWS_OF_BLOCK)
-                    places.append((token, row))
+            def place(of: Any, i: Any) -> Any:
+                start = T.cast(block * splits + of, "int64") * (fours * READERS * GROUP)
+                return address(workspace, (start + i * (READERS * GROUP) + thread) * 4)
+
+            for i in range(fours):
+                call("qc_move16", place(split, i), address(totals[i // each], i % each * 4, 4))
+            call("qc_meet", address(counters, block), splits, READERS * GROUP)
+            with T.serial(0, mine) as turn:
+                i = T.Bind(split * mine + turn)
+                with T.If(i < fours), T.Then():
+                    held = registers(4, "float32")
                     for e in range(4):
-                        T.buffer_store(held, T.float32(0), [i * 4 + e])
-                    for rank in range(splits):
-                        call("qc_cluster_add4", address(held, i * 4, 4),
-                             address(memory, (token * stride + row) * 4), rank)  # fmt: skip
-                for i, (token, row) in enumerate(places):
+                        T.buffer_store(held, T.float32(0), [e])
+                    for of in range(splits):
+                        call("qc_add16", address(held, 0, 4), place(of, i))
+                    first = (group * PARTS + i // each) * 64 + warp * 16 + lane // 4
                     for e in range(4):
-                        write(token, row + e, held[i * 4 + e])
-            call("qc_cluster_sync")  # no block ends while others read its sums
+                        token = i % each * 8 + lane % 4 * 2 + e % 2
+                        write(token, first + e // 2 * 8, held[e])
+            call("qc_part", address(counters, block), splits, READERS * GROUP)
 
         with T.If(group == READERS):
             with T.Then():

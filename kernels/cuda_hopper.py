@@ -119,24 +119,26 @@ DEVICE["qc_sync_readers"] = (
   asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
 }""",
 )
-# The blocks of a cluster wait for one another.
-DEVICE["qc_cluster_sync"] = (
+# Blocks wait for `count` of them, all of whose writes each then sees; they must run at once. After
+# that they part, and the counter is left at 0.
+DEVICE["qc_meet"] = (
     "void",
-    """__device__ __forceinline__ void qc_cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    """__device__ __forceinline__ void qc_meet(int* counter, int count, int threads) {
+  __threadfence();
+  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
+  if (threadIdx.x == 0) {
+    atomicAdd(counter, 1);
+    while (*(volatile int*)counter < count) {}
+    __threadfence();
+  }
+  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
 }""",
 )
-# Add what four floats of shared memory are in another block of the cluster.
-DEVICE["qc_cluster_add4"] = (
+DEVICE["qc_part"] = (
     "void",
-    """__device__ __forceinline__ void qc_cluster_add4(float* to, const void* mine, int rank) {
-  unsigned at = (unsigned)__cvta_generic_to_shared(mine), there;
-  float x, y, z, w;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(there));
-  to[0] += x; to[1] += y; to[2] += z; to[3] += w;
+    """__device__ __forceinline__ void qc_part(int* counter, int count, int threads) {
+  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
+  if (threadIdx.x == 0 && atomicAdd(counter, 1) == 2 * count - 1) *counter = 0;
 }""",
 )
 # A matrix of units in shared memory: rows of 128 bytes, eight of them 1024 bytes, 128B swizzle.

@@ -32,6 +32,7 @@ CACHE = 400 << 20  # bytes that a rotation reads at least: several times the L2 
 REPLAYS = 9
 BATCH = 12  # kernels of a module
 TOLERANCE = 1e-3  # of ‖out − ref‖ / ‖ref‖: float16 output and scales give 2e-4 to 3e-4
+FP8_TOLERANCE = 5e-3  # the tensor cores sum fp8 products with fewer bits than float32 has
 
 
 def build(folder: Path) -> None:
@@ -219,7 +220,7 @@ def measure(
         for a, i in zip(first, given.outputs, strict=True)
     )
     row: dict[str, Any] = {"name": case.name, **asdict(case), "error": error, "same_bits": same}
-    good = error < TOLERANCE and same
+    good = error < (FP8_TOLERANCE if case.kind == "fp8" else TOLERANCE) and same
     if not case.timed or copy == 0.0:
         return row, good
     places = [addresses]

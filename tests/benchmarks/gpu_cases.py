@@ -131,20 +131,21 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     if case.kind == "skinny":
         write = _stored(m, n, len(given))
         return few.skinny(case.name, [*given, out], m, form, few.choose(m, form), write), {}
+    how: Any
+    make: Any
     if case.kind == "hopper":
-        tall = cuda_gemm_hopper.choose_tall(m, form)
-        write = _stored(m, n, len(given))
-        made = cuda_gemm_hopper.gemm_hopper(case.name, [*given, out], m, form, tall, write)
-        return made, {}
-    how = cuda_gemm.choose_blocks(m, form)
+        how, make = cuda_gemm_hopper.choose_tall(m, form), cuda_gemm_hopper.gemm_hopper
+        pieces = how.pieces(m, form)
+    else:
+        how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
+        pieces = how.grid(m, form)[:2]
     extra = {}
     if how.workspace(m, form):
-        pieces = how.grid(m, form)[0] * how.grid(m, form)[1]
-        extra = {"workspace": how.workspace(m, form), "counters": pieces}
+        extra = {"workspace": how.workspace(m, form), "counters": pieces[0] * pieces[1]}
         given += [Argument("workspace", "float32", extra["workspace"]),
                   Argument("counters", "int32", extra["counters"])]  # fmt: skip
     write = _stored(m, n, len(given))
-    return cuda_gemm.gemm(case.name, [*given, out], m, form, how, write), extra
+    return make(case.name, [*given, out], m, form, how, write), extra
 
 
 def _stored(m: int, n: int, out: int, sums: str = "") -> Any:
