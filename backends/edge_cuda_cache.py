@@ -43,12 +43,12 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
     base = [keys, values, calls.decoder.position]
     few = new <= FEW
     writer = calls.writer(op.outputs[0].shape if few else (1,), [*base])
+    queries = calls.temporary(torch.float32, (new, heads, size)).storage
     if few:
         writer.argument(calls.temporary(torch.float32, (sizes.workspace,)).storage)
         writer.argument(calls.counters(sizes.counters))
     else:
-        queries = calls.temporary(torch.float32, (new, heads, size))
-        writer.argument(queries.storage)
+        writer.argument(queries)
     read_q = _by_head(q, size, writer.argument(q.storage))
     sources = [
         Source(_by_head(x, size, writer.argument(x.storage)), _scales(writer, step))
@@ -75,7 +75,7 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
         )  # fmt: skip
     end = writer
     if not few:
-        end = calls.writer(op.outputs[0].shape, [*base, queries.storage])
+        end = calls.writer(op.outputs[0].shape, [*base, queries])
         sources = [
             replace(source, scale=_scales(end, step))
             for source, step in zip(sources, steps, strict=True)
@@ -92,8 +92,9 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
         return
     calls.launch(
         "cached_attention", op.label, (sizes, *sources, expression),
-        lambda name: cached_attention(name, end.kernel_arguments(), sizes, *sources, expression),
-        end,
+        lambda name: cached_attention(
+            name, end.kernel_arguments(), sizes, sources[0], sources[1], expression
+        ), end,
     )  # fmt: skip
 
 

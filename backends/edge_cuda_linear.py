@@ -48,6 +48,7 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
         )
         arguments.append(scale.storage)
     how: Any
+    make: Any
     if count <= FEW and not tall:
         how = choose(count, form, calls.gpu)
         _multiply(calls, g, op, "skinny", skinny, arguments, count, form, how)

@@ -223,11 +223,14 @@ def attend(
                     result = result + code.exp(tops[w] - most, 1) * of_warp(w)
                 return most, result
 
+            def sums(index: Any) -> Callable[[int], Any]:
+                start = T.Bind(index * 4)
+                return lambda w: value("qc_get", address(memory, start + w * sharers * size * 4))
+
             for begin in range(0, sharers * size, WARPS * WARP):
                 index = T.Bind(thread + begin)
                 with T.If(index < sharers * size), T.Then():
-                    _, result = merged(index // size, lambda w, index=index: value(
-                        "qc_get", address(memory, (w * sharers * size + index) * 4)))  # fmt: skip
+                    _, result = merged(index // size, sums(index))
                     to = (room + index // size * parts + part) * size + index % size
                     T.buffer_store(workspace, result, [to])
             with T.If(thread < sharers), T.Then():
