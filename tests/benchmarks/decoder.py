@@ -12,6 +12,7 @@ of them from there. The context is 1,024 tokens, batch 1; both sides are one CUD
 from __future__ import annotations
 
 import argparse
+import datetime
 import inspect
 import json
 import statistics
@@ -214,6 +215,7 @@ def run(folder: Path, out: Path | None) -> None:
         "us": round(mine, 1), "limit_us": round(limit, 1), "of_limit": round(limit / mine, 3),
         "torch_fp16_us": round(other, 1), "torch_over_ours": round(other / mine, 2),
         "kernels": len(model._entries[0]["steps"]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
     print(json.dumps(summary, indent=1))
     if out is not None:

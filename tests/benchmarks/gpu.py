@@ -195,7 +195,11 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
     except ImportError:
         summary["onnxruntime"] = None
     if out is not None:
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in table)
+        short = [
+            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+            for row in table
+        ]
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in short)
         head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
         out.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     print({k: v for k, v in summary.items() if k != "rows"})
