@@ -31,7 +31,11 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
+from qcompiler.kernels.cuda_decode_device import ATTENTION
+from qcompiler.kernels.cuda_device import DEVICE
 from qcompiler.kernels.expression import Access, Emitter, Expression
+
+DEVICE |= ATTENTION
 
 WARPS = 4  # of a block
 NEVER = -3.0e38

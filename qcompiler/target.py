@@ -316,8 +316,7 @@ def _cache_refusal(target: Target, keys: QType | None, values: QType | None) -> 
     if target.runtime == "tvm" and target.device != "cuda":
         return (
             "generated code keeps its key-value cache in float on CPUs; compile for ort:cpu, or "
-            "leave it "
-            "in float (--set keys=none --set values=none)"
+            "leave it in float (--set keys=none --set values=none)"
         )
     return None
 
