@@ -109,8 +109,9 @@ def deliver(
     calibration, held_out = lowered.fit(calibration), lowered.fit(held_out)
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
+    known: dict[torch.fx.Node, Any] = {}
     for kind, batches in (("calibration", calibration), ("held-out", held_out)):
-        quantized = [lowered.view(integer.run(compiled.quantized, b)) for b in batches]
+        quantized = [lowered.view(integer.run(compiled.quantized, b, known)) for b in batches]
         captured = [lowered.view(compiled.source.run(b)) for b in batches]
         actual = [run(*b) for b in batches] if lowered.ran else quantized
         masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None

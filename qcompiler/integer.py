@@ -29,13 +29,25 @@ CONVS = {aten.conv1d.default, aten.conv2d.default}
 INT32 = float(1 << 31)
 
 
+class _Values(dict[Node, Any]):
+    """Values by node; a dequantized tensor is computed when a float op asks for it."""
+
+    def __missing__(self, node: Node) -> Any:
+        if node.target is not ops.dequantize:
+            raise KeyError(node)
+        self[node] = ops.dequantize(*map_arg(node.args, self.__getitem__))
+        return self[node]
+
+
 @torch.no_grad()
-def run(program: Program, batch: Batch) -> tuple[Any, ...]:
+def run(program: Program, batch: Batch, known: dict[Node, Any] | None = None) -> tuple[Any, ...]:
     """The flat outputs of a quantized program, its layers computed with integers.
 
     Args:
         program: with `qc::quantize` and `qc::dequantize`.
         batch: one tensor for each input.
+        known: what depends on constants alone, such as unpacked weights: taken from there and put
+            there, for further batches of the same program.
 
     Raises:
         OverflowError: if an accumulator does not fit into int32.
@@ -43,22 +55,32 @@ def run(program: Program, batch: Batch) -> tuple[Any, ...]:
     graph = program.exported.graph
     last_use = {source: node for node in graph.nodes for source in node.all_input_nodes}
     constants, given = program.constants(), iter(batch)
-    values: dict[Node, Any] = {}
+    known = {} if known is None else known
+    fixed: set[Node] = set()  # nodes that depend on constants alone
+    values = _Values()
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = constants[node.name] if node.name in constants else next(given)
+            fixed |= {node} if node.name in constants else set()
         elif node.op == "get_attr":
             values[node] = getattr(program.exported.graph_module, str(node.target))
+            fixed.add(node)
         elif node.op == "output":
             return tuple(values[n] if isinstance(n, Node) else n for n in node.args[0])
-        else:
+        elif node in known:
+            values[node] = known[node]
+            fixed.add(node)
+        elif node.target is not ops.dequantize:
             found = _layer(node, values)
             values[node] = found if found is not None else node.target(
                 *map_arg(node.args, values.__getitem__), **map_arg(node.kwargs, values.__getitem__)
             )  # fmt: skip
+            if all(source in fixed for source in node.all_input_nodes):
+                known[node] = values[node]
+                fixed.add(node)
         for source in node.all_input_nodes:
             if last_use[source] is node and not _feeds_layer(source):
-                del values[source]
+                values.pop(source, None)
     raise AssertionError("a graph without an output node")
 
 

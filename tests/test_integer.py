@@ -111,3 +111,14 @@ def test_an_overflow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer, "INT32", 100.0)
     with pytest.raises(OverflowError, match="int32"):
         integer.run(program, batch)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+def test_what_is_known_already_changes_nothing(recipe: str) -> None:
+    torch.manual_seed(6)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 8))
+    program, spec = quantized(module, (6, 64), recipe)
+    known: dict[torch.fx.Node, torch.Tensor] = {}
+    for batch in spec.calibration():
+        assert torch.equal(integer.run(program, batch, known)[0], integer.run(program, batch)[0])
+    assert bool(known) == (recipe == "w4a8")  # unpacked weights
