@@ -211,7 +211,7 @@ class CudaModel:
             raw = launches[step["symbol"]]
             launch = Launch(
                 raw["name"], tuple(raw["blocks"]), raw["threads"], raw["shared"],
-                tuple(raw["order"]),
+                tuple(raw["order"]), together=raw.get("together", 0),
             )  # fmt: skip
             self._module.run(launch, self._addresses(entry, at), self._stream.handle)
 

@@ -76,6 +76,7 @@ class CudaKernel:
         x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
         self.blocks = x, y, z
         self.threads, self.shared, self.resident = threads, shared, resident
+        self.together = 0  # blocks that wait for one another, so must all run at once
         self.function: Any = None
         self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
 

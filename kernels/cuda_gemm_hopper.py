@@ -123,6 +123,7 @@ def gemm_hopper(
     with cuda_kernel(
         name, arguments, (down * across, splits), threads, how.shared(form), resident=1
     ) as (made, buffers, (block, split), thread, memory):
+        made.together = down * across * splits if splits > 1 else 0
         x, packed = buffers[:2]
         whole = T.Bind(block // (how.band * across))
         height = T.Bind(T.min(down - whole * how.band, how.band))

@@ -13,7 +13,7 @@ from typing import Any
 from qcompiler.errors import UnsupportedError
 
 DRIVER = 12_000  # CUDA 12
-_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
+_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS = 75, 76, 16
 
 
 @cache
@@ -65,12 +65,13 @@ def check(code: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its number, its name, its compute capability such as 90, bytes of memory."""
+    """A GPU: its number, name, compute capability such as 90, bytes of memory, processors."""
 
     number: int
     name: str
     capability: int
     memory: int
+    processors: int = 0
 
 
 @cache
@@ -89,11 +90,11 @@ def device(number: int = 0) -> Device:
     library.cuDeviceGetName(name, 100, handle)
     library.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
     parts = []
-    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
+    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS):
         value = ctypes.c_int()
         library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
         parts.append(value.value)
-    return Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value)
+    return Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value, parts[2])
 
 
 def free_memory() -> int:

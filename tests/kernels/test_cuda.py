@@ -137,6 +137,20 @@ def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
         edge_cuda_build.build([made], [80])
 
 
+def test_blocks_that_wait_for_one_another_must_all_run(
+    cases: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = cases.kernel(cases.Case("hopper", 128, 4096, 4096))
+    assert made.together == made.blocks[0] * made.blocks[1] > 78
+    found = gpu.Device(0, "a GPU", 90, 0, 78)
+    monkeypatch.setattr(edge_cuda_driver, "device", lambda: found)
+    module = object.__new__(edge_cuda_driver.Module)
+    module._functions = {}
+    launch = edge_cuda_driver.Launch("k", made.blocks, 1, 0, (), together=made.together)
+    with pytest.raises(UnsupportedError, match=f"{made.together} processors at once.* has 78"):
+        module.prepare(launch)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line() -> None:
     with pytest.raises(UnsupportedError, match="no GPU: ") as raised:
