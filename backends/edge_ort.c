@@ -5,9 +5,10 @@
  *     qcompiler::LookUp(weights, ids; number, library) -> rows of the first linear's int8 weights
  *
  * x, … are float (…, K); the outputs, float (…, N), are those of the linears that read what is
- * computed of them, after one quantization, then values on the way, float (…, K). `number` says which of the compiled operators it is, `library` which library its
- * weights are packed for. Kernels are compiled for fixed numbers of rows: a call takes the rows of x
- * piece by piece, the largest first. Loops that kernels share among threads run on the session's. */
+ * computed of them, after one quantization, then values on the way, float (…, K). `number` says
+ * which of the compiled operators it is, `library` which library its weights are packed for. Kernels
+ * are compiled for fixed numbers of rows: a call takes the rows of x piece by piece, the largest
+ * first. Loops that kernels share among threads run on the session's. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdarg.h>
@@ -153,7 +154,8 @@ static ort_status *create(const ort_custom_op *op, ort_api api, const ort_object
   if (made != compiled_linears.library || number < 0 || number >= compiled_linears.count)
     return refuse(api, ORT_INVALID_ARGUMENT,
                   "libqcompiler_ort.so is not the one that this model was compiled with; take "
-                  "both files from one artifact");
+                  "both files from one artifact, and where the folder was compiled again start a "
+                  "new process: a library stays loaded");
   struct node *node = calloc(1, sizeof *node);
   if (!node) return refuse(api, ORT_FAIL, "not enough memory for an operator");
   node->api = api;

@@ -101,8 +101,9 @@ def _add(operator: Operator, sizes: Sequence[int], isa: Isa, code: Code, tables:
     """Generate one operator's code; its constants."""
     if len(operator.columns) > MAX_OUTPUTS:
         raise UnsupportedError(
-            f"{operator.name}: {len(operator.linears)} linears read one tensor, and an "
-            f"operator has at most {MAX_OUTPUTS} outputs"
+            f"{operator.name}: {len(operator.linears)} linears read one tensor, which with "
+            f"{len(operator.kept)} values on the way to it makes more than the {MAX_OUTPUTS} "
+            "outputs of an operator"
         )
     constants, weights, rows = Constants(), Weights(), []
     held = [Weight(x.q, x.scale, x.zero_point, x.axis, x.group) for x in operator.linears]
@@ -204,7 +205,8 @@ def _call(
         return aten.gelu.default, (*operands,), dict(named)
     if step.kind == "rms_norm":
         return aten.rms_norm.default, (*operands, [depth], *constants, step.epsilon), {}
-    return aten.layer_norm.default, (*operands, [depth], *constants, step.epsilon), {}
+    missing = [None] * (2 - len(constants))  # a norm without a shift
+    return aten.layer_norm.default, (*operands, [depth], *constants, *missing, step.epsilon), {}
 
 
 def _made(dtype: torch.dtype, *shape: int) -> Ref:

@@ -65,14 +65,18 @@ def take_steps(graph: gs.Graph, data: gs.Tensor, depth: int, reader: gs.Node) ->
     """
     parts: dict[int, tuple[gs.Tensor, _Part]] = {}  # in the order in which they run
     leaves: dict[int, gs.Tensor] = {}
+    begun: set[int] = set()
+    final = {id(tensor) for tensor in graph.outputs}
 
     def visit(tensor: gs.Tensor) -> None:
-        if id(tensor) in parts or id(tensor) in leaves:
+        if id(tensor) in begun or id(tensor) in leaves:
             return
-        part = _part(tensor, depth) if len(parts) < MAX_STEPS else None
-        if part is None or tensor in graph.outputs:
+        part = _part(tensor, depth) if len(begun) < MAX_STEPS else None
+        made = {id(t) for node in part.nodes for t in node.outputs} if part is not None else set()
+        if part is None or made & final:
             leaves[id(tensor)] = tensor
             return
+        begun.add(id(tensor))
         for operand in part.operands:
             visit(operand)
         parts[id(tensor)] = (tensor, part)

@@ -62,6 +62,12 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
         InputError: budgets that do not go together.
         UnsupportedError: the target has no kernel for a candidate, or cannot be timed here.
     """
+    if target.kernels:
+        raise UnsupportedError(
+            f"mixed precision on '{target}': what formats cost on generated kernels inside ONNX "
+            "Runtime is not measured; leave --kernels out, or give formats by layer "
+            "(--set formats=…)"
+        )
     others = [recipe.bits, recipe.size, recipe.latency]
     if recipe.max_loss is not None and any(value is not None for value in others):
         raise InputError("give max_loss alone: it is what is kept, and size what is minimised")
@@ -71,6 +77,11 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
             "--bits or --size"
         )
     texts = candidates(recipe, target, spec)
+    if not texts:
+        raise UnsupportedError(
+            f"mixed precision on '{target}': it has no kernel for any of "
+            f"{', '.join(WEIGHTS_ALONE)}; name candidates that it has (--set candidates=…)"
+        )
     chosen = [Format.parse(text) for text in texts]
     for wanted in chosen:
         reason = target.refusal(wanted.weight, wanted.activation, products=wanted.products)
@@ -200,6 +211,8 @@ def write(
         table.writerows(rows)
     plans = mixer.folder / "points"
     plans.mkdir(exist_ok=True)
+    for stale in plans.glob("*.yaml"):  # of an earlier run with other budgets
+        stale.unlink()
     for name, point in named.items():
         fields = recipe_of(mixer, point).model_dump(mode="json", exclude_defaults=True)
         fields["name"] = f"{mixer.recipe.name}-{name}"

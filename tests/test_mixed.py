@@ -103,6 +103,13 @@ def test_bfloat16_is_a_format_like_others(tmp_path: Path) -> None:
     assert history["round_products"] == ["1 linears in bfloat16"]
 
 
+def test_generated_kernels_inside_another_runtime_are_refused(tmp_path: Path) -> None:
+    formats = {"weights": "int8:channel", "activations": "int8:token"}
+    recipe = load_recipe("mixed", {"bits": 4.0, **formats})
+    with pytest.raises(UnsupportedError, match=r"on generated kernels inside .* not measured"):
+        qcompiler.compile(tower(), target="ort:cpu+tvm", recipe=recipe, out=tmp_path / "a")
+
+
 def test_points_of_the_front_compile(made: Any, tmp_path: Path) -> None:
     folder = Path(made.manifest["mixed"]["folder"])
     rows = json.loads((folder / "front.json").read_text())
