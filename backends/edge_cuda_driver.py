@@ -163,6 +163,11 @@ class Stream:
         check(driver().cuGraphLaunch(graph, self._handle), "launching a graph")
 
 
+def _free(held: ctypes.c_uint64) -> None:
+    device()  # collected in any thread
+    driver().cuMemFree_v2(held)
+
+
 class Memory:
     """Device memory, freed with the object.
 
@@ -177,7 +182,7 @@ class Memory:
         code = driver().cuMemAlloc_v2(ctypes.byref(held), ctypes.c_size_t(size))
         check(code, f"{size >> 20} MiB on the GPU")
         self.address = held.value
-        self._end = weakref.finalize(self, driver().cuMemFree_v2, held)
+        self._end = weakref.finalize(self, _free, held)
 
     def write_from(self, host: int, size: int, stream: Stream) -> None:
         """Copy from an address of the host; it is read before this returns."""

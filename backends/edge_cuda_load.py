@@ -101,6 +101,7 @@ class CudaModel:
 
     def reset(self) -> None:
         """Forget what earlier runs left in the model's state."""
+        device()  # current in this thread, whichever it is
         self._state.clear(self._stream)
         self.position = 0
 
@@ -187,6 +188,7 @@ class CudaModel:
         raise InputError(f"there is no code for the sizes {dict(sizes)}, only for {known}")
 
     def _run(self, number: int, given: Sequence[Tensor]) -> list[Tensor]:
+        device()  # as above
         for memory, value in zip(self._ports["input"], given, strict=True):
             memory.write_from(value.data_ptr(), value.nbytes, self._stream)
         if number not in self._graphs:

@@ -74,18 +74,24 @@ class Device:
     processors: int = 0
 
 
-@cache
 def device(number: int = 0) -> Device:
-    """A GPU of this machine, its primary context made current.
+    """A GPU of this machine, its primary context made current in the calling thread.
 
     Raises:
         UnsupportedError: if there is none.
     """
+    found, context = _opened(number)
+    check(driver().cuCtxSetCurrent(context), "context")  # each thread has its own current one
+    return found
+
+
+@cache
+def _opened(number: int) -> tuple[Device, ctypes.c_void_p]:
+    """The device and its primary context, which is held from then on."""
     library = driver()
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     check(library.cuDeviceGet(ctypes.byref(handle), number), f"device {number}")
     check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "context")
-    check(library.cuCtxSetCurrent(context), "context")
     name, total = ctypes.create_string_buffer(100), ctypes.c_size_t()
     library.cuDeviceGetName(name, 100, handle)
     library.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
@@ -94,7 +100,8 @@ def device(number: int = 0) -> Device:
         value = ctypes.c_int()
         library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
         parts.append(value.value)
-    return Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value, parts[2])
+    found = Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value, parts[2])
+    return found, context
 
 
 def free_memory() -> int:

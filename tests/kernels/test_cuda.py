@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +151,30 @@ def test_blocks_that_wait_for_one_another_must_all_run(
     launch = edge_cuda_driver.Launch("k", made.blocks, 1, 0, (), together=made.together)
     with pytest.raises(UnsupportedError, match=f"{made.together} processors at once.* has 78"):
         module.prepare(launch)
+
+
+def test_the_context_is_current_in_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver that only counts: the context is opened once, and made current by thread."""
+    calls: list[tuple[str, int]] = []
+
+    class Driver:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: calls.append((name, threading.get_ident())) or 0
+
+    monkeypatch.setattr(gpu, "driver", Driver)
+    gpu._opened.cache_clear()
+    try:
+        other = threading.Thread(target=gpu.free_memory)
+        gpu.device()
+        other.start()
+        other.join()
+    finally:
+        gpu._opened.cache_clear()
+    assert [name for name, _ in calls].count("cuDevicePrimaryCtxRetain") == 1
+    current = {thread for name, thread in calls if name == "cuCtxSetCurrent"}
+    assert len(current) == 2
+    names = [name for name, thread in calls if thread != threading.get_ident()]
+    assert names == ["cuCtxSetCurrent", "cuMemGetInfo_v2"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
