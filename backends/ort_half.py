@@ -1,9 +1,14 @@
 """A float32 graph in float16, as ONNX Runtime's CUDA provider runs it fast.
 
-Every float32 tensor becomes float16, but for what operators want in float32 and for the outputs
-that are no caches: a Cast makes them float32 again. Norms sum in float32 on their own (their
-`stash_type`); so do products and attention. Constants beyond ±65504 (masks are as low as float32
-goes) become the largest finite numbers.
+Every float32 tensor becomes float16, but for what operators want in float32, for the angles of
+positions (`ort_angles`) and for the outputs that are no caches: a Cast makes them float32 again.
+Norms sum in float32 on their own (their `stash_type`); so do products and attention. Other counts
+than positions are rounded above 2048.
+
+Constants beyond ±65504 (masks are as low as float32 goes) become the largest finite numbers. Single
+numbers that would become 0 (what keeps a division from 0 / 0: 1e-12) become ±2⁻¹⁴, the smallest
+normal number: of smaller ones, which may be flushed to 0, the reciprocal overflows. In tensors of
+several numbers those become 0, as rounding has it.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from collections.abc import Collection
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler.backends.ort_angles import keep_angles
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 # Operator → its inputs that stay float32.
@@ -28,7 +35,9 @@ def halve(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
             become float16.
     """
     graph = model.graph
-    wide = {
+    angles, constants = keep_angles(model)
+    made = {name for i in angles for name in graph.node[i].output}
+    wide = constants | {
         node.input[i]
         for node in graph.node
         for i in WIDE.get(node.op_type, ())
@@ -40,18 +49,20 @@ def halve(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
     for value in graph.input:
         if value.type.tensor_type.elem_type == FLOAT:
             value.type.tensor_type.elem_type = HALF
-    for node in graph.node:
+    for i, node in enumerate(graph.node):
         for attribute in node.attribute:
+            if i in angles:
+                continue
             if attribute.name == "to" and attribute.i == FLOAT:
                 attribute.i = HALF
             elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == FLOAT:
                 attribute.t.CopyFrom(_half(attribute.t))
             elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 values = attribute.floats if attribute.name == "value_floats" else attribute.f
-                made = numpy_helper.from_array(_clipped(np.array(values, np.float32)))
-                attribute.CopyFrom(helper.make_attribute("value", made))
+                half = numpy_helper.from_array(_clipped(np.array(values, np.float32)))
+                attribute.CopyFrom(helper.make_attribute("value", half))
     for value in graph.output:
-        if value.type.tensor_type.elem_type != FLOAT:
+        if value.type.tensor_type.elem_type != FLOAT or value.name in made:
             continue
         if value.name in kept:
             value.type.tensor_type.elem_type = HALF
@@ -64,8 +75,12 @@ def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 
 def _clipped(values: np.ndarray) -> np.ndarray:
-    most = np.finfo(np.float16).max
-    return np.where(np.isfinite(values), np.clip(values, -most, most), values).astype(np.float16)
+    kind = np.finfo(np.float16)
+    finite = np.where(np.isfinite(values), np.clip(values, kind.min, kind.max), values)
+    half = finite.astype(np.float16)
+    if values.size == 1:
+        half = np.where((half == 0) & (values != 0), np.copysign(kind.tiny, values), half)
+    return half.astype(np.float16)
 
 
 def _widen(graph: onnx.GraphProto, name: str) -> None:

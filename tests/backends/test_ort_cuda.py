@@ -18,12 +18,13 @@ from onnx import TensorProto
 import qcompiler
 from qcompiler import gpu, integer
 from qcompiler.artifact import REFERENCE, Artifact
-from qcompiler.backends import ort_cuda, ort_cuda_decode
+from qcompiler.backends import ort, ort_cuda, ort_cuda_decode
 from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import MODEL
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.models import ZOO, find
-from qcompiler.program import Program
+from qcompiler.passes.normalize import normalize
+from qcompiler.program import Program, capture
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
@@ -98,6 +99,43 @@ def test_an_encoder_falls_back_to_float_weights(tmp_path: Path, torchlib_once: N
     assert error(session.run(None, feed)[0], want[0]) < CLOSE
 
 
+class Turned(torch.nn.Module):
+    """Rotary angles in the graph, a constant that they share with data, a guarded division."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rates", 10000.0 ** -torch.arange(0, 1, 1 / 8))
+        self.register_buffer("gains", torch.linspace(0.3, 1, 8))
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rates = self.rates[None, :, None].expand(places.shape[0], -1, 1)
+        angles = (rates @ places[:, None].to(rates.dtype)).transpose(1, 2) * self.gains
+        turned = x * angles.cos() + x.flip(-1) * angles.sin() + torch.sin(x) * self.gains
+        return turned, torch.nn.functional.normalize(x, dim=-1, eps=1e-12)
+
+
+def test_float16_keeps_angles_and_guards(tmp_path: Path, torchlib_once: None) -> None:
+    module = Turned()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 1] = 0
+    places = torch.tensor([[2047, 2049, 4097, 9001, 30001]]).expand(2, -1).contiguous()
+    sizes = {0: "batch", 1: "sequence"}
+    program = normalize(capture(module, (x, places), {"x": sizes, "places": sizes}))
+    ort.lower(program, tmp_path, input_names=("x", "places"), half=True)
+    model = tmp_path / MODEL
+    running = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        # The positions are exact; the rates are those of float32.
+        exact = module.double()(x.double(), places)
+    feed = {"x": x.half().numpy(), "places": places.numpy()}
+    for got, want in zip(running.run(None, feed), exact, strict=True):
+        assert np.isfinite(got).all()
+        assert error(got, want) < CLOSE
+    graph = onnx.load(model).graph
+    shared = [t.data_type for t in graph.initializer if list(t.dims) == [8]]
+    assert sorted(shared) == [TensorProto.FLOAT, TensorProto.FLOAT16]  # the gains in both
+
+
 def test_what_the_target_refuses() -> None:
     target = Target.parse("ort:cuda")
     four = QType.parse("int4:g32")
@@ -159,6 +197,9 @@ def test_steps_with_a_fixed_mask(
     def value(array: Any, where: str = "") -> Any:
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
+    def refused(array: Any, where: str = "") -> Any:
+        raise RuntimeError("no room\nat line 1")
+
     monkeypatch.setattr(ort_cuda_decode, "session", session)
     monkeypatch.setattr(ort_cuda_decode, "_value", value)
     monkeypatch.setattr(ort_cuda_decode, "_options", lambda graph: onnxruntime.RunOptions())
@@ -177,6 +218,12 @@ def test_steps_with_a_fixed_mask(
     # Two layers of two heads of 16 numbers, keys and values: 512 bytes a token.
     with pytest.raises(UnsupportedError, match="a cache for 2048 tokens needs 1 MiB"):
         decoder.reset(2048)
+    # 48 tokens' memory is ONNX Runtime's own and free: 152 tokens are 4096 bytes above the 64 KiB.
+    decoder.reset(152)
+    monkeypatch.setattr(ort_cuda_decode, "free_memory", lambda: 1 << 30)
+    monkeypatch.setattr(ort_cuda_decode, "_value", refused)
+    with pytest.raises(UnsupportedError, match=r"are free; .*\(no room\)"):
+        decoder.reset(4096)
 
 
 @pytest.mark.gpu
