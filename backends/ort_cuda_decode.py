@@ -53,13 +53,16 @@ class Decoder:
         logits = next(o for o in self._step.get_outputs() if o.name == "logits")
         self.vocabulary = int(logits.shape[-1])
         self._capacity = self._graph = 0
+        self._held = 0  # tokens of the longest cache there was
         self.reset(1)
 
     def reset(self, capacity: int) -> None:
         """Forget the text.
 
         Args:
-            capacity: tokens that the next text will have at most.
+            capacity: tokens that the next text will have at most. Ask for the longest text first:
+                a longer one needs another cache and another captured graph, and ONNX Runtime keeps
+                the graphs before until the session ends.
 
         Raises:
             UnsupportedError: where the GPU's memory does not hold so long a cache.
@@ -69,20 +72,28 @@ class Decoder:
             return  # what lies in the cache is never read again: the mask hides it
         self._caches: list[Any] = []  # their memory is free before more is asked for
         self._binding: Any = None
-        size = sum(int(shape[1]) * int(shape[3]) for shape in self._shapes)
-        needed, free = size * capacity * np.dtype(self._kind).itemsize, free_memory()
+        token = sum(int(shape[1]) * int(shape[3]) for shape in self._shapes)
+        token *= np.dtype(self._kind).itemsize
+        # The old cache is free, but not to the driver: ONNX Runtime's arena keeps its memory.
+        needed, free = token * capacity, free_memory() + token * self._held
+        refusal = (
+            f"a cache for {capacity} tokens needs {needed >> 20} MiB on the GPU, and "
+            f"{free >> 20} MiB are free; ask for a shorter text"
+        )
         if needed > free:
             self._capacity = 0
-            raise UnsupportedError(
-                f"a cache for {capacity} tokens needs {needed >> 20} MiB on the GPU, and "
-                f"{free >> 20} MiB are free; ask for a shorter text"
-            )
+            raise UnsupportedError(refusal)
         self._capacity = capacity  # no longer: rotary tables end with the model's context
         self._graph += 1
-        self._caches = [
-            _value(np.zeros((1, int(shape[1]), self._capacity, int(shape[3])), self._kind))
-            for shape in self._shapes
-        ]
+        try:
+            for shape in self._shapes:
+                zeros = np.zeros((1, int(shape[1]), capacity, int(shape[3])), self._kind)
+                self._caches.append(_value(zeros))
+        except Exception as error:  # of a class that onnxruntime does not export
+            self._capacity, self._caches = 0, []
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedError(f"{refusal} ({reason})") from error
+        self._held = capacity
         self._mask = np.zeros((1, self._capacity), np.int64)
         self._token, self._place = (_value(np.zeros((1, 1), np.int64)) for _ in range(2))
         self._seen = _value(self._mask)
@@ -92,15 +103,7 @@ class Decoder:
         self._binding = self._bind(self._step, self._inputs, self._logits)
 
     def feed(self, tokens: NDArray[np.int64], last: bool = False) -> NDArray[np.float32]:
-        """Read tokens after those in the cache.
-
-        Args:
-            tokens: int64 (new,), at least one.
-            last: only the logits after the last token are wanted.
-
-        Returns:
-            Logits, float32 (new, vocabulary), or (1, vocabulary) for `last`.
-        """
+        """Read tokens (int64) after those in the cache; as `ort_decode.Decoder.feed`."""
         new, total = len(tokens), self.length + len(tokens)
         if total > self._capacity:
             raise ValueError(f"{total} tokens in a cache for {self._capacity}")
