@@ -206,13 +206,12 @@ class CudaCalls(Calls):
             before = self._norm(norm, arguments)
             assert norm.anchor is not None
             writer.value(norm.anchor.args[0], FLOAT)
-        source, count = writer.expression(), len(arguments)
+        source = writer.expression()
         self.launch(
             "quantize_rows", op.label, (source, kind, before),
             lambda name: quantize_units(name, writer.kernel_arguments(), source, kind, before),
             writer, written=2 if kind.symmetric else 3,
         )  # fmt: skip
-        assert count <= len(writer.arguments)
 
     def _norm(self, g: Group, arguments: list[Storage]) -> Norm:
         """A norm whose result the quantization computes itself."""

@@ -178,17 +178,16 @@ def _onnx_cuda(
     say: Progress,
 ) -> Lowered:
     from qcompiler.backends import ort, ort_audit, ort_cuda
-    from qcompiler.backends.ort_phases import DECODE, EVERYWHERE, NOWHERE, PREFILL, TOKENS
+    from qcompiler.backends.ort_phases import DECODE, NOWHERE, PREFILL, TOKENS
 
     say("lower")
     bits = 8 if recipe.weight_type is not None and recipe.weight_type.bits > 4 else 4
     one = target.share_of_float(bits, 1, _width(quantized, planned))
     many = target.share_of_float(bits, TOKENS)
-    packed = DECODE if one < 1 else NOWHERE
     ort.lower(
         quantized, folder, input_names=spec.input_names, output_names=names,
         dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused, half=True,
-        packed=packed if many > 1 else EVERYWHERE,
+        packed=DECODE if one < 1 else NOWHERE,
     )  # fmt: skip
     reference = _reference(folder, spec, plain, names, say, half=True)
     say("audit")
