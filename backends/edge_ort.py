@@ -79,8 +79,14 @@ def build(operators: Sequence[Operator], target: Target, sizes: Sequence[int] = 
 
 def _machine(target: Target) -> Machine:
     name = CODE.get(target.feature)
-    found = machine(Target.parse(name)) if name is not None else None
-    if found is None or not found.here:
+    if name is None:
+        raise UnsupportedError(
+            f"'{target}': no kernels for ONNX Runtime are generated for the feature "
+            f"'{target.feature}'; compile on the machine that runs them, with --target ort:cpu "
+            "--kernels tvm"
+        )
+    found = machine(Target.parse(name))
+    if not found.here:
         raise UnsupportedError(
             f"'{target}': generated kernels for ONNX Runtime are made on the machine that runs "
             "them, and this one is another; compile there with --target ort:cpu --kernels tvm"

@@ -23,7 +23,7 @@ if shutil.which("cc") is None:
 
 from qcompiler import ops
 from qcompiler.artifact import Artifact
-from qcompiler.backends import edge_folder, edge_ort
+from qcompiler.backends import edge_folder, edge_ort, edge_target
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, UnsupportedError
@@ -276,7 +276,7 @@ def test_a_missing_library_is_named(decoder: Artifact, tmp_path: Path) -> None:
         Artifact.open(folder).load()
 
 
-def test_what_the_target_refuses() -> None:
+def test_what_the_target_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target.parse("ort:cpu+tvm")
     four, eight = QType.parse("int4:g32"), QType.parse("int8:channel")
     assert target.refusal(four, QType.parse("int8:token")) is None
@@ -287,8 +287,11 @@ def test_what_the_target_refuses() -> None:
         with pytest.raises(UnsupportedError, match="no kernels"):
             Target.parse(text)
     foreign = Target.parse("ort:cpu:arm64+tvm")
-    with pytest.raises(UnsupportedError, match="made on the machine that runs them"):
+    with pytest.raises(UnsupportedError, match="are generated for the feature 'arm64'"):
         edge_ort.build([operators()["a rotation alone"]], foreign)
+    monkeypatch.setattr(edge_target, "host_family", lambda: "riscv64")
+    with pytest.raises(UnsupportedError, match="made on the machine that runs them"):
+        edge_ort.build([operators()["a rotation alone"]], Target.parse("ort:cpu:avx2+tvm"))
 
 
 def test_places_are_those_of_the_official_header(tmp_path: Path) -> None:
