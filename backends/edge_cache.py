@@ -16,6 +16,7 @@ from qcompiler.kernels.expression import Access
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_calls import Calls
+    from qcompiler.backends.edge_decoder import Decoding
 
 FLOAT = "float32"
 
@@ -23,23 +24,18 @@ FLOAT = "float32"
 def attention_over_cache(calls: Calls, g: Group, op: Op) -> None:
     """The calls for `qc::cached_attention` of one text."""
     q, k, v, _, _, _, cos, sin, positions, heads, kv_heads, scale, window, neighbours = op.args
-    if calls.decoder is None:
-        raise UnsupportedError("attention over a cache outside of a language model")
-    new, size = q.shape[1], q.shape[2] // heads
-    if size % LANES or v.shape[2] // kv_heads != size:
-        raise UnsupportedError(
-            f"heads of size {size}; attention over a cache takes multiples of 16"
-        )
+    decoder, size = sizes_of(calls, op)
+    new = q.shape[1]
     if cos is not None:
         q = _turned(calls, q, cos, sin, positions, heads, bool(neighbours), op.label)
         k = _turned(calls, k, cos, sin, positions, kv_heads, bool(neighbours), op.label)
     sizes = Cached(
-        heads, kv_heads, new, size, calls.decoder.capacity, _by_head(q, size, 0), float(scale),
-        int(window),
+        heads, kv_heads, new, size, decoder.capacity, float(scale), int(window),
+        _by_head(q, size, 0),
     )  # fmt: skip
     count = cache_elements(kv_heads, sizes.capacity, size)
     keys, values = (calls.state(count) for _ in range(2))
-    base = [keys, values, calls.decoder.position]
+    base = [keys, values, decoder.position]
 
     writer = calls.writer((1,), [*base])
     reads_k, reads_v = (_by_head(x, size, writer.argument(x.storage)) for x in (k, v))
@@ -59,6 +55,24 @@ def attention_over_cache(calls: Calls, g: Group, op: Op) -> None:
         "cached_attention", op.label, (sizes, expression, isa),
         lambda name: cached_attention(name, end.kernel_arguments(), final, expression, isa), end,
     )  # fmt: skip
+
+
+def sizes_of(calls: Calls, op: Op) -> tuple[Decoding, int]:
+    """What an attention's cache belongs to, and the size of its heads.
+
+    Raises:
+        UnsupportedError: for what no kernel takes.
+    """
+    q, _, v = op.args[:3]
+    heads, kv_heads = op.args[9:11]
+    if calls.decoder is None:
+        raise UnsupportedError("attention over a cache outside of a language model")
+    size = q.shape[2] // heads
+    if size % LANES or v.shape[2] // kv_heads != size:
+        raise UnsupportedError(
+            f"heads of size {size}; attention over a cache takes multiples of {LANES}"
+        )
+    return calls.decoder, size
 
 
 def _by_head(x: Ref, size: int, argument: int) -> Access:

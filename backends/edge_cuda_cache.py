@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcompiler.backends.edge_cache import sizes_of
 from qcompiler.backends.edge_group import Group, Writer
 from qcompiler.backends.edge_ops import Op, Ref, Storage
-from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cache import cache_elements
 from qcompiler.kernels.cuda_attention import cached_attention
 from qcompiler.kernels.cuda_cache import Decode, Rotary, Source, write_cache
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qcompiler.backends.edge_cuda_calls import CudaCalls
 
 FLOAT = "float32"
-MULTIPLE = 16  # of a head's size
 FEW = 16  # queries up to which keys are shared out among blocks
 
 
@@ -28,19 +27,12 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
     """The calls for `qc::cached_attention` or `qc::stored_attention` of one text."""
     q, k, v, _, _, _, cos, sin, positions, heads, kv_heads, scale, window, neighbours = op.args[:14]
     *steps, bits = op.args[14:] or (None, None, 16)
-    if calls.decoder is None:
-        raise UnsupportedError("attention over a cache outside of a language model")
-    new, size = q.shape[1], q.shape[2] // heads
-    if size % MULTIPLE or v.shape[2] // kv_heads != size:
-        raise UnsupportedError(
-            f"heads of size {size}; attention over a cache takes multiples of {MULTIPLE}"
-        )
-    sizes = Decode(
-        heads, kv_heads, new, size, calls.decoder.capacity, float(scale), int(window), bits
-    )  # fmt: skip
+    decoder, size = sizes_of(calls, op)
+    new = q.shape[1]
+    sizes = Decode(heads, kv_heads, new, size, decoder.capacity, float(scale), int(window), bits)
     count = cache_elements(kv_heads, sizes.capacity, size)
     keys, values = (_state(calls, count, bits) for _ in range(2))
-    base = [keys, values, calls.decoder.position]
+    base = [keys, values, decoder.position]
     few = new <= FEW
     writer = calls.writer(op.outputs[0].shape if few else (1,), [*base])
     queries = calls.temporary(torch.float32, (new, heads, size)).storage

@@ -23,15 +23,14 @@ from qcompiler.kernels.isa import Isa
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Sizes and layout of an attention over a cache, for one text.
+class Sizes:
+    """Sizes of an attention over a cache, for one text.
 
     Attributes:
         heads, kv_heads: numbers of each.
         new: tokens read now.
         size: of a head; a multiple of 16.
-        capacity: tokens that the cache holds, a multiple of 16.
-        q: access over (token, head, element); element by element contiguous.
+        capacity: tokens that the cache holds.
         scale: what scores are multiplied by.
         window: tokens that a query sees, itself included; −1 for all.
     """
@@ -41,9 +40,19 @@ class Cached:
     new: int
     size: int
     capacity: int
-    q: Access
     scale: float
     window: int
+
+
+@dataclass(frozen=True)
+class Cached(Sizes):
+    """Sizes on a CPU, where the capacity is a multiple of 16, and where queries lie.
+
+    Attributes:
+        q: access over (token, head, element); element by element contiguous.
+    """
+
+    q: Access
 
 
 def cache_elements(kv_heads: int, capacity: int, size: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels import code
+from qcompiler.kernels.cache import Sizes
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_code import CudaKernel, call, cuda_kernel
 from qcompiler.kernels.cuda_expressions import THREADS
@@ -26,26 +27,13 @@ SHARERS = 4  # query heads that a block of the attention computes at most
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Sizes of an attention over a cache, for one text.
+class Decode(Sizes):
+    """Sizes on a GPU, and how its blocks share them out.
 
     Attributes:
-        heads, kv_heads: numbers of each.
-        new: tokens read now.
-        size: of a head; a multiple of 16.
-        capacity: tokens that the cache holds.
-        scale: what scores are multiplied by.
-        window: tokens that a query sees, itself included; −1 for all.
         bits: of a number in the cache: 16 (float16), 8 or 4.
     """
 
-    heads: int
-    kv_heads: int
-    new: int
-    size: int
-    capacity: int
-    scale: float
-    window: int
     bits: int = 16
 
     @property

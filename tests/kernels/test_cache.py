@@ -67,7 +67,7 @@ def caches(c: Case, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def sizes(c: Case, argument: int) -> Cached:
     access = Access(argument, "float32", 0, (c.heads * c.size, c.size, 1))
-    return Cached(c.heads, c.kv_heads, c.new, c.size, CAPACITY, access, c.size**-0.5, c.window)
+    return Cached(c.heads, c.kv_heads, c.new, c.size, CAPACITY, c.size**-0.5, c.window, access)
 
 
 @pytest.mark.parametrize("isa", [isas.VNNI, isas.AVX2, isas.NEON], ids=lambda isa: isa.name)
