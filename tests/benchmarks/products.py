@@ -42,6 +42,7 @@ MINILM = [(128, 384, 384), (128, 1536, 384), (128, 384, 1536)]
 SMOLLM2 = [(1, 576, 576), (1, 1536, 576), (1, 576, 1536), (128, 1536, 576), (1, 49152, 576)]
 INT8 = [*MINILM, *SMOLLM2[:4], (1024, 1024, 1024)]
 PACKED = [(m, n, k) for n, k in ((1536, 576), (576, 1536), (4096, 4096)) for m in (1, 16, 128, 512)]
+LARGE = (1, 16384, 8192)  # 84 MB in 4 bits
 GROUP = 32
 SECONDS = 1.0  # for each shape
 NATIVE = machine(Target.parse("tvm:native"))
@@ -149,11 +150,36 @@ def measured(calls: dict[str, Callable[[], Any]]) -> tuple[float, float, float, 
     return statistics.median(times) * 1e3, middle, low, high
 
 
+def bandwidth() -> str:
+    """Weights read by one row, too many for any cache, beside what a copy moves."""
+    _, n, k = LARGE
+    ours, peer = packed(*LARGE).values()
+    source = np.ones(n * k // 4, np.float32)
+    target = np.empty_like(source)
+    calls = {"ours": ours, "peer": peer, "copy": lambda: np.copyto(target, source)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(13):
+        for name, call in calls.items():
+            since = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - since)
+    median = {name: statistics.median(found[1:]) for name, found in times.items()}
+    moved = {"ours": n * k * (0.5 + 4 / GROUP), "copy": 2 * source.nbytes}
+    speed = {name: size / median[name] / 1e9 for name, size in moved.items()}
+    return (
+        f"{n} × {k} in 4 bits by one row: {speed['ours']:.1f} GB/s of weights and scales, "
+        f"{speed['ours'] / speed['copy']:.0%} of what a copy reads and writes "
+        f"({speed['copy']:.1f} GB/s); {median['peer'] / median['ours']:.2f} times MatMulNBits"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--realtime", action="store_true", help="go before all other processes")
     realtime = parser.parse_args().realtime
     torch.manual_seed(0)
+    with measure.ahead(realtime):
+        print(bandwidth())
     few = [
         (
             f"{bits}-bit weights × {'int8' if integer else 'float'}, group 32, against MatMulNBits"
