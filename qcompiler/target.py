@@ -241,7 +241,7 @@ class Target:
     def multiplies_bfloat16(self) -> bool:
         """Whether it has an instruction for products of bfloat16 numbers (or needs none)."""
         if self.device == "native":
-            return bool(set(BFLOAT16.values()) & cpu_flags())
+            return not self.any_size and bool(set(BFLOAT16.values()) & cpu_flags())
         return self.runtime == "torch" or self.feature in BFLOAT16
 
     def quantizes_itself(self, weight: QType | None, activation: QType | None) -> bool:

@@ -188,6 +188,9 @@ def test_bfloat16_of_this_machine(
 ) -> None:
     monkeypatch.setattr("qcompiler.target.cpu_flags", lambda: frozenset(flags))
     assert Target.parse("tvm:native").multiplies_bfloat16 is able
+    any_size = Target.parse("tvm:native:dynamic")  # has no kernel for them
+    assert not any_size.multiplies_bfloat16
+    assert any_size.refusal(None, None, products="bfloat16") is not None
 
 
 def test_an_artifact_warns_on_a_cpu_where_it_would_saturate(
