@@ -29,11 +29,11 @@ from qcompiler.backends.edge_decoder import roles
 from qcompiler.backends.edge_group import HELD, Constants
 from qcompiler.backends.edge_model import Port
 from qcompiler.backends.edge_ops import Ref, Storage, Trace
-from qcompiler.backends.edge_ports import output_ports, place_outputs, ports_of
-from qcompiler.backends.edge_sizes import bound, generalized, probes
+from qcompiler.backends.edge_ports import check_buckets, output_ports, place_outputs, ports_of
+from qcompiler.backends.edge_sizes import Formula, bound, generalized, probes
 from qcompiler.backends.edge_target import machine
 from qcompiler.backends.edge_trace import rows_looked_up, trace
-from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention, matmul_float, matmul_int8, matmul_packed
 from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.depthwise import depthwise
@@ -43,6 +43,7 @@ from qcompiler.program import Program
 from qcompiler.target import Target
 
 MOST = 512  # the largest size that is looked at where the model names none
+LEAST = 5  # looked at even where the user names less, but for 1: a square is known from 2 to 5
 
 Build = Callable[[str, Sequence[Any], Any], Any]
 
@@ -121,7 +122,7 @@ def lower(
 
     Raises:
         UnsupportedError: for what has no code for any size, with the reason.
-        InputError: for sizes that the model has not.
+        InputError: for sizes that the model has not, or that are not positive.
     """
     if roles(program) is not None:
         raise UnsupportedError(
@@ -130,7 +131,7 @@ def lower(
         )
     ports = ports_of(program, dynamic_shapes or {}, input_names)
     names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
-    limits = _limits(program, ports, names, buckets or {}, target)
+    limits, given = _limits(program, ports, names, buckets or {}, target)
     isa, constants = choose_isa(machine(target)), Constants()
     points = probes(limits)
     taken = []
@@ -157,7 +158,9 @@ def lower(
         "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in outputs],
         "names": [p.name for p in ports], "entries": [], "padded": [],
         "features": list(machine(target).features),
-        "limits": {n: size for n, size in limits.items() if bounded},
+        "limits": given | {n: min(s, given.get(n, s)) for n, s in limits.items() if bounded},
+        "sizes": names,
+        "elements": [*dict.fromkeys(s.terms for s in sizes if isinstance(s, Formula))],
         "rows": [table.get(name, 0) for name in program.inputs],
         "dtypes": [[p.dtype for p in ports], [p.dtype for p in outputs]],
     }  # fmt: skip
@@ -168,27 +171,26 @@ def lower(
 def _limits(
     program: Program, ports: Sequence[Port], names: Sequence[str],
     buckets: Mapping[str, Sequence[int]], target: Target,
-) -> dict[str, int]:  # fmt: skip
-    """The largest value of each size that is looked at."""
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
+    """The largest value of each size that is looked at, and those that the user or model named."""
     if not names:
         raise UnsupportedError(
             f"{target}: all sizes of this model are fixed; use the target without ':dynamic'"
         )
-    unknown = [name for name in buckets if name not in names]
-    if unknown:
-        raise InputError(
-            f"--bucket {unknown[0]}=…: the model has no such size; its dynamic sizes are "
-            f"{', '.join(names)}"
-        )
+    check_buckets(names, buckets)
     ranges = {str(s): r for s, r in program.exported.range_constraints.items()}
-    found = dict.fromkeys(names, MOST)
+    given: dict[str, int] = {}
     for name, port in zip(program.inputs, ports, strict=True):
         for known, size in zip(port.shape, program.placeholder(name).meta["val"].shape,
                                strict=True):  # fmt: skip
             upper = str(getattr(ranges.get(str(size)), "upper", ""))
             if isinstance(known, str) and upper.isdigit():
-                found[known] = min(found[known], int(upper))
-    return {name: max(buckets.get(name, (size,))) for name, size in found.items()}
+                given[known] = min(given.get(known, int(upper)), int(upper))
+    limits = {name: min(MOST, given.get(name, MOST)) for name in names}
+    named = {name: max(values) for name, values in buckets.items()}
+    for name, size in named.items():
+        limits[name] = 1 if size == 1 else max(size, min(LEAST, limits[name]))
+    return limits, given | named
 
 
 def _steps(

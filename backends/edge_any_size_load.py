@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from qcompiler.backends.edge_sizes import Formula
 from qcompiler.errors import InputError, UnsupportedError
 
 ALIGN = 64
+MOST_ELEMENTS = 2**31 - 1  # of a buffer: kernels count in int32
 
 
 def load(path: Path, described: Mapping[str, Any], threads: int | None = None) -> AnySize:
@@ -44,13 +47,19 @@ def load(path: Path, described: Mapping[str, Any], threads: int | None = None) -
 
 
 class AnySize:
-    """A model for any size."""
+    """A model for any size. Threads may share it: their calls wait for one another."""
 
     emulator: tuple[str, ...] = ()
 
     def __init__(self, machine: Any, described: Mapping[str, Any]) -> None:
         self._run, self._described = machine["main"], described
         self._inputs, self._outputs = described["dtypes"]
+        names = tuple(described["sizes"])
+        self._elements = [
+            Formula(names, tuple((tuple(powers), factor) for powers, factor in terms))
+            for terms in described["elements"]
+        ]
+        self._lock = Lock()  # the virtual machine's frames and registers serve one call at a time
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the model.
@@ -60,7 +69,8 @@ class AnySize:
         """
         self._check(inputs)
         given = [_tensor(x) for x in inputs]
-        found = [from_dlpack(y) for y in self._run(*given)]
+        with self._lock:
+            found = [from_dlpack(y) for y in self._run(*given)]
         return tuple(
             y.view(torch.bool) if dtype == "bool" else y
             for y, dtype in zip(found, self._outputs, strict=True)
@@ -89,6 +99,13 @@ class AnySize:
                     )
             if rows and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < rows:
                 raise InputError(f"input '{name}' has numbers outside 0 to {rows - 1}")
+        largest = max((formula.at(sizes) for formula in self._elements), default=0)
+        if largest > MOST_ELEMENTS:
+            given = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(
+                f"the model would need a buffer of {largest} elements for {given}, more than "
+                f"{MOST_ELEMENTS}: give it smaller inputs"
+            )
 
 
 def _tensor(x: Tensor) -> Any:

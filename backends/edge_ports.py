@@ -47,23 +47,28 @@ def masked_sizes(ports: Sequence[Port], mask: str, program: Program) -> list[str
     return []
 
 
+def check_buckets(names: Sequence[str], buckets: Mapping[str, Sequence[int]]) -> None:
+    """Raise InputError for sizes that the model has not, or that are not positive."""
+    for name, values in buckets.items():
+        if name not in names:
+            known = f"its dynamic sizes are {', '.join(names)}"
+            known = known if names else "all its sizes are fixed"
+            raise InputError(f"--bucket {name}=…: the model has no such size; {known}")
+        if not values or min(values) < 1:
+            raise InputError(f"--bucket {name}=…: sizes are positive numbers")
+
+
 def entries_of(
     ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str
 ) -> list[dict[str, int]]:
     """The combinations of sizes to compile for, smallest first."""
     names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
-    unknown = [name for name in buckets if name not in names]
-    if unknown:
-        known = f"its dynamic sizes are {', '.join(names)}" if names else "all its sizes are fixed"
-        raise InputError(f"--bucket {unknown[0]}=…: the model has no such size; {known}")
+    check_buckets(names, buckets)
     masked = masked_sizes(ports, mask, program)
     chosen = []
     for name in names:
         default = PADDED if name in masked else (_example(ports, program, name),)
-        values = sorted({int(v) for v in buckets.get(name, default)})
-        if not values or values[0] < 1:
-            raise InputError(f"--bucket {name}=…: sizes are positive numbers")
-        chosen.append(values)
+        chosen.append(sorted({int(v) for v in buckets.get(name, default)}))
     combined = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*chosen)]
     return sorted(combined, key=lambda sizes: [*sizes.values()])
 

@@ -47,21 +47,35 @@ def probes(limits: Mapping[str, int]) -> list[dict[str, int]]:
     """Sizes to take a program at.
 
     A grid of three values of each size, from which formulas come, and the largest sizes and two
-    more, on which they are checked.
+    more, on which they are checked. A size whose limit leaves fewer than four values of that has
+    four between 2 and its limit in the grid, or all; 1, where a dimension's stride vanishes from
+    the kernels, is among them only where that leaves fewer than three.
     """
-    first = (3, 5, 10)
-    spread = [[min(n + 14 * i, most) for n in first] for i, most in enumerate(limits.values())]
+    spread = [_spread(i, most) for i, most in enumerate(limits.values())]
     grid = [dict(zip(limits, values, strict=True)) for values in itertools.product(*spread)]
     more = [dict(limits), {n: min(32, most) for n, most in limits.items()}]
     odd = {n: min(21 - 4 * i, most) for i, (n, most) in enumerate(limits.items())}
     return [*grid, odd, *more]
 
 
+def _spread(number: int, most: int) -> list[int]:
+    """The values of a size in the grid: `number` of the size, `most` its limit."""
+    wide = [n + 14 * number for n in (3, 5, 10)]
+    if most > wide[-1]:
+        return wide
+    least = max(2, min(3, most - 3)) if most > 3 else 1
+    return sorted({least + (most - least) * i // 3 for i in range(4)})
+
+
 def formula(values: Sequence[int], points: Sequence[Mapping[str, int]]) -> Formula | None:
-    """The polynomial of the least degree that has these values at these points, or None."""
+    """The polynomial of the least degree that has these values at these points, or None.
+
+    A size's degree in it is so low that one of the size's values at least is left for a check.
+    """
     names = tuple(points[0])
+    most = _degrees(points)
     for degree in DEGREES:
-        powers = list(itertools.product(range(degree + 1), repeat=len(names)))
+        powers = list(itertools.product(*(range(min(degree, most[n]) + 1) for n in names)))
         solved = _solve(values, points, names, powers)
         if solved is None or any(c.denominator != 1 for c in solved):
             continue
@@ -70,6 +84,15 @@ def formula(values: Sequence[int], points: Sequence[Mapping[str, int]]) -> Formu
         if all(found.at(point) == value for point, value in zip(points, values, strict=True)):
             return found
     return None
+
+
+def _degrees(points: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The largest degree of each size for which there are more distinct values than its degree + 1.
+
+    None of the degrees is below 0: a size of one or two values may have no effect.
+    """
+    distinct = {name: len({point[name] for point in points}) for name in points[0]}
+    return {name: max(0, min(DEGREES[-1], n - 2)) for name, n in distinct.items()}
 
 
 def _solve(
@@ -127,6 +150,15 @@ def generalized(taken: Sequence[Any], points: Sequence[Mapping[str, int]]) -> An
         found = formula(taken, points)
         if found is not None:
             return found
+        few = [name for name, most in _degrees(points).items() if most < DEGREES[-1]]
+        few = [name for name in few if len({point[name] for point in points}) > 1]
+        if few:
+            largest = max(point[few[0]] for point in points)
+            raise UnsupportedError(
+                f"the limit {largest} of the size '{few[0]}' is too small to tell how a number of "
+                f"it ({first}, {taken[-1]}) depends on the size: name 5 or more (--bucket "
+                f"{few[0]}=…), or fix the size in the model"
+            )
         raise UnsupportedError(f"a number of it ({first}, {taken[-1]}) is no polynomial in them")
     raise UnsupportedError(f"it computes with a value that depends on them ({first})")
 

@@ -87,6 +87,8 @@ def tiled(
     """
     vectors = isa.panel // LANES
     columns, rows = product.columns, product.rows
+    if not code.known(columns):
+        raise ValueError("the number of a product's columns, by which its panels are laid out")
     panels = -(-columns // isa.panel)
     whole = panels if columns % isa.panel == 0 else panels - 1
     block = min(rows, ROWS) if code.known(rows) else ROWS

@@ -326,7 +326,9 @@ def _edge(
 
     def fit(batches: Sequence[Batch]) -> list[Batch]:
         """Batches cut to what there is code for: single samples, none longer than the longest."""
-        return [*batches] if dynamic else fitted(batches, limits, EMULATED if emulator else None)
+        if dynamic:
+            return within(batches, limits)
+        return fitted(batches, limits, EMULATED if emulator else None)
 
     return Lowered(run, run_float, described, *sizes, fit, ran=not absent, extra=extra, notes=notes)
 
@@ -403,9 +405,27 @@ def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None
     return found
 
 
+def within(batches: Sequence[Batch], limits: Mapping[str, Any]) -> list[Batch]:
+    """Batches split along their leading size and cut, as an artifact for any size takes them.
+
+    Args:
+        batches: of any size.
+        limits: the artifact's input shapes and the largest value of each size that has one.
+    """
+    shapes, found = limits["inputs"], [*batches]
+    for name, largest in limits["limits"].items():
+        if any(shape[:1] == [name] for shape in shapes):
+            pieces = (_pieces(b, shapes, name, {min(largest, _lead(b, shapes, name))})
+                      for b in found)  # fmt: skip
+            found = [piece for several in pieces for piece in several]
+        else:
+            found = [_cut(batch, shapes, name, largest) for batch in found]
+    return found
+
+
 def _pieces(batch: Batch, shapes: Sequence[Any], name: str, sizes: set[int]) -> list[Batch]:
     """The batch in pieces of the largest size that it fills."""
-    count = max(x.shape[0] for x, shape in zip(batch, shapes, strict=True) if shape[:1] == [name])
+    count = _lead(batch, shapes, name)
     largest = max((size for size in sizes if size <= count), default=min(sizes))
     return [
         tuple(
@@ -414,6 +434,11 @@ def _pieces(batch: Batch, shapes: Sequence[Any], name: str, sizes: set[int]) -> 
         )
         for first in range(0, count - count % largest, largest)
     ]
+
+
+def _lead(batch: Batch, shapes: Sequence[Any], name: str) -> int:
+    """How many samples a batch has."""
+    return max(x.shape[0] for x, shape in zip(batch, shapes, strict=True) if shape[:1] == [name])
 
 
 def _cut(batch: Batch, shapes: Sequence[Any], name: str, largest: int) -> Batch:

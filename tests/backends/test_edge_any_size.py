@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -37,6 +40,16 @@ def lowered(spec: ModelSpec, recipe: str, folder: Path) -> tuple[Any, Callable[.
     folder.mkdir()
     edge_any_size.lower(made, ANY, folder, dynamic_shapes=spec.dynamic_shapes)
     return made, load(folder, 1)
+
+
+def compiled(
+    module: nn.Module, inputs: tuple[Tensor, ...], shapes: Mapping[str, Mapping[int, str]],
+    folder: Path, **buckets: Sequence[int],
+) -> Callable[..., Any]:  # fmt: skip
+    """Float code of a module for any size."""
+    program = capture(module, inputs, shapes)
+    edge_any_size.lower(program, ANY, folder, dynamic_shapes=shapes, buckets=buckets)
+    return load(folder, 2)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "w8a8", "w8a8-dynamic", "w4a8"])
@@ -89,10 +102,12 @@ def test_convolutions_with_any_batch(tmp_path: Path) -> None:
 
 
 def test_an_artifact(tmp_path: Path) -> None:
-    """Compiled, loaded, verified; what it does not take is an input error."""
+    """Compiled with limits, loaded, verified within them; what it does not take is an error."""
     spec = ZOO["tiny-attention-block"].build()
     recipe = load_recipe("w8a8", {"rounding": "rtn", "keep_reference": False})
-    artifact = compile(spec, target=ANY, recipe=recipe, out=tmp_path / "artifact")
+    limits = {"batch": [2], "sequence": [16]}
+    out = tmp_path / "artifact"
+    artifact = compile(spec, target=ANY, recipe=recipe, out=out, buckets=limits)
     assert verify(artifact.folder)["ok"]
     assert not artifact.manifest["audit"]["broken"]
     run = artifact.runner(1)
@@ -103,6 +118,8 @@ def test_an_artifact(tmp_path: Path) -> None:
         ((ids, torch.ones(2, 6, dtype=torch.int64)), "the model takes"),
         ((ids.float(), ids), "the model takes int64"),
         ((ids + 10**6, ids), "numbers outside 0 to"),
+        ((ids.repeat(2, 1), ids), "batch at most 2"),
+        ((ids.repeat(1, 4), ids), "sequence at most 16"),
     ):
         with pytest.raises(InputError, match=message):
             run(*given)
@@ -123,6 +140,74 @@ class Sorted(nn.Module):
         return x.sort(-1).values
 
 
+class Outer(nn.Module):
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return (x[:, None, :] * x[:, :, None]) * z[:, None, None]
+
+
+class Products(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+@pytest.mark.parametrize("limit", [4, 18])
+def test_small_limits(limit: int, tmp_path: Path) -> None:
+    """Squares of a size are found where it has few values, and the limit is checked."""
+    shapes = {"x": {0: "batch", 1: "length"}, "z": {0: "batch"}}
+    run = compiled(
+        Outer(), (torch.randn(3, 12), torch.randn(3)), shapes, tmp_path, length=[limit]
+    )  # fmt: skip
+    for batch, length in ((2, limit - 1), (5, limit), (2, 10)):
+        x, z = torch.randn(batch, length), torch.randn(batch)
+        if length > limit:
+            with pytest.raises(InputError, match=f"length at most {limit}"):
+                run(x, z)
+        else:
+            assert torch.equal(run(x, z)[0], Outer()(x, z))
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_batches_of_a_few(limit: int, tmp_path: Path) -> None:
+    """A size that is looked at where it is 1 alone, or above its limit."""
+    module = nn.Linear(8, 4).eval()
+    run = compiled(module, (torch.randn(2, 8),), {"input": {0: "batch"}}, tmp_path, batch=[limit])
+    for batch in range(1, limit + 1):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(run(x)[0], module(x))
+    with pytest.raises(InputError, match=f"batch at most {limit}"):
+        run(torch.randn(5, 8))
+
+
+def test_threads_share_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results are right, and no two calls are in the virtual machine at once."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    run: Any = compiled(module, (torch.randn(2, 64),), {"input": {0: "batch"}}, tmp_path)
+    given = [torch.randn(1 + i % 7, 64) for i in range(60)]
+    want = [run(x)[0] for x in given]
+    entered, machine = Lock(), run._run
+
+    def alone(*tensors: Any) -> Any:
+        assert entered.acquire(blocking=False), "two calls at once"
+        try:
+            time.sleep(0.001)  # lets another thread come
+            return machine(*tensors)
+        finally:
+            entered.release()
+
+    monkeypatch.setattr(run, "_run", alone)
+    with ThreadPoolExecutor(3) as pool:
+        for have, known in zip(pool.map(run, given), want, strict=True):
+            assert torch.equal(have[0], known)
+
+
+def test_a_buffer_larger_than_kernels_count(tmp_path: Path) -> None:
+    shapes = {"x": {1: "length"}}
+    run = compiled(Outer(), (torch.randn(3, 12), torch.randn(3)), shapes, tmp_path)
+    x, z = torch.randn(3, 30000), torch.randn(3)
+    with pytest.raises(InputError, match="a buffer of 2700000000 elements for length 30000"):
+        run(x, z)
+
+
 def test_refusals_say_why(tmp_path: Path) -> None:
     x = (torch.randn(2, 12),)
     dynamic = {"x": {1: "length"}}
@@ -135,6 +220,11 @@ def test_refusals_say_why(tmp_path: Path) -> None:
         program = capture(module, x, shapes)
         with pytest.raises(UnsupportedError, match=reason):
             edge_any_size.lower(program, ANY, tmp_path, dynamic_shapes=shapes)
+    for bucket in (0, -3):
+        with pytest.raises(InputError, match="positive"):
+            compiled(Halved(), x, dynamic, tmp_path, length=[bucket])
+    with pytest.raises(UnsupportedError, match="needs a fixed size: the number of a product's"):
+        compiled(Products(), (torch.randn(2, 12, 8),), dynamic, tmp_path, length=[5])
     program = capture(Masked(), x, dynamic)
     with pytest.raises(InputError, match="its dynamic sizes are length"):
         edge_any_size.lower(
@@ -147,11 +237,25 @@ def test_formulas() -> None:
     found = formula([3 * p["batch"] * p["sequence"] ** 2 - p["batch"] + 7 for p in points], points)
     assert found is not None
     assert found.at({"batch": 2, "sequence": 11}) == 3 * 2 * 121 - 2 + 7
+    few = probes({"batch": 512, "sequence": 18})
+    found = formula([p["batch"] * p["sequence"] ** 2 for p in few], few)
+    assert found is not None
+    assert found.at({"batch": 2, "sequence": 10}) == 200
+    for most in range(1, 60):
+        for number in range(3):
+            limits = {f"other{i}": 512 for i in range(number)} | {"size": most}
+            values = {point["size"] for point in probes(limits)}
+            assert len(values) >= (3 if most == 4 else min(4, most))
+            assert values <= set(range(1, most + 1))
     assert formula([p["sequence"] // 2 for p in points], points) is None
     assert formula([min(p["sequence"], 64) for p in points], points) is None
     assert formula([-(-p["batch"] // 16) for p in points], points) is None
     whole = generalized([("a", 4, (p["batch"], 2.5)) for p in points], points)
     assert whole == ("a", 4, (Formula(("batch", "sequence"), (((1, 0), 1),)), 2.5))
+    short = probes({"batch": 512, "sequence": 4})
+    assert formula([p["batch"] * p["sequence"] for p in short], short) is not None
+    with pytest.raises(UnsupportedError, match="limit 4 of the size 'sequence' is too small"):
+        generalized([p["batch"] * p["sequence"] ** 2 for p in short], short)
     with pytest.raises(UnsupportedError, match="computes with a value"):
         generalized([1 / p["batch"] for p in points], points)
     with pytest.raises(UnsupportedError, match="more or fewer"):
