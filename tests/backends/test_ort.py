@@ -31,6 +31,8 @@ from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
 from qcompiler.verify import Sqnr
 
+DATA = f"{ort.MODEL}.data"
+
 pytestmark = pytest.mark.usefixtures("torchlib_once")
 
 TINY = [name for name in ZOO if name.startswith("tiny-")]
@@ -232,11 +234,11 @@ def test_large_weights_go_to_a_file_beside_the_model(
     lowered: Callable[..., Lowered], tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
     made, model = lowered("tiny-attention-block", "w8a8"), tiny("tiny-attention-block")
-    assert not (made.folder / ort.DATA).exists()
+    assert not (made.folder / DATA).exists()
     first = tmp_path / "first"
     first.mkdir()
     ort.lower(made.compiled.quantized, first, external_above=1000)
-    assert (first / ort.DATA).stat().st_size > 4096
+    assert (first / DATA).stat().st_size > 4096
     assert (first / ort.MODEL).stat().st_size < (made.folder / ort.MODEL).stat().st_size
     second = tmp_path / "moved"
     shutil.move(first, second)
