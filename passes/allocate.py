@@ -44,10 +44,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         UnsupportedError: if the target has no kernel for one of the recipe's formats.
     """
     own = [Format.parse(text) for text in recipe.formats.values()]
-    for wanted in [recipe.format, *own]:
-        reason = target.refusal(
-            wanted.weight, wanted.activation, recipe.cache_types, wanted.products
-        )
+    wanted_formats = [(recipe.weight_type, recipe.activation_type, "float32")]
+    wanted_formats += [(f.weight, f.activation, f.products) for f in own]
+    for weight, activation, products in wanted_formats:
+        reason = target.refusal(weight, activation, recipe.cache_types, products)
         if reason:
             raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type

@@ -15,6 +15,7 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 from qcompiler import ops
 from qcompiler.backends import edge
 from qcompiler.backends.edge_rotate import split
+from qcompiler.errors import UnsupportedError
 from qcompiler.hadamard import paley, randomized, sylvester
 from qcompiler.program import capture
 from qcompiler.target import Target
@@ -76,5 +77,5 @@ def test_a_rotation_by_a_computed_matrix_is_refused(tmp_path: Path) -> None:
             return turned(x, y)
 
     x, y = torch.randn(2, 4), torch.randn(4, 4)
-    with pytest.raises(edge.UnsupportedError, match="by computed matrices"):
+    with pytest.raises(UnsupportedError, match="by computed matrices"):
         edge.lower(capture(Module(), (x, y)), Target.parse("tvm:native"), tmp_path)
