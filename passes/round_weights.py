@@ -41,6 +41,7 @@ from qcompiler.rounding import (
 from qcompiler.stages import BUDGET, Stages
 
 STRIP = 512  # columns of a Hessian that are computed at a time
+TOGETHER = 4096  # rows of inputs that are multiplied at a time
 
 
 @torch.no_grad()
@@ -143,23 +144,28 @@ def _round(weight: Tensor, hessian: Tensor, kind: QType, method: str, clip: bool
 def _hessian(inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Tensor:
     """H = 2 Σ x xᵀ over all rows, (features, features) float64."""
     total: Tensor | None = None
+    waiting: list[Tensor] = []
     for value, mask in zip(inputs, masks, strict=True):
-        part = _gram(unpadded(value, mask).flatten(0, -2)).double()
-        total = part if total is None else total.add_(part)
+        waiting.append(unpadded(value, mask).flatten(0, -2))
+        if sum(map(len, waiting)) >= TOGETHER:
+            total = _add_gram(total, torch.cat(waiting))
+            waiting = []
+    if waiting:
+        total = _add_gram(total, torch.cat(waiting))
     assert total is not None
+    for start in range(0, len(total), STRIP):
+        stop = start + STRIP
+        total[stop:, start:stop] = total[start:stop, stop:].T
     return total.mul_(2)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Xᵀ X, in strips: each is multiplied with the columns from its own on, the rest mirrored."""
+def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
+    """Add Xᵀ X, in strips: each is multiplied with the columns from its own on."""
     size = rows.shape[1]
-    product = torch.empty(size, size)
+    total = torch.zeros(size, size, dtype=torch.float64) if total is None else total
     for start in range(0, size, STRIP):
-        stop = min(start + STRIP, size)
-        strip = rows[:, start:stop].T @ rows[:, start:]
-        product[start:stop, start:] = strip
-        product[start:, start:stop] = strip.T
-    return product
+        total[start : start + STRIP, start:] += rows[:, start : start + STRIP].T @ rows[:, start:]
+    return total
 
 
 def rounding_notes(rounded: Mapping[Site, Rounded]) -> list[str]:

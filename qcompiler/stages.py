@@ -1,9 +1,10 @@
 """Run a program over many batches in stages, so that its layers can be changed on the way.
 
 Between two stages only the values that later nodes read are held, for all batches; inside a stage
-one batch runs at a time. Beyond a budget the held values go to files. So the memory is
+as many batches run side by side as torch has threads, each on one thread, which wastes less of them
+than sharing each small op out. Beyond a budget the held values go to files. So the memory is
 
-    budget  +  what one batch needs between two stages
+    budget  +  threads × what one batch needs between two stages
 
 above the weights, whatever the number of batches; nothing is computed twice.
 """
@@ -11,7 +12,9 @@ above the weights, whatever the number of batches; nothing is computed twice.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,7 @@ class Stages:
         self._budget = budget
         self._position = 0
         self._spilled: tempfile.TemporaryDirectory[str] | None = None
+        self._making = threading.Lock()
         self._held: list[dict[Node, Any] | Path] = [
             dict(zip(inputs, batch, strict=True)) for batch in batches
         ]
@@ -88,7 +92,6 @@ class Stages:
         if self._spilled is not None:
             self._spilled.cleanup()
 
-    @torch.no_grad()
     def advance(self, stop: Node) -> None:
         """Run every batch up to `stop`, which itself does not run yet.
 
@@ -98,14 +101,21 @@ class Stages:
         end = self._index[stop]
         if end < self._position:
             raise ValueError(f"'{stop.name}' was passed already")
-        held = 0
-        for number in range(len(self._held)):
+        held, lock = 0, threading.Lock()
+
+        @torch.no_grad()  # of each thread alone
+        def run(number: int) -> None:
+            nonlocal held
             values = self._load(number)
             for index in range(self._position, end):
                 self._step(index, values, self.functions)
             kept = {n: _compact(v) for n, v in values.items() if self._last.get(n, -1) >= end}
-            held += sum(v.nbytes for v in kept.values() if isinstance(v, Tensor))
-            self._held[number] = kept if held <= self._budget else self._spill(number, kept)
+            with lock:
+                held += sum(v.nbytes for v in kept.values() if isinstance(v, Tensor))
+                spills = held > self._budget
+            self._held[number] = self._spill(number, kept) if spills else kept
+
+        _side_by_side(run, len(self._held))
         self._position = end
 
     def values(self, node: Node) -> Iterator[Any]:
@@ -186,11 +196,29 @@ class Stages:
         return dict(held)
 
     def _spill(self, number: int, values: dict[Node, Any]) -> Path:
-        if self._spilled is None:
-            self._spilled = tempfile.TemporaryDirectory(prefix="qcompiler-")
-        path = Path(self._spilled.name) / f"{number}.pt"
+        with self._making:
+            if self._spilled is None:
+                self._spilled = tempfile.TemporaryDirectory(prefix="qcompiler-")
+            path = Path(self._spilled.name) / f"{number}.pt"
         torch.save({self._index[node]: value for node, value in values.items()}, path)
         return path
+
+
+def _side_by_side(run: Callable[[int], None], count: int) -> None:
+    """Call `run` with 0 … count − 1, on as many threads as torch has, each using one."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count == 1:
+        for number in range(count):
+            run(number)
+        return
+    # In a thread this sets its own number, and what threads made later begin with.
+    pool = ThreadPoolExecutor(min(threads, count), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for _ in pool.map(run, range(count)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _compact(value: Any) -> Any:
