@@ -15,9 +15,8 @@ once; no list of architectures. Layers with a sliding window keep the whole past
 from __future__ import annotations
 
 import inspect
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.models.packages import optional
-from qcompiler.spec import Generation, Inputs, ModelSpec
+from qcompiler.spec import Batches, Generation, Inputs, ModelSpec
 
 EXAMPLE = (2, 3, 5)  # batch, new tokens and past of the example inputs: no two sizes alike
 SHORT = 24  # tokens of the batches that are kept with an artifact: their logits are large
@@ -191,42 +190,37 @@ def decoder_spec(
         note: what the user should know of the calibration data.
 
     Returns:
-        A spec whose data begin with short batches, because outputs of the first are kept with the
-        artifact, and whose held-out data hold a prefill and a continuation of a past.
+        A spec whose excerpts are a few tokens of a text, every other one with a past.
     """
     decoder = Decoder(model)
     config = model.config.get_text_config()
 
-    def short(tokens: Tokens) -> dict[str, Tensor]:
-        return decoder.prompt(tokens[0][:1, :SHORT], tokens[1][:1, :SHORT])
+    def prompts(texts: Callable[[], Iterable[Tokens]] | None) -> Batches | None:
+        if texts is None:
+            return None
+        return lambda: (decoder.prompt(ids, mask) for ids, mask in texts())
 
-    def calibrate() -> Iterator[Inputs]:
-        assert calibration is not None
-        yield from (short(tokens) for tokens in itertools.islice(calibration(), 2))
-        for ids, mask in calibration():
-            yield decoder.prompt(ids, mask)
-
-    def hold_out() -> Iterator[Inputs]:
-        assert held_out is not None
-        for index, tokens in enumerate(held_out()):
-            prompt = short(tokens)
-            count = int(tokens[1][:1, :SHORT].sum())
-            if index % 2 and 3 < count == len(prompt["input_ids"][0]):
-                yield decoder.continued(prompt, count // 2)
-            else:
-                yield prompt
+    def excerpt(batch: Mapping[str, Tensor], index: int) -> Inputs:
+        ids, mask = batch["input_ids"][:1, :SHORT], batch["attention_mask"][:1, :SHORT]
+        if batch["attention_mask"].shape != batch["input_ids"].shape:  # there is a past already
+            return batch
+        prompt = decoder.prompt(ids, mask)
+        count = int(mask.sum())
+        alone = index % 2 == 0 or not 3 < count == ids.shape[1]
+        return prompt if alone else decoder.continued(prompt, count // 2)
 
     return ModelSpec(
         name=name,
         module=decoder,
         example_inputs=decoder.example(config.vocab_size),
         dynamic_shapes=decoder.dynamic_shapes,
-        calibration=calibrate if calibration is not None else None,
-        held_out=hold_out if held_out is not None else None,
+        calibration=prompts(calibration),
+        held_out=prompts(held_out),
         calibration_note=note,
         input_names=decoder.input_names,
         output_names=decoder.output_names,
         padding_mask="attention_mask",
+        excerpt=excerpt,
         encode=lambda texts: decoder.prompt(*tokens_of(encode(texts))),
         files=files,
         generation=_generation(model, config, tokenizer),

@@ -31,7 +31,7 @@ KINDS = (
 )
 
 
-def load_calibration(text: str, spec: ModelSpec, batch_size: int = 8) -> Batches:
+def load_calibration(text: str, spec: ModelSpec, batch_size: int | None = None) -> Batches:
     """The batches that a `--calibration` argument means.
 
     Args:
@@ -45,8 +45,8 @@ def load_calibration(text: str, spec: ModelSpec, batch_size: int = 8) -> Batches
             `file.py:function` or `module:function`, giving batches or a factory of batches.
         spec: the model; texts and images go through its `encode`.
         batch_size: samples in a batch, where the source does not say and the model leaves the batch
-            dynamic. The last batch may be smaller; with a static batch dimension an incomplete one
-            is left out.
+            dynamic; 8 where not given, 2 of language models, whose activations are large. The last
+            batch may be smaller; with a static batch dimension an incomplete one is left out.
 
     Returns:
         A factory of batches, each with the names and dtypes of `spec.example_inputs`. Shapes are
@@ -56,6 +56,8 @@ def load_calibration(text: str, spec: ModelSpec, batch_size: int = 8) -> Batches
         InputError: nothing there, nothing in it, wrong names or dtypes; at once for the first
             batch, for later ones when they are read.
     """
+    if batch_size is None:
+        batch_size = 8 if spec.generation is None else 2
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: must be at least 1")
     source = _source(text, spec, _samples(spec, batch_size))

@@ -180,7 +180,7 @@ def prepare(
 ) -> Prepared:
     """The rewrites before formats are allocated; learned rotations go on from the `journal`."""
     say("reference")
-    reference = Reference.of(program, itertools.islice(data.calibration(), CHECKED))
+    reference = Reference.of(program, data.excerpts(CHECKED))
 
     def step(after: Program, before: Program) -> Program:
         return _checked(after, before, reference)

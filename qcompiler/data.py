@@ -50,11 +50,16 @@ class Data:
         """The calibration batches, at most the recipe's number."""
         return itertools.islice(self._read(self._calibration, "calibration"), self.limit)
 
-    def held_out(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        return self._read(self._held_out, "held-out data")
+    def excerpts(self, count: int) -> list[Batch]:
+        """Small parts of the first calibration batches: `ModelSpec.excerpt`."""
+        found = self._read(self._calibration, "calibration", excerpt=True)
+        return list(itertools.islice(found, count))
 
-    def _read(self, factory: Batches | None, name: str) -> Iterator[Batch]:
+    def held_out(self) -> Iterator[Batch]:
+        """The held-out batches, or small parts of them."""
+        return self._read(self._held_out, "held-out data", excerpt=True)
+
+    def _read(self, factory: Batches | None, name: str, excerpt: bool = False) -> Iterator[Batch]:
         assert factory is not None
         count = 0
         for index, inputs in enumerate(factory()):
@@ -64,6 +69,10 @@ class Data:
                 dict(zip(self.program.inputs, batch, strict=True)), f"{name} batch {index}"
             )
             count += 1
+            if excerpt and self.spec.excerpt is not None:
+                named = dict(zip(self.program.inputs, batch, strict=True))
+                part = self.spec.excerpt(named, index)
+                batch = flatten(self.program, part, f"{name} batch {index}")
             yield batch
         if count == 0:
             raise InputError(f"{name}: there is no data; give at least one batch")

@@ -28,7 +28,7 @@ from qcompiler.bench import interleave
 from qcompiler.data import Data
 from qcompiler.errors import InputError, VerifyError
 from qcompiler.findings import INNER
-from qcompiler.lowering import Run, integer_layers, lower, model_size
+from qcompiler.lowering import Job, Run, integer_layers, lower, model_size
 from qcompiler.observe import Statistics
 from qcompiler.plan import Factor, Plan
 from qcompiler.program import Program
@@ -98,12 +98,14 @@ def deliver(
 
     names = _output_names(compiled.quantized, spec)
     inputs = list(spec.input_names or compiled.quantized.inputs)
-    calibration = list(itertools.islice(data.calibration(), KEPT))
+    calibration = data.excerpts(KEPT)
     held_out = list(itertools.islice(data.held_out(), KEPT))
     planned = _planned(compiled)
     lowered = lower(
-        folder, spec, compiled.quantized, compiled.plain, names, planned, recipe, target,
-        buckets, held_out[0], say,
+        Job(
+            folder, spec, compiled.quantized, compiled.plain, names, planned, recipe, target,
+            buckets, held_out[0], say,
+        )
     )  # fmt: skip
     run, names = lowered.run, names[: lowered.outputs]
     calibration, held_out = lowered.fit(calibration), lowered.fit(held_out)
@@ -165,7 +167,7 @@ def deliver(
     if recipe.explain:
         say("explain")
         manifest["explanation"] = explaining.account(
-            compiled.floating, compiled.quantized, list(itertools.islice(data.calibration(), KEPT)),
+            compiled.floating, compiled.quantized, data.excerpts(KEPT),
             manifest,
         )  # fmt: skip
     manifest["warnings"] = _warnings(manifest) + lowered.notes

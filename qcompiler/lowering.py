@@ -61,23 +61,12 @@ class Lowered:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def lower(
-    folder: Path,
-    spec: ModelSpec,
-    quantized: Program,
-    plain: Program,
-    names: tuple[str, ...],
-    planned: Mapping[str, str],
-    recipe: Recipe,
-    target: Target,
-    buckets: Mapping[str, Sequence[int]],
-    sample: Batch,
-    say: Progress,
-) -> Lowered:
-    """Write the model and the float model (under `REFERENCE`) into `folder`.
+@dataclass(frozen=True)
+class Job:
+    """What there is to lower.
 
-    Args:
-        folder: must exist.
+    Attributes:
+        folder: where the model goes, and the float model under `REFERENCE`; must exist.
         spec: brings names and dynamic sizes.
         quantized, plain: the program to lower, and the float one to compare with.
         names: of the outputs.
@@ -87,23 +76,50 @@ def lower(
         sample: one held-out batch.
         say: told of each step.
     """
-    if buckets and target.runtime != "tvm":
+
+    folder: Path
+    spec: ModelSpec
+    quantized: Program
+    plain: Program
+    names: tuple[str, ...]
+    planned: Mapping[str, str]
+    recipe: Recipe
+    target: Target
+    buckets: Mapping[str, Sequence[int]]
+    sample: Batch
+    say: Progress
+
+    @property
+    def naming(self) -> dict[str, Any]:
+        """What `ort.lower` is told of inputs and outputs."""
+        return {
+            "input_names": self.spec.input_names,
+            "output_names": self.names,
+            "dynamic_shapes": self.spec.dynamic_shapes,
+        }
+
+    @property
+    def integer_layers(self) -> list[str]:
+        """The planned layers whose inputs are quantized."""
+        return integer_layers(self.quantized, self.planned)
+
+
+def lower(job: Job) -> Lowered:
+    """Write the model and the float model."""
+    if job.buckets and job.target.runtime != "tvm":
         raise UnsupportedError(
-            f"--bucket: code for fixed sizes is generated for tvm: targets; {target} takes any size"
+            f"--bucket: code for fixed sizes is generated for tvm: targets; {job.target} takes any "
+            "size"
         )
-    match target.runtime:
-        case "ort" if target.device == "cuda":
-            return _onnx_cuda(folder, spec, quantized, plain, names, planned, recipe, target, say)
+    match job.target.runtime:
+        case "ort" if job.target.device == "cuda":
+            return _onnx_cuda(job)
         case "ort":
-            return _onnx(
-                folder, spec, quantized, plain, names, planned, recipe, target, sample, say
-            )
+            return _onnx(job)
         case "tvm":
-            return _edge(
-                folder, spec, quantized, plain, names, planned, recipe, target, buckets, say
-            )
+            return _edge(job)
         case _:
-            raise UnsupportedError(f"no backend for '{target}'")
+            raise UnsupportedError(f"no backend for '{job.target}'")
 
 
 def integer_layers(quantized: Program, planned: Collection[str]) -> list[str]:
@@ -119,82 +135,55 @@ def integer_layers(quantized: Program, planned: Collection[str]) -> list[str]:
     return found
 
 
-def _reference(
-    folder: Path, spec: ModelSpec, plain: Program, names: tuple[str, ...], say: Progress,
-    half: bool = False,
-) -> Path:  # fmt: skip
+def _reference(job: Job, half: bool = False) -> Path:
     from qcompiler.backends import ort
 
-    say("lower the float model")
-    reference = folder / REFERENCE
+    job.say("lower the float model")
+    reference = job.folder / REFERENCE
     reference.mkdir()
-    ort.lower(
-        plain, reference, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, half=half,
-    )  # fmt: skip
+    ort.lower(job.plain, reference, half=half, **job.naming)
     return reference
 
 
-def _onnx(
-    folder: Path,
-    spec: ModelSpec,
-    quantized: Program,
-    plain: Program,
-    names: tuple[str, ...],
-    planned: Mapping[str, str],
-    recipe: Recipe,
-    target: Target,
-    sample: Batch,
-    say: Progress,
-) -> Lowered:
+def _onnx(job: Job) -> Lowered:
     from qcompiler.backends import ort, ort_audit
 
-    say("lower")
+    folder, quantized = job.folder, job.quantized
+    job.say("lower")
     ort.lower(
-        quantized, folder, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused, generate=_generator(target),
-    )  # fmt: skip
-    reference = _reference(folder, spec, plain, names, say)
-    say("audit")
-    audit = ort_audit.audit(folder, planned, integer_layers(quantized, planned))
-    inputs = list(spec.input_names or quantized.inputs)
-    share = ort_audit.profile(folder, dict(zip(inputs, (t.numpy() for t in sample), strict=True)))
-    shares = [{"op": op, "share": part} for op, part in share]
+        quantized, folder, fused=job.recipe.fused, generate=_generator(job.target), **job.naming
+    )
+    reference = _reference(job)
+    job.say("audit")
+    audit = ort_audit.audit(folder, job.planned, job.integer_layers)
+    inputs = list(job.spec.input_names or quantized.inputs)
+    given = dict(zip(inputs, (t.numpy() for t in job.sample), strict=True))
+    shares = [{"op": op, "share": part} for op, part in ort_audit.profile(folder, given)]
     return Lowered(
         ort.load(folder, 1), ort.load(reference, 1), asdict(audit) | {"time_share": shares},
         model_size(folder / ort.MODEL), model_size(reference / ort.MODEL),
     )  # fmt: skip
 
 
-def _onnx_cuda(
-    folder: Path,
-    spec: ModelSpec,
-    quantized: Program,
-    plain: Program,
-    names: tuple[str, ...],
-    planned: Mapping[str, str],
-    recipe: Recipe,
-    target: Target,
-    say: Progress,
-) -> Lowered:
+def _onnx_cuda(job: Job) -> Lowered:
     from qcompiler.backends import ort, ort_audit, ort_cuda
     from qcompiler.backends.ort_phases import DECODE, NOWHERE, PREFILL, TOKENS
 
-    say("lower")
-    bits = 8 if recipe.weight_type is not None and recipe.weight_type.bits > 4 else 4
-    one = target.share_of_float(bits, 1, _width(quantized, planned))
-    many = target.share_of_float(bits, TOKENS)
+    folder, kind = job.folder, job.recipe.weight_type
+    job.say("lower")
+    bits = 8 if kind is not None and kind.bits > 4 else 4
+    one = job.target.share_of_float(bits, 1, _width(job.quantized, job.planned))
+    many = job.target.share_of_float(bits, TOKENS)
     ort.lower(
-        quantized, folder, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, fused=recipe.fused, half=True,
-        packed=DECODE if one < 1 else NOWHERE,
+        job.quantized, folder, fused=job.recipe.fused, half=True,
+        packed=DECODE if one < 1 else NOWHERE, **job.naming,
     )  # fmt: skip
-    reference = _reference(folder, spec, plain, names, say, half=True)
-    say("audit")
+    reference = _reference(job, half=True)
+    job.say("audit")
     writes = (folder / PREFILL).is_file()
-    audit = ort_audit.audit(folder, planned if writes else {}, (), written=True)
-    notes = _phases(bits, one, many, writes) if planned else []
-    run: Run = partial(_in_torch, quantized)
+    audit = ort_audit.audit(folder, job.planned if writes else {}, (), written=True)
+    notes = _phases(bits, one, many, writes) if job.planned else []
+    run: Run = partial(_in_torch, job.quantized)
     run_float, absent = None, ""
     try:
         run, run_float = ort_cuda.load(folder), ort_cuda.load(reference)
@@ -263,18 +252,8 @@ def _without_tvm(target: Target, error: ImportError) -> UnsupportedError:
     )
 
 
-def _edge(
-    folder: Path,
-    spec: ModelSpec,
-    quantized: Program,
-    plain: Program,
-    names: tuple[str, ...],
-    planned: Mapping[str, str],
-    recipe: Recipe,
-    target: Target,
-    buckets: Mapping[str, Sequence[int]],
-    say: Progress,
-) -> Lowered:
+def _edge(job: Job) -> Lowered:
+    folder, target = job.folder, job.target
     try:
         from qcompiler.backends import edge, edge_any_size, edge_artifact
     except ImportError as error:
@@ -283,16 +262,15 @@ def _edge(
 
     since = time.perf_counter()
     dynamic = target.any_size
-    given: dict[str, Any] = {} if dynamic else {"padding_mask": spec.padding_mask}
+    given: dict[str, Any] = {} if dynamic else {"padding_mask": job.spec.padding_mask}
     backend: Any = edge_any_size if dynamic else edge
     audit = backend.lower(
-        quantized, target, folder, input_names=spec.input_names, output_names=names,
-        dynamic_shapes=spec.dynamic_shapes, buckets=buckets,
-        planned=planned, integer=integer_layers(quantized, planned), say=say, **given,
+        job.quantized, target, folder, buckets=job.buckets, planned=job.planned,
+        integer=job.integer_layers, say=job.say, **job.naming, **given,
     )  # fmt: skip
     seconds = time.perf_counter() - since
-    reference = _reference(folder, spec, plain, names, say)
-    run, absent = _edge_run(folder, target, quantized)
+    reference = _reference(job)
+    run, absent = _edge_run(folder, target, job.quantized)
     emulator = " ".join(getattr(run, "emulator", ()))
     notes = []
     if absent:
@@ -303,7 +281,7 @@ def _edge(
             "its results were checked, its speed was not measured"
         )
     limits = edge_artifact.limits(folder)
-    kind = recipe.activation_type
+    kind = job.recipe.activation_type
     if limits["padded"] and kind is not None and kind.dynamic and kind.granularity == "tensor":
         notes.append(
             "ranges taken at run time are of the whole tensor, and positions of padding count: "

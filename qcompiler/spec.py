@@ -66,6 +66,9 @@ class ModelSpec:
             measures, for every tensor that begins with the mask's dimensions.
         logits: whether the first output is logits along its last axis: errors are then measured as
             Kullback–Leibler divergence of what it predicts. Language models always are so.
+        excerpt: a batch by input name and its number → a small part of it, on which exact rewrites
+            are proven and errors are measured, and which is kept with the artifact. None: the whole
+            batch. For outputs so large that those of whole batches would fill the memory.
         encode: texts or image paths → one batch, for `--calibration` with a text file or a folder
             of images.
         files: what lies beside the compiled model (tokenizer, configuration), by its relative path
@@ -87,6 +90,7 @@ class ModelSpec:
     output_names: tuple[str, ...] = ()
     padding_mask: str = ""
     logits: bool = False
+    excerpt: Callable[[Mapping[str, Tensor], int], Inputs] | None = None
     encode: Callable[[list[str]], Inputs] | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     generation: Generation | None = None

@@ -112,9 +112,12 @@ def test_a_folder_with_a_tokenizer_brings_calibration(tmp_path: Path) -> None:
     assert batch["input_ids"][0, :4].tolist() == [2, 3, 4, 1]
     assert batch["attention_mask"].sum(1).tolist() == [3, 64]
     assert spec.calibration is not None
-    assert len(list(spec.calibration())) == 21  # two short ones come first
+    assert len(list(spec.calibration())) == 19
     assert spec.held_out is not None
-    assert any(batch["past_0_key"].shape[2] for batch in map(dict, spec.held_out()))
+    assert spec.excerpt is not None
+    parts = [dict(spec.excerpt(dict(batch), n)) for n, batch in enumerate(spec.held_out())]
+    assert any(part["past_0_key"].shape[2] for part in parts)
+    assert max(part["input_ids"].numel() for part in parts) <= 24
     assert spec.generation is not None
     assert (spec.generation.context, spec.generation.stop) == (64, (2, 1))
     assert "tokenizer.json" in spec.files
