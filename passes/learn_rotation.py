@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler import ops
+from qcompiler.differentiable import differentiable
 from qcompiler.errors import InputError
 from qcompiler.plan import Plan
 from qcompiler.program import Batch, Program, unpadded
@@ -265,30 +265,19 @@ def cayley(r: Tensor, momentum: Tensor, rate: float) -> tuple[Tensor, Tensor]:
 
 def _run(program: Program, uses: _Uses, leaves: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """The first output, with values rounded at the sites; gradients reach the matrices."""
-    given, constants = iter(batch), program.constants()
-    values: dict[Node, Any] = {}
     rounded: dict[tuple[Node, str, str], Tensor] = {}
-    output = operand(program.exported.graph.output_node(), 0)[0]
-    for node in program.exported.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = constants[node.name] if node.name in constants else next(given)
-        elif node.op == "get_attr":
-            values[node] = getattr(program.exported.graph_module, str(node.target))
-        elif node.op == "call_function":
-            args = list(torch.fx.node.map_arg(node.args, values.__getitem__))
-            for index in range(3):
-                kind, name = uses.sites.get((node, index), (None, ""))
-                if kind is not None:
-                    key = (operand(node, index), str(kind), name)
-                    if key not in rounded:
-                        rounded[key] = _turned(args[index], kind, leaves.get(name))
-                    args[index] = rounded[key]
-            kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-            function: Any = ops.TRACEABLE.get(node.target, node.target)
-            values[node] = function(*args, **kwargs)
-        if node is output:
-            break
-    result: Tensor = values[output]
+
+    def change(node: Node, args: list[Any]) -> list[Any]:
+        for index in range(3):
+            kind, name = uses.sites.get((node, index), (None, ""))
+            if kind is not None:
+                key = (operand(node, index), str(kind), name)
+                if key not in rounded:
+                    rounded[key] = _turned(args[index], kind, leaves.get(name))
+                args[index] = rounded[key]
+        return args
+
+    result: Tensor = differentiable(program, batch, change=change, outputs=1)[0]
     return result
 
 

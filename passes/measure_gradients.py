@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from qcompiler import ops
+from qcompiler.differentiable import differentiable
 from qcompiler.divergence import sampled_loss
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.rewrite import operand
@@ -69,7 +67,8 @@ def measure_gradients(
     total, count = 0, 0
     for number, batch in enumerate(batches[-settings.trials :]):
         mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
-        outputs = [t for t in differentiable(program, batch, leaves) if t.requires_grad]
+        with torch.enable_grad():
+            outputs = [t for t in differentiable(program, batch, leaves) if t.requires_grad]
         used = outputs[:1] if settings.logits else outputs
         rows = [unpadded(t, mask) for t in used]
         count += rows[0].numel() // rows[0].shape[-1] if settings.logits else rows[0].numel()
@@ -107,33 +106,3 @@ def measure_gradients(
             options.append(replace(option, measures=measures))
         measured[index] = with_options(unit, options)
     return measured
-
-
-def differentiable(program: Program, batch: Batch, leaves: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """The outputs for one batch with a graph of gradients behind them.
-
-    Args:
-        program: in float.
-        batch: the inputs.
-        leaves: constants' names → tensors that require a gradient.
-    """
-    values: dict[Node, Any] = {}
-    given = iter(batch)
-    constants = program.constants()
-    with torch.enable_grad():
-        for node in program.exported.graph.nodes:
-            if node.op == "placeholder":
-                known = node.name in constants
-                value = leaves.get(node.name, constants.get(node.name)) if known else next(given)
-                values[node] = value
-            elif node.op == "get_attr":
-                values[node] = getattr(program.exported.graph_module, str(node.target))
-            elif node.op == "output":
-                return tuple(values[n] if isinstance(n, Node) else n for n in operand(node, 0))
-            else:
-                function: Any = ops.TRACEABLE.get(node.target, node.target)
-                args = torch.fx.node.map_arg(node.args, values.__getitem__)
-                values[node] = function(
-                    *args, **torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-                )
-    raise AssertionError("a graph without an output node")

@@ -21,7 +21,7 @@ LEVELS = (
     {"program"},
     {"rewrite"},
     {"integer", "regions", "rotatable", "plan", "recipe", "spec"},
-    {"calibration", "rounding", "stages", "journal", "divergence"},
+    {"calibration", "rounding", "stages", "journal", "divergence", "differentiable"},
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
