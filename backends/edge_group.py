@@ -27,7 +27,9 @@ from qcompiler.kernels.expression import Access, Expression, Step
 aten = torch.ops.aten
 
 # What kernels declare, for their bits; float16 is stored by kernels for a GPU alone.
-HELD = {torch.bool: "uint8", torch.bfloat16: "uint16", torch.float16: "float16"}
+HELD = {
+    torch.bool: "uint8", torch.bfloat16: "uint16", torch.float16: "float16", torch.int16: "int16",
+}  # fmt: skip
 LINEAR = aten.linear.default
 CONV = aten.conv2d.default
 ROWS = {
@@ -313,7 +315,8 @@ class Writer:
                 if ref.shape[dim] > 1:
                     strides[at] = ref.strides[dim]
             placed = tuple(strides[d] for d in self.order)
-            return Access(self.argument(ref.storage), NAMES[ref.dtype], ref.offset, placed)
+            kind = NAMES.get(ref.dtype) or HELD[ref.dtype]
+            return Access(self.argument(ref.storage), kind, ref.offset, placed)
 
         wide = rank if same else max((len(ref.shape) for ref in found.values()), default=0)
         kept: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -66,9 +67,11 @@ LOGICAL = {  # on bool; integers bit by bit
     aten.__or__.Scalar: "or", aten.bitwise_xor.Tensor: "xor", aten.bitwise_xor.Scalar: "xor",
     aten.__xor__.Tensor: "xor", aten.__xor__.Scalar: "xor", aten.logical_xor.default: "xor",
 }  # fmt: skip
+SPARSE = "sparse"  # Σ_k table[columns[:, k]] · values[:, k]: `qc::sparse_linear`, transposed
 LOOKUPS = frozenset(
-    {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default}
-)
+    {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default,
+     SPARSE}
+)  # fmt: skip
 SPECIAL = frozenset(
     {
         aten.gelu.default, aten.relu6.default, aten.clamp.default, aten.hardtanh.default,
@@ -107,6 +110,9 @@ class Steps(Protocol):
 
     def lookup(self, op: Op) -> int:
         """What an op in `LOOKUPS` takes, at places found at run time."""
+
+    def rows(self, table: Ref, index: Ref) -> int:
+        """Rows of a matrix, found at run time."""
 
     def written(self, index: int) -> Step:
         """The step of that index."""
@@ -236,6 +242,26 @@ def _lookup(op: Op, kind: str, steps: Steps) -> int:
     return steps.lookup(op)
 
 
+def _sparse(op: Op, kind: str, steps: Steps) -> int:
+    table, values, columns = op.args
+    count, each = columns.shape
+
+    def column(ref: Ref, number: int, shape: tuple[int, ...]) -> Ref:
+        strides = (ref.strides[0], 0)[: len(shape)]
+        return replace(
+            ref, offset=ref.offset + number * ref.strides[1], shape=shape, strides=strides
+        )
+
+    total = None
+    for number in range(each):
+        value = steps.rows(table, column(columns, number, (count,)))
+        factor = steps.value(column(values, number, (count, 1)), kind)
+        value = steps.step("mul", kind, value, factor)
+        total = value if total is None else steps.step("add", kind, total, value)
+    assert total is not None
+    return total
+
+
 def _floor_divide(op: Op, kind: str, steps: Steps) -> int:
     a, b = steps.value(op.args[0], kind), steps.value(op.args[1], kind)
     if kind != "float32":
@@ -303,6 +329,7 @@ _SPECIAL: dict[Any, Callable[[Op, str, Steps], int]] = {
     aten._to_copy.default: _copy,
     aten.clone.default: _copy,
     **dict.fromkeys(LOOKUPS, _lookup),
+    SPARSE: _sparse,
     aten.floor_divide.default: _floor_divide,
     aten.full.default: _full,
     ops.quantize: _quantize,

@@ -22,6 +22,7 @@ from qcompiler import ops
 from qcompiler.backends.edge_decompose import Recorder
 from qcompiler.backends.edge_formulas import RECURRENT, transposed_convolution
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
+from qcompiler.backends.edge_steps import SPARSE
 from qcompiler.cached import CACHED
 from qcompiler.errors import QCompilerError, UnsupportedError
 from qcompiler.program import Program
@@ -177,6 +178,8 @@ class _Tracer(Interpreter):
             return found.movedim(-1, args[1])
         if target is aten.layer_norm.default and len(args[1]) > 1:
             return self._wide_norm(*args, **kwargs)
+        if target is ops.sparse_linear:
+            return self._sparse(*args, **kwargs)
         if target in NATIVE:
             with self.mode:
                 result = target(*args, **kwargs)
@@ -194,6 +197,16 @@ class _Tracer(Interpreter):
             fake = torch.empty(q.shape)
         self._know(fake).weight = Weight(q, scale, zero_point, axis, group)
         return fake
+
+    def _sparse(self, x: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+        """Single weights, on the transposed input: what is looked up then lies side by side."""
+        with self.mode, self.recorder:
+            table = x.reshape(-1, x.shape[-1]).t().contiguous()
+        with self.mode:
+            made = torch.empty(len(columns), table.shape[1])
+        self.record(SPARSE, (table, values.float(), columns), {}, made)
+        with self.mode, self.recorder:
+            return made.t().reshape(*x.shape[:-1], len(columns))
 
     def _convolution(self, target: Any, args: Any, kwargs: Any) -> Tensor:
         """Convolutions run with the channels last."""

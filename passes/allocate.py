@@ -44,10 +44,10 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
         UnsupportedError: if the target has no kernel for one of the recipe's formats.
     """
     own = [Format.parse(text) for text in recipe.formats.values()]
-    wanted_formats = [(recipe.weight_type, recipe.activation_type, "float32")]
-    wanted_formats += [(f.weight, f.activation, f.products) for f in own]
-    for weight, activation, products in wanted_formats:
-        reason = target.refusal(weight, activation, recipe.cache_types, products)
+    wanted_formats = [(recipe.weight_type, recipe.activation_type, "float32", 0)]
+    wanted_formats += [(f.weight, f.activation, f.products, f.outliers) for f in own]
+    for weight, activation, products, outliers in wanted_formats:
+        reason = target.refusal(weight, activation, recipe.cache_types, products, outliers)
         if reason:
             raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     table = recipe.embedding_type
@@ -91,6 +91,11 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
                 Refusal(place(node), f"stays float: its weight has no groups for {weight}")
             )
             continue
+        if wanted.outliers and (node.target is not LINEAR or len(_matrix(node).users) > 1):
+            why = "its weight has other readers" if node.target is LINEAR else "it is no linear"
+            refusals.append(
+                Refusal(place(node), f"keeps none of its weights beside {fitted}: {why}")
+            )
         entries[_site(node, 1)] = Assignment(fitted)
         source = node.args[0]
         if activation is not None and not _is_quantized(source, entries):

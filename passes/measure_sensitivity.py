@@ -24,21 +24,15 @@ from qcompiler import ops
 from qcompiler.divergence import Divergence
 from qcompiler.format import Format
 from qcompiler.observe import Statistics, choose_range
+from qcompiler.outliers import round_weight
 from qcompiler.plan import Rounded
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR, MOVES
 from qcompiler.rewrite import module_path, operand
-from qcompiler.rounding import (
-    Factor,
-    gptq,
-    nearest,
-    nearest_grid,
-    outlier_columns,
-    search_grid,
-)
+from qcompiler.rounding import Factor, outlier_columns
 from qcompiler.stages import Function, Stages
-from qcompiler.study import Columns, Findings, Option, Settings, Unit, with_options
+from qcompiler.study import Columns, Findings, Option, Settings, Unit, added, with_options
 
 ATTENTIONS = {"qc.attention.default", "qc.cached_attention.default"}
 
@@ -97,6 +91,7 @@ def measure_sensitivity(
     stored: Callable[[QType], int],
     mine: Iterable[int] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    outlier_bytes: int = 4,
 ) -> dict[int, Unit]:
     """The units with an option for each format: `error` and `kl`.
 
@@ -111,6 +106,7 @@ def measure_sensitivity(
         stored: bits that a weight of a type takes on the target.
         mine: indices of the units to measure; all when not given.
         say: told of each unit.
+        outlier_bytes: that a weight beside the grid takes on the target, its column's number too.
     """
     found = {i: findings.get(i) for i in (range(len(units)) if mine is None else mine)}
     open_ = [i for i, unit in found.items() if unit is None]
@@ -128,8 +124,9 @@ def measure_sensitivity(
                 layers = [nodes[name] for name in unit.nodes]
                 stages.advance(layers[0])
                 unit, weights, ranges, columns = _measured(
-                    program, stages, layers, unit, formats, settings, masks, reference, stored
-                )
+                    program, stages, layers, unit, formats, settings, masks, reference, stored,
+                    outlier_bytes,
+                )  # fmt: skip
                 findings.put(index, unit, weights, ranges, columns)
                 found[index] = unit
     return {i: unit for i, unit in found.items() if unit is not None}
@@ -145,6 +142,7 @@ def _measured(
     masks: list[Tensor | None],
     reference: Divergence,
     stored: Callable[[QType], int],
+    outlier_bytes: int,
 ) -> tuple[
     Unit, dict[str, list[Rounded]], dict[str, tuple[float, float]], dict[str, list[Columns]]
 ]:
@@ -172,23 +170,25 @@ def _measured(
     done: dict[str, tuple[list[Rounded], list[Columns]]] = {}
     for wanted in formats:
         kinds = _kinds(wanted, matrices)
-        if kinds is None:
-            continue  # its groups divide no axis
-        key = f"{kinds}+{wanted.columns}"
+        if kinds is None or wanted.outliers >= min(w.shape[1] for w in matrices):
+            continue  # its groups divide no axis, or its rows are shorter
+        key = f"{kinds}+{wanted.columns}~{wanted.outliers}"
         if key not in done:  # formats that differ in their activations share the weights
             kept = _outliers(matrices, kinds, hessian, wanted.columns)
             rests = [_without(w, k) for w, k in zip(matrices, kept, strict=True)]
             made = [
-                _rounded(w, hessian, kind, settings, factor)
+                _rounded(w, hessian, kind, settings, factor, wanted.outliers)
                 for w, kind in zip(rests, kinds, strict=True)
             ]
+            if wanted.outliers:
+                kept = [_beside(r) for r in made]
             done[key] = made, kept
         rounded, kept = weights[str(wanted)], columns[str(wanted)] = done[key]
         kind = wanted.activation
         if kind is not None and not kind.dynamic:
             ranges[str(kind)] = choose_range(seen, kind, settings.calibration, settings.parameter)
         functions = {
-            node: simulated(_with(r.weight, k), wanted, ranges.get(str(kind)))
+            node: simulated(added(r.weight, k), wanted, ranges.get(str(kind)))
             for node, r, k in zip(layers, rounded, kept, strict=True)
         }
         got: dict[Node, list[Tensor]] = {node: [] for node in layers}
@@ -204,11 +204,15 @@ def _measured(
                 signal += float(want.double().square().sum())
                 noise += float((unpadded(value, mask) - want).double().square().sum())
         size = sum(
-            _bytes(w, kind, r, stored) + sum(part.numel() * part.element_size() for part in k)
-            for w, kind, r, k in zip(matrices, kinds, rounded, kept, strict=True)
+            _bytes(w, kind, r, stored) for w, kind, r in zip(matrices, kinds, rounded, strict=True)
         )
         floats = sum(values.numel() for _, values in kept)
-        bits = wanted.bits + 32 * floats / unit.weights
+        if wanted.outliers:
+            size += outlier_bytes * floats
+            bits = wanted.bits + 8 * outlier_bytes * floats / unit.weights
+        else:
+            size += sum(part.numel() * part.element_size() for k in kept for part in k)
+            bits = wanted.bits + 32 * floats / unit.weights
         measures = {"error": noise / max(signal, 1e-300), "kl": divergence}
         options.append(Option(str(wanted), bits, size, measures))
     return with_options(unit, options), weights, ranges, columns
@@ -252,9 +256,11 @@ def _without(weight: Tensor, columns: Columns) -> Tensor:
     return rest
 
 
-def _with(weight: Tensor, columns: Columns) -> Tensor:
-    """Both products of a split linear as one."""
-    return weight.index_add(1, *columns)
+def _beside(rounded: Rounded) -> Columns:
+    """The single weights beside a grid."""
+    assert rounded.columns is not None
+    assert rounded.values is not None
+    return rounded.columns, rounded.values
 
 
 def _signal(
@@ -274,14 +280,16 @@ def _signal(
 
 
 def _rounded(
-    weight: Tensor, hessian: Tensor, kind: QType | None, settings: Settings, factor: Factor | None
+    weight: Tensor,
+    hessian: Tensor,
+    kind: QType | None,
+    settings: Settings,
+    factor: Factor | None,
+    outliers: int,
 ) -> Rounded:
     if kind is None:
         return Rounded(weight.bfloat16().float(), weight.new_empty(0), weight.new_empty(0))
-    grid = search_grid(weight, hessian, kind) if settings.clip else nearest_grid(weight, kind)
-    if factor is not None:
-        return gptq(weight, hessian, kind, grid=grid, factor=factor)
-    return nearest(weight, grid, kind)
+    return round_weight(weight, kind, hessian, factor, settings.clip, outliers)
 
 
 def simulated(weight: Tensor, wanted: Format, reach: tuple[float, float] | None = None) -> Function:

@@ -24,20 +24,12 @@ from torch import Tensor
 
 from qcompiler.errors import InputError
 from qcompiler.journal import Journal
+from qcompiler.outliers import round_weight
 from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program, unpadded
-from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR
 from qcompiler.rewrite import operand, place
-from qcompiler.rounding import (
-    DAMPING,
-    gptq,
-    keep_moment,
-    memory_needed,
-    nearest,
-    nearest_grid,
-    search_grid,
-)
+from qcompiler.rounding import DAMPING, Factor, keep_moment, memory_needed
 from qcompiler.stages import BUDGET, Stages
 
 STRIP = 512  # columns of a Hessian that are computed at a time
@@ -55,6 +47,7 @@ def round_weights(
     clip: bool = False,
     moment: bool = False,
     journal: Journal | None = None,
+    outliers: Mapping[str, int] | None = None,
 ) -> dict[Site, Rounded]:
     """Round the weights of the plan's linears.
 
@@ -67,6 +60,7 @@ def round_weights(
         clip: search how far each scale's range may be cut.
         moment: correct the scales so that the weights' second moment is kept.
         journal: where rounded weights are kept and taken from.
+        outliers: node → weights of each row that stay beside the grid.
 
     Returns:
         For each linear's weight site the weight on its grid, with scale and zero point.
@@ -100,7 +94,9 @@ def round_weights(
                     kind = plan[sites[node.name]].qtype
                     weight = constants[operand(node, 1).name]
                     try:
-                        rounded = _round(weight, hessian, kind, method, clip)
+                        factor = Factor.of(hessian) if method == "gptq" else None
+                        count = (outliers or {}).get(node.name, 0)
+                        rounded = round_weight(weight, kind, hessian, factor, clip, count)
                     except InputError as error:
                         raise InputError(f"{place(node)}: {error}") from error
                     if moment:
@@ -108,7 +104,7 @@ def round_weights(
                     if journal is not None:
                         journal.put(node.name, rounded)
                 found[sites[node.name]] = rounded
-                stages.replaced[node] = rounded.weight
+                stages.replaced[node] = rounded.whole
     return found
 
 
@@ -132,13 +128,6 @@ def free_memory() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
-
-
-def _round(weight: Tensor, hessian: Tensor, kind: QType, method: str, clip: bool) -> Rounded:
-    grid = search_grid(weight, hessian, kind) if clip else nearest_grid(weight, kind)
-    if method == "rtn":
-        return nearest(weight, grid, kind)
-    return gptq(weight, hessian, kind, grid=grid)
 
 
 def _hessian(inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Tensor:

@@ -40,6 +40,7 @@ from qcompiler.passes.search_awq import awq_sites, search_awq
 from qcompiler.passes.search_smoothing import search_smoothing, smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.split_columns import split_columns, split_layers
+from qcompiler.passes.split_outliers import outlier_layers, split_outliers
 from qcompiler.passes.store_cache import measure_cache, store_cache
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan, Rounded, Site
@@ -293,10 +294,20 @@ def quantize(
     plan = plan.with_entries(ranges)
 
     rounded: Mapping[Site, Rounded] = {}
-    if recipe.rounds_by_data or recipe.keep_moment:
+    outliers = outlier_layers(program, recipe)
+    if recipe.rounds_by_data or recipe.keep_moment or outliers:
         say("round_weights")
-        rounded, entry = _round(program, plan, data, recipe, journal)
+        rounded, entry = _round(program, plan, data, recipe, journal, outliers)
         program = program.with_entry(entry)
+    if outliers:
+        say("split_outliers")
+        kept = {
+            site.node: (r.columns, r.values)
+            for site, r in rounded.items()
+            if r.columns is not None and r.values is not None
+        }
+        program = _checked(split_outliers(program, kept), program, reference)
+        floating = program
 
     say("insert_qdq")
     program = insert_qdq(program, plan, rounded)
@@ -439,7 +450,12 @@ def _learn(
 
 
 def _round(
-    program: Program, plan: Plan, data: Data, recipe: Recipe, folder: Path | None
+    program: Program,
+    plan: Plan,
+    data: Data,
+    recipe: Recipe,
+    folder: Path | None,
+    outliers: Mapping[str, int],
 ) -> tuple[Mapping[Site, Rounded], Entry]:
     """The rounded weights, and what the report says of them."""
     began = time.perf_counter()
@@ -448,11 +464,14 @@ def _round(
     batches = list(data.calibration())
     journal = None
     if folder is not None:
-        settings = {"method": method, "clip": clip, "moment": recipe.keep_moment, "mask": data.mask}
+        settings: dict[str, Any] = {
+            "method": method, "clip": clip, "moment": recipe.keep_moment, "mask": data.mask,
+            "outliers": outliers,
+        }  # fmt: skip
         journal = Journal(folder, fingerprint(program, plan, settings, batches))
     rounded = round_weights(
         program, plan, batches, data.mask,
-        method=method, clip=clip, moment=recipe.keep_moment, journal=journal,
+        method=method, clip=clip, moment=recipe.keep_moment, journal=journal, outliers=outliers,
     )  # fmt: skip
     notes = tuple(rounding_notes(rounded))
     if journal is not None and journal.taken:

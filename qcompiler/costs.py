@@ -25,15 +25,19 @@ from torch import Tensor, nn
 from qcompiler import artifact as artifacts
 from qcompiler.bench import interleave
 from qcompiler.deliver import machine
+from qcompiler.outliers import NARROWEST
 from qcompiler.passes.allocate import allocate
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.normalize import normalize
 from qcompiler.passes.pack_weights import pack_weights
 from qcompiler.passes.round_products import round_as_told
 from qcompiler.passes.split_columns import split_columns, split_layers
+from qcompiler.passes.split_outliers import outlier_layers, split_outliers
 from qcompiler.plan import Assignment, Plan
 from qcompiler.program import Batch, Program, capture
 from qcompiler.recipe import Recipe
+from qcompiler.rewrite import operand
+from qcompiler.rounding import half
 from qcompiler.study import Option, Unit
 from qcompiler.target import Target, cpu_feature
 
@@ -155,6 +159,7 @@ def quantized_program(program: Program, recipe: Recipe, target: Target) -> Progr
     """A program as a recipe says, rounded to nearest: the kernels are the same, the wait is not."""
     columns = {name: torch.arange(count) for name, count in split_layers(program, recipe).items()}
     program = split_columns(program, columns)
+    program = split_outliers(program, _any_outliers(program, recipe))
     plan = allocate(program, recipe, target)
     if not any(site.operand == 1 for site in plan):
         narrow = round_as_told(program, recipe)
@@ -166,6 +171,20 @@ def quantized_program(program: Program, recipe: Recipe, target: Target) -> Progr
         for site, a in plan.items()
     }
     return round_as_told(pack_weights(insert_qdq(program, Plan(entries))), recipe)
+
+
+def _any_outliers(program: Program, recipe: Recipe) -> dict[str, tuple[Tensor, Tensor]]:
+    """As many weights of each row as the recipe keeps, spread over it: time asks not which."""
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    constants = program.constants()
+    found = {}
+    for name, count in outlier_layers(program, recipe).items():
+        weight = constants[operand(nodes[name], 1).name]
+        generator = torch.Generator().manual_seed(0)
+        places = torch.rand(weight.shape, generator=generator).topk(count).indices.sort().values
+        narrow = torch.int16 if weight.shape[1] <= NARROWEST else torch.int32
+        found[name] = places.to(narrow), half(weight.gather(1, places))
+    return found
 
 
 def _is_activation(program: Program, site: Any) -> bool:

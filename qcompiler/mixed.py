@@ -84,7 +84,9 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
         )
     chosen = [Format.parse(text) for text in texts]
     for wanted in chosen:
-        reason = target.refusal(wanted.weight, wanted.activation, products=wanted.products)
+        reason = target.refusal(
+            wanted.weight, wanted.activation, products=wanted.products, outliers=wanted.outliers
+        )
         if reason:
             raise UnsupportedError(f"candidate {wanted} on target '{target}': {reason}")
     settings: dict[str, Any] = {"candidates": tuple(map(str, chosen))}

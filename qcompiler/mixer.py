@@ -155,6 +155,7 @@ class Mixer:
                 self.program, self.units, self.formats, self.batches, self.settings, self.findings,
                 self.target.stored_bits,
                 say=lambda name: self.say(f"sensitivity {next(told)}/{count}"),
+                outlier_bytes=self.target.outlier_bytes,
             )  # fmt: skip
         else:
             task = Task(

@@ -7,6 +7,7 @@
     qc::attention         softmax(q kᵀ · scale + mask) v over the heads of
                           (batch, sequence, heads · size) tensors; bfloat16 ones give float32
     qc::rotate            x · (left ⊗ right) along the last axis
+    qc::sparse_linear     Σ_k x[…, columns[n, k]] · values[n, k]: k weights for each output n
     qc::cache_round_trip  keys or values as a quantized cache would give them back
     qc::cache_attention   attention that reads the newest tokens in float, older ones quantized
 
@@ -47,6 +48,7 @@ _library.define(
     " float? scale, bool causal, int window) -> Tensor"
 )
 _library.define("rotate(Tensor x, Tensor left, Tensor right) -> Tensor")
+_library.define("sparse_linear(Tensor x, Tensor values, Tensor columns) -> Tensor")
 
 
 def _quantize(
@@ -177,6 +179,15 @@ def _cache_attention(
     return (shares * new) @ v + (shares * ~new) @ old_v
 
 
+def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    """(…, inputs) float32, (outputs, k) float16, (outputs, k) int16 or int32 → (…, outputs)."""
+    total = x.new_zeros((*x.shape[:-1], len(columns)))
+    for factor, column in zip(values.to(x.dtype).T, columns.long().T, strict=True):
+        total = total + x.index_select(-1, column) * factor
+    return total
+
+
+_library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _library.impl("cache_round_trip", _cache_round_trip, "CompositeExplicitAutograd")
 _library.impl("cache_attention", _cache_attention, "CompositeExplicitAutograd")
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -255,6 +266,11 @@ def _fake_rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], columns.shape[0]))
+
+
+torch.library.register_fake("qc::sparse_linear", _fake_sparse_linear)
 torch.library.register_fake("qc::quantize", _fake_quantize)
 torch.library.register_fake("qc::dequantize", _fake_dequantize)
 torch.library.register_fake("qc::dynamic_quantize", _fake_dynamic_quantize)
@@ -268,6 +284,7 @@ dynamic_quantize = torch.ops.qc.dynamic_quantize.default
 unpack = torch.ops.qc.unpack.default
 attention = torch.ops.qc.attention.default
 rotate = torch.ops.qc.rotate.default
+sparse_linear = torch.ops.qc.sparse_linear.default
 cache_round_trip = torch.ops.qc.cache_round_trip.default
 cache_attention = torch.ops.qc.cache_attention.default
 
@@ -275,6 +292,7 @@ cache_attention = torch.ops.qc.cache_attention.default
 TRACEABLE: dict[Any, Callable[..., Any]] = {
     attention: _attention,
     rotate: _rotate,
+    sparse_linear: _sparse_linear,
     cached_attention: compute_cached_attention,
     stored_attention: compute_cached_attention,
 }

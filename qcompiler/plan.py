@@ -127,6 +127,9 @@ class Rounded:
         scale, zero_point: of the grid, in the shape of `QType.ranges`.
         damping: share of the Hessian's mean diagonal that GPTQ added to it; 0 for other methods.
         silent: inputs that never fired in calibration.
+        columns: the inputs at which each output keeps a weight beside the grid, (outputs, k), where
+            some are kept; `weight` is 0 there.
+        values: these weights, float16.
     """
 
     weight: Tensor
@@ -134,3 +137,12 @@ class Rounded:
     zero_point: Tensor
     damping: float = 0.0
     silent: int = 0
+    columns: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The weight with those that are kept beside the grid."""
+        if self.columns is None or self.values is None:
+            return self.weight
+        return self.weight.scatter_add(1, self.columns.long(), self.values.float())

@@ -151,6 +151,7 @@ def gptq(
     block: int = BLOCK,
     grid: Grid | None = None,
     factor: Factor | None = None,
+    columns: Tensor | None = None,
 ) -> Rounded:
     """Round one weight by GPTQ.
 
@@ -162,6 +163,9 @@ def gptq(
         block: columns whose errors are collected before the rest of the weight is updated.
         grid: scale and zero point; those of nearest rounding when not given.
         factor: of the Hessian, where it is known already.
+        columns: (outputs, k), where each row keeps weights beside the grid; the grid given should
+            be that of the others. They take up what earlier columns lost, too, as in SpQR
+            (Dettmers 2023, algorithm 1).
 
     Returns:
         The weight on its grid, with the damping that was needed.
@@ -174,6 +178,7 @@ def gptq(
     factor = factor or Factor.of(hessian, damping)
     order, u = factor.order, factor.upper
     integers = torch.empty_like(weight, dtype=kind.dtype)
+    updated = torch.empty_like(weight) if columns is not None else None
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         part = weight[rows]
@@ -184,13 +189,34 @@ def gptq(
         )
         # Inputs first: what is worked on at a time then lies together in memory.
         w, s, z = (t.T.contiguous()[order] for t in (part.double(), s, z))
-        integers[rows, order] = _columns(w, s, z, u, kind, block).T.to(kind.dtype)
+        kept = None
+        if columns is not None:
+            kept = torch.zeros_like(part, dtype=torch.bool)
+            kept = kept.scatter_(1, columns[rows].long(), True).T.contiguous()[order]
+        integers[rows, order] = _columns(w, s, z, u, kind, block, kept).T.to(kind.dtype)
+        if updated is not None:
+            updated[rows, order] = w.T.float()
     on_grid = dequantize(integers, scale, zero, axis, group)
-    return Rounded(on_grid, scale, zero, factor.damping, factor.silent)
+    values = None
+    if columns is not None and updated is not None:
+        values = half(updated.gather(1, columns.long()))
+    return Rounded(on_grid, scale, zero, factor.damping, factor.silent, columns, values)
 
 
-def _columns(w: Tensor, s: Tensor, z: Tensor, u: Tensor, kind: QType, block: int) -> Tensor:
-    """The integers of w, (inputs, outputs) float64, column by column; w is overwritten."""
+def half(value: Tensor) -> Tensor:
+    """The nearest finite float16."""
+    limit = torch.finfo(torch.float16).max
+    return value.clamp(-limit, limit).half()
+
+
+def _columns(
+    w: Tensor, s: Tensor, z: Tensor, u: Tensor, kind: QType, block: int, kept: Tensor | None = None
+) -> Tensor:
+    """The integers of w, (inputs, outputs) float64, column by column.
+
+    Those in `kept` are 0, their weights kept in float16; w is overwritten, column by column with
+    what is left to round of it when its turn comes.
+    """
     q = torch.empty_like(w)
     columns = len(w)
     for start in range(0, columns, block):
@@ -198,8 +224,12 @@ def _columns(w: Tensor, s: Tensor, z: Tensor, u: Tensor, kind: QType, block: int
         errors = torch.empty(stop - start, w.shape[1], dtype=torch.float64)
         for j in range(start, stop):
             q[j] = ((w[j] / s[j]).round() + z[j]).clamp(kind.qmin, kind.qmax)
-            errors[j - start] = (w[j] - (q[j] - z[j]) * s[j]) / u[j, j]
-            w[j:stop].addr_(u[j, j:stop], errors[j - start], alpha=-1)
+            value = (q[j] - z[j]) * s[j]
+            if kept is not None:
+                q[j] = torch.where(kept[j], z[j], q[j])
+                value = torch.where(kept[j], half(w[j]).double(), value)
+            errors[j - start] = (w[j] - value) / u[j, j]
+            w[j + 1 : stop].addr_(u[j, j + 1 : stop], errors[j - start], alpha=-1)
         w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
     return q
 
@@ -240,6 +270,8 @@ def keep_moment(weight: Tensor, rounded: Rounded, kind: QType) -> Rounded:
     """
     axis, group = weight_axis(kind), kind.group or 0
     shape = rounded.scale.shape
+    if rounded.columns is not None:  # what is kept beside the grid is no matter of its scales
+        weight = weight.scatter(1, rounded.columns.long(), 0.0)
 
     def moment(value: Tensor) -> Tensor:
         squares = value.double().square()

@@ -32,7 +32,8 @@ MEASURES = ("kl", "error", "first", "second")
 FILE = "study.json"
 VERSION = 1  # of the file
 
-Columns = tuple[torch.Tensor, torch.Tensor]  # indices, and the float columns of a weight
+# Indices and the float columns of a weight; or (outputs, k) both, for single weights of each row.
+Columns = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Option:
 
     Attributes:
         format: as `Format` prints it.
-        bits: of one weight on average, columns in float counted, scales not.
+        bits: of one weight on average, what stays in float counted, scales not.
         bytes: of the unit's weights as the target stores them, scales included.
         measures: see the module; 0 for float.
         latency: milliseconds of the unit on the target by phase ("prefill", "decode"); empty where
@@ -222,7 +223,7 @@ class Findings:
     ) -> None:
         """Keep a unit's measures, its rounded weights by format, and its inputs' static ranges.
 
-        Of formats that keep columns in float, also these.
+        Of formats that keep columns or single weights in float, also these.
         """
         packed = {
             "weights": {
@@ -259,8 +260,8 @@ class Findings:
                     continue
                 kind = _fitted(text, q.shape[1])
                 found[text].append(dequantize(q, s, z, weight_axis(kind), kind.group or 0))
-            for weight, (kept, values) in zip(found[text], columns.get(text, ()), strict=False):
-                weight.index_add_(1, kept, values)
+            pairs = zip(found[text], columns.get(text, ()), strict=False)
+            found[text][: len(columns.get(text, ()))] = [added(*pair) for pair in pairs]
         return found
 
     def ranges(self, index: int) -> dict[str, tuple[float, float]]:
@@ -275,6 +276,14 @@ class Findings:
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.folder / "units" / f"{index:04d}.{suffix}"
+
+
+def added(weight: torch.Tensor, kept: Columns) -> torch.Tensor:
+    """A weight with the columns, or the single weights, that were kept beside it."""
+    index, values = kept
+    if index.ndim == 1:
+        return weight.index_add(1, index, values)
+    return weight.scatter_add(1, index.long(), values.float())
 
 
 def _packed(rounded: Rounded, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -183,6 +183,7 @@ class Target:
         activation: QType | None,
         cache: tuple[QType | None, QType | None] = (None, None),
         products: str = "float32",
+        outliers: int = 0,
     ) -> str | None:
         """Why this target has no kernel for the formats, or None.
 
@@ -191,7 +192,13 @@ class Target:
             activation: of what they read.
             cache: of cached keys and values.
             products: arithmetic of products that stay float: float32 or bfloat16.
+            outliers: weights of each row that stay beside the grid.
         """
+        if outliers and (self.device == "cuda" or self.any_size):
+            return (
+                f"no kernel of '{self}' reads single weights beside the grid (~{outliers}); it has "
+                f"them for whole columns (+{outliers})"
+            )
         if products == "bfloat16" and not self.multiplies_bfloat16:
             able = [t for t in known_targets() if Target.parse(t).feature in BFLOAT16]
             why = (
@@ -258,6 +265,14 @@ class Target:
             and activation is not None
             and (activation.bits, activation.granularity) == (8, "token")
         )
+
+    @property
+    def outlier_bytes(self) -> int:
+        """Of a weight beside the grid: float16 and the column's number in ONNX.
+
+        Generated code reads float32, because not every CPU has float16.
+        """
+        return 6 if self.runtime == "tvm" else 4
 
     def stored_bits(self, weight: QType) -> int:
         """Bits that one weight takes there: ONNX Runtime's own kernels read 4 and 8."""

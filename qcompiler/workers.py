@@ -117,9 +117,10 @@ def measure_part(shared: str, folder: str, mine: Sequence[int], threads: int) ->
     program = Program(torch.export.load(Path(shared) / PROGRAM))
     batches = torch.load(Path(shared) / DATA, weights_only=True)
     findings = Findings(Path(folder), task.fingerprint)
+    target = Target.parse(task.target)
     measure_sensitivity(
         program, task.units, [Format.parse(text) for text in task.formats], batches,
-        task.settings, findings, Target.parse(task.target).stored_bits, mine,
+        task.settings, findings, target.stored_bits, mine, outlier_bytes=target.outlier_bytes,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def test_an_interrupted_rounding_continues_with_the_same_bits(
     whole = round_weights(program, plan, batches)
     print_of = fingerprint(program, plan, {"method": "gptq"}, batches)
 
-    real, calls = module.gptq, []
+    real, calls = module.round_weight, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Rounded:
         calls.append(1)
@@ -36,10 +36,10 @@ def test_an_interrupted_rounding_continues_with_the_same_bits(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "gptq", interrupted)
+    monkeypatch.setattr(module, "round_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         round_weights(program, plan, batches, journal=Journal(tmp_path / "j", print_of))
-    monkeypatch.setattr(module, "gptq", real)
+    monkeypatch.setattr(module, "round_weight", real)
     journal = Journal(tmp_path / "j", print_of)
     resumed = round_weights(program, plan, batches, journal=journal)
     assert journal.taken == 4

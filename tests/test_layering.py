@@ -22,6 +22,7 @@ LEVELS = (
     {"rewrite"},
     {"integer", "regions", "rotatable", "plan", "recipe", "spec"},
     {"calibration", "rounding", "stages", "journal", "divergence", "differentiable"},
+    {"outliers"},
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},

@@ -28,13 +28,14 @@ from qcompiler.passes.round_products import round_products
 from qcompiler.passes.search_smoothing import smoothing_sites
 from qcompiler.passes.smooth import smooth
 from qcompiler.passes.split_columns import split_columns, split_layers
+from qcompiler.passes.split_outliers import split_outliers
 from qcompiler.passes.store_cache import store_cache
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
 from qcompiler.program import Entry, Program
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
-from qcompiler.rewrite import Draft, rewrite
+from qcompiler.rewrite import Draft, operand, rewrite
 from qcompiler.target import Target
 from qcompiler.testing import check_contract, compact
 
@@ -113,6 +114,12 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Callable[[str], Any]) ->
     split = split_layers(program, load_recipe("w4a16", {"formats": {"*": "int4:g16+2"}}))
     columns = {name: torch.tensor([0, 3]) for name in split}
     check_contract(split_columns, program, checks, idempotent=False, columns=columns)
+    kept, nodes = {}, {n.name: n for n in program.exported.graph.nodes}
+    for name in split:
+        weight = program.constants()[operand(nodes[name], 1).name]
+        places = weight.abs().topk(2, 1).indices
+        kept[name] = places.to(torch.int16), weight.gather(1, places).half()
+    check_contract(split_outliers, program, checks, idempotent=False, outliers=kept)
 
     plan, _ = plan_for(program, "w8a8", model.batches)
     quantized = check_contract(insert_qdq, program, checks, idempotent=False, plan=plan)
