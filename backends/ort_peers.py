@@ -16,7 +16,8 @@ import onnx
 from qcompiler.errors import InputError, nearest
 from qcompiler.program import Batch
 
-PEERS = ("ort-dynamic", "ort-static")
+PEERS = ("ort-dynamic", "ort-static", "ort-int4")
+GROUP = 32  # weights that share a scale in `ort-int4`
 
 
 def build(
@@ -25,8 +26,9 @@ def build(
     """Quantize `model` with ONNX Runtime's tools as their documentation recommends for the CPU.
 
     Args:
-        name: `ort-dynamic` (quantize_dynamic, per channel) or `ort-static` (QDQ, S8S8 min-max,
-            per channel).
+        name: `ort-dynamic` (quantize_dynamic, per channel), `ort-static` (QDQ, S8S8 min-max,
+            per channel) or `ort-int4` (MatMulNBits: 4-bit weights to nearest in groups of 32,
+            activations in 8 bits within its kernel).
         model: the float ONNX model.
         folder: where to write the result.
         batches: calibration batches for `ort-static`.
@@ -60,6 +62,16 @@ def build(
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=standard,
             )
+            return result
+        if name == "ort-int4":
+            from onnxruntime.quantization import matmul_nbits_quantizer as tools
+
+            logging.getLogger(tools.__name__).setLevel(logging.ERROR)  # it tells of every node
+            tool = tools.MatMulNBitsQuantizer(
+                onnx.load(model), block_size=GROUP, is_symmetric=True, accuracy_level=4
+            )
+            tool.process()
+            tool.model.save_model_to_file(str(result), use_external_data_format=False)
             return result
         prepared = folder / "prepared.onnx"
         try:

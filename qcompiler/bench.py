@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 ROUND = 0.02  # seconds that one callable runs before the next has its turn
 
@@ -45,18 +46,30 @@ def interleave(runs: Mapping[str, Callable[[], object]], seconds: float = 3.0) -
         start = time.perf_counter()
         run()
         calls[name] = max(1, round(ROUND / max(time.perf_counter() - start, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+
+    def sample(name: str) -> float:
+        run, count = runs[name], calls[name]
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - start) / count
+
+    return take_turns({name: partial(sample, name) for name in runs}, seconds)
+
+
+def take_turns(samplers: Mapping[str, Callable[[], float]], seconds: float) -> list[Timing]:
+    """Let each in turn give a time in seconds, in an order that alternates, at least five times.
+
+    The first is the reference of all ratios.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    order = list(samplers)
     deadline = time.perf_counter() + seconds
     while len(samples[order[0]]) < 5 or time.perf_counter() < deadline:
         for name in order:
-            run, count = runs[name], calls[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                run()
-            samples[name].append((time.perf_counter() - start) / count)
+            samples[name].append(samplers[name]())
         order.reverse()
-    base = samples[next(iter(runs))]
+    base = samples[next(iter(samplers))]
     results = []
     for name, times in samples.items():
         ratios = [t / b for t, b in zip(times, base, strict=True)]

@@ -86,7 +86,9 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 1,
     against: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="Any of float, ort-dynamic, ort-static, with commas."),
+        typer.Option(
+            metavar="NAMES", help="Any of float, ort-dynamic, ort-static, ort-int4, with commas."
+        ),
     ] = "float",
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Time to measure, all candidates together.")
@@ -94,7 +96,9 @@ def bench(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SIZES", help="Dynamic sizes of the inputs, such as 8x128; repeatable."
+            metavar="SIZES",
+            help="Dynamic sizes of the inputs, such as 8x128; of language models the tokens of a "
+            "prompt and those before the written ones; repeatable.",
         ),
     ] = None,
     as_json: Json = False,
@@ -102,14 +106,15 @@ def bench(
 ) -> None:
     """Time an artifact beside the float model, and beside ONNX Runtime's own quantizers.
 
-    All take turns in one run, so that a busy machine disturbs them alike.
+    All take turns in one run, so that a busy machine disturbs them alike. Language models read a
+    prompt and write tokens one by one.
 
     Ratios are to the float model. With several --shape, --json prints a list.
     """
     with guarded(debug):
         from qcompiler.errors import InputError, nearest
 
-        known = ["float", "ort-dynamic", "ort-static"]
+        known = ["float", "ort-dynamic", "ort-static", "ort-int4"]
         peers = [name.strip() for name in against.split(",") if name.strip()]
         for name in peers:
             if name not in known:
@@ -299,19 +304,24 @@ def inspect(
 def _bench_table(result: Mapping[str, Any]) -> Iterable[RenderableType]:
     from qcompiler.findings import count, decibels, milliseconds, number, size
 
+    language = any("phase" in row for row in result["rows"])
+    first = ("model", "phase", "tokens/s") if language else ("model", "time")
+    last = () if language else ("SQNR",)
     rows = table(
-        "model", "time", "ratio to float", "quartiles", "size", "SQNR", "note", numbers=" nnnnn "
-    )
+        *first, "ratio to float", "quartiles", "size", *last, "note",
+        numbers=f"{' ' * (len(first) - 1)}nnnn{'n' * len(last)} ",
+    )  # fmt: skip
     for row in result["rows"]:
-        spread = "" if row["low"] is None else f"{number(row['low'])}–{number(row['high'])}"
+        spread = "" if row.get("low") is None else f"{number(row['low'])}–{number(row['high'])}"
+        speed = (row["phase"], number(row.get("rate"))) if language else (milliseconds(row["ms"]),)
         add_row(
             rows,
             row["name"],
-            milliseconds(row["ms"]),
-            number(row["ratio"]),
+            *speed,
+            number(row.get("ratio")),
             spread,
-            size(row["size_bytes"]),
-            decibels(row["sqnr_db"]),
+            size(row.get("size_bytes")),
+            *(() if language else (decibels(row["sqnr_db"]),)),
             row.get("note", ""),
         )
     rounds = max((int(row.get("rounds") or 0) for row in result["rows"]), default=0)

@@ -16,8 +16,9 @@ from torch import Tensor
 from qcompiler import artifact as artifacts
 from qcompiler import mixed
 from qcompiler.artifact import Artifact
+from qcompiler.benching import bench
 from qcompiler.data import Data
-from qcompiler.deliver import Compiled, Progress, bench, deliver, verify
+from qcompiler.deliver import Compiled, Progress, deliver, verify
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.journal import Journal, fingerprint
 from qcompiler.mixer import Mixer

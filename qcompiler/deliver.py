@@ -9,11 +9,9 @@ import itertools
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,9 @@ from qcompiler import explaining, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
-from qcompiler.errors import InputError, VerifyError
+from qcompiler.errors import VerifyError
 from qcompiler.findings import INNER
-from qcompiler.lowering import Job, Run, integer_layers, lower, model_size
+from qcompiler.lowering import Job, Run, integer_layers, lower
 from qcompiler.observe import Statistics
 from qcompiler.plan import Factor, Plan
 from qcompiler.program import Program
@@ -446,137 +444,3 @@ def verify(folder: str | Path) -> dict[str, Any]:
                     }
                 )
     return {"ok": all(c["ok"] for c in checks), "checks": checks}
-
-
-def bench(
-    folder: str | Path,
-    against: Sequence[str] = ("float",),
-    threads: int = 1,
-    seconds: float = 3.0,
-    shape: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Time an artifact beside its float model and ONNX Runtime's own quantizers.
-
-    All are interleaved in one run.
-
-    Args:
-        folder: the artifact; its float model must have been kept.
-        against: `float`, `ort-dynamic`, `ort-static`. The float model is always measured: all
-            ratios are to it.
-        threads: of one operator.
-        seconds: of measuring, all candidates together.
-        shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order.
-    """
-    from qcompiler.backends import ort, ort_cuda, ort_peers
-
-    say = progress or (lambda step: None)
-    artifact = Artifact.open(folder)
-    base = artifact.folder / REFERENCE
-    if not (base / ort.MODEL).is_file():
-        raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
-    batches = artifact.batches("held-out")
-    if not batches:
-        raise InputError(f"{folder} keeps no data to run; compile it again")
-    batch = batches[0] if shape is None else _resize(batches[0], artifact.manifest["inputs"], shape)
-    if "capacity" in artifact.manifest:
-        raise InputError(
-            f"{folder} is a language model: time it with 'model --generate' in that folder or "
-            "'qcompiler run --prompt', which print tokens a second"
-        )
-    names = [o["name"] for o in artifact.manifest["outputs"]]
-    inputs = [i["name"] for i in artifact.manifest["inputs"]]
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
-        on_gpu = artifact.manifest["target"] == "ort:cuda"
-        open_model = (
-            ort_cuda.load_model if on_gpu else partial(ort.load_model, threads=threads, rest=True)
-        )
-        runs: dict[str, Run] = {"float": open_model(paths["float"])}
-        sizes = {"qcompiler": int(artifact.manifest["size"]["model_bytes"])}
-        if paths["qcompiler"].is_file():
-            runs["qcompiler"] = open_model(paths["qcompiler"])
-        else:
-            runs["qcompiler"] = artifact.runner(threads)
-        notes: dict[str, str] = {}
-        for peer in against:
-            if peer == "float":
-                continue
-            say(peer)
-            try:
-                paths[peer] = ort_peers.build(
-                    peer,
-                    base / ort.MODEL,
-                    Path(scratch),
-                    lambda: artifact.batches("calibration"),
-                    inputs,
-                )
-                runs[peer] = open_model(paths[peer])
-            except InputError:
-                raise
-            except Exception as error:  # a peer that fails is a result, not our failure
-                notes[peer] = f"failed: {str(error).splitlines()[0][:200]}"
-        expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
-        quality = {
-            name: min(
-                c.sqnr_db
-                for c in compare(expected, [run(*b) for b in batches], names, "held-out", masks)
-            )
-            for name, run in runs.items()
-        }
-        say("time")
-        timings = interleave({n: partial(run, *batch) for n, run in runs.items()}, seconds)
-        emulator = " ".join(getattr(runs["qcompiler"], "emulator", ()))
-        slow = f"run by {emulator}: this is not its speed" if emulator else ""
-        rows: list[dict[str, Any]] = [
-            {
-                **asdict(t),
-                "size_bytes": sizes.get(t.name) or model_size(paths[t.name]),
-                "sqnr_db": None if t.name == "float" else quality[t.name],
-                "note": slow if t.name == "qcompiler" else "",
-            }
-            for t in timings
-        ]
-    rows += [
-        {
-            "name": n, "ms": None, "ratio": None, "low": None, "high": None, "rounds": 0,
-            "size_bytes": None, "sqnr_db": None, "note": note,
-        }
-        for n, note in notes.items()
-    ]  # fmt: skip
-    first = batch[0]
-    return {
-        "rows": rows,
-        "threads": threads,
-        "shape": "×".join(map(str, first.shape)),
-        "machine": machine(),
-    }
-
-
-def _resize(
-    batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str
-) -> tuple[torch.Tensor, ...]:
-    """The batch with its dynamic sizes set, in order of appearance.
-
-    Its data are repeated and cut.
-    """
-    symbols: list[str] = []
-    for entry in inputs:
-        symbols += [s for s in entry["shape"] if isinstance(s, str) and s not in symbols]
-    try:
-        sizes = [int(part) for part in shape.lower().replace("×", "x").split("x")]
-    except ValueError:
-        sizes = []
-    if len(sizes) != len(symbols) or any(s < 1 for s in sizes):
-        raise InputError(
-            f"--shape {shape}: give {len(symbols)} sizes for {', '.join(symbols)}, such as 8x128"
-        )
-    wanted = dict(zip(symbols, sizes, strict=True))
-    resized = []
-    for tensor, entry in zip(batch, inputs, strict=True):
-        for dim, size in enumerate(entry["shape"]):
-            if isinstance(size, str):
-                index = torch.arange(wanted[size]) % tensor.shape[dim]
-                tensor = tensor.index_select(dim, index)
-        resized.append(tensor)
-    return tuple(resized)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from qcompiler import language_bench
 from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError
 from qcompiler.generation import Generated, Sampling, Stream, Tokenizer
@@ -245,6 +246,70 @@ def test_the_command_line_writes_and_measures(
     assert found["last_word"]["texts"] == 1
     app(["eval", folder, *options[:-1]], standalone_mode=False)
     assert "non-overlapping windows of 48" in capsys.readouterr().out
+
+
+def test_bench_times_a_language_model_as_it_writes(
+    language_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qcompiler.cli import app
+
+    given = [
+        "bench",
+        str(language_artifact.folder),
+        "--seconds",
+        "0",
+        "--against",
+        "float,ort-int4",
+    ]
+    app([*given, "--shape", "24x8", "--json"], standalone_mode=False)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(r["name"], r["phase"]) for r in rows] == [
+        (name, phase)
+        for phase in ("prefill", "decode")
+        for name in ("float", "qcompiler", "ort-int4")
+    ]
+    assert all(r["ratio"] == 1 for r in rows if r["name"] == "float")
+    app([*given, "--shape", "24x8"], standalone_mode=False)
+    assert "a prompt of 24, 16 after 8, 1 thread" in capsys.readouterr().out
+
+
+class Counting:
+    """A writer that notes what it is fed."""
+
+    vocabulary = 7
+    length = 0
+
+    def __init__(self) -> None:
+        self.fed: list[int] = []
+
+    def reset(self, capacity: int) -> None:
+        self.room = capacity
+        self.length = 0
+
+    def feed(self, tokens: np.ndarray[Any, Any], last: bool = False) -> np.ndarray[Any, Any]:
+        self.length += len(tokens)
+        assert self.length <= self.room
+        assert tokens.max() < self.vocabulary
+        assert last
+        self.fed.append(len(tokens))
+        return np.zeros((1, self.vocabulary), np.float32)
+
+
+def test_what_is_timed_of_a_writer() -> None:
+    writer = Counting()
+    rows = language_bench.time_writers({"float": writer}, prompt=40, past=9, seconds=0.0)
+    assert [row["rounds"] for row in rows] == [5, 5]
+    assert (
+        writer.fed == [40] * 6 + [9, *[1] * language_bench.STEPS] * 6
+    )  # the first of six: warm-up
+
+
+@pytest.mark.parametrize("shape", ["64", "0x4", "axb", "600x16", "16x490"])
+def test_sizes_that_no_model_can_be_timed_at(shape: str) -> None:
+    with pytest.raises(InputError, match="--shape"):
+        language_bench.sizes_of(shape, 500)
+    assert language_bench.sizes_of(None, 500) == (500, 128)
+    assert language_bench.sizes_of(None, 100) == (100, 84)
 
 
 def test_writing_needs_neither_torch_nor_onnx(language_artifact: Artifact) -> None:

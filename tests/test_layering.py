@@ -30,12 +30,13 @@ LEVELS = (
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
     {"attribution"},
     {"explaining"},
-    {"language"},
+    {"language", "language_bench"},
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {
     "compiler", "mixed", "mixer", "costs", "workers", "deliver", "lowering", "cli", "cli_language",
-    "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists", "__init__", "__main__",
+    "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists", "benching", "__init__",
+    "__main__",
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,0 +1,215 @@
+"""Time an artifact beside its float model and what ONNX Runtime's own quantizers make of it.
+
+A driver: it knows how each runtime opens a model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompiler import language_bench
+from qcompiler.artifact import REFERENCE, Artifact
+from qcompiler.bench import interleave
+from qcompiler.deliver import machine
+from qcompiler.errors import InputError
+from qcompiler.generation import Runtime, runtime, settings_of
+from qcompiler.lowering import Progress, Run, model_size
+from qcompiler.verify import compare
+
+
+def bench(
+    folder: str | Path,
+    against: Sequence[str] = ("float",),
+    threads: int = 1,
+    seconds: float = 3.0,
+    shape: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time an artifact beside its float model and ONNX Runtime's own quantizers.
+
+    All are interleaved in one run.
+
+    Args:
+        folder: the artifact; its float model must have been kept.
+        against: `float`, `ort-dynamic`, `ort-static`, `ort-int4`. The float model is always
+            measured: all ratios are to it.
+        threads: of one operator.
+        seconds: of measuring, all candidates together.
+        shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order; of
+            language models the tokens of a prompt, and those before the ones that are written.
+    """
+    from qcompiler.backends import ort, ort_cuda, ort_peers
+
+    say = progress or (lambda step: None)
+    artifact = Artifact.open(folder)
+    base = artifact.folder / REFERENCE
+    if not (base / ort.MODEL).is_file():
+        raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
+    if artifact.manifest.get("generation"):
+        return _bench_language(artifact, against, threads, seconds, shape, say)
+    batches = artifact.batches("held-out")
+    if not batches:
+        raise InputError(f"{folder} keeps no data to run; compile it again")
+    batch = batches[0] if shape is None else _resize(batches[0], artifact.manifest["inputs"], shape)
+    names = [o["name"] for o in artifact.manifest["outputs"]]
+    inputs = [i["name"] for i in artifact.manifest["inputs"]]
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
+        on_gpu = artifact.manifest["target"] == "ort:cuda"
+        open_model = (
+            ort_cuda.load_model if on_gpu else partial(ort.load_model, threads=threads, rest=True)
+        )
+        runs: dict[str, Run] = {"float": open_model(paths["float"])}
+        sizes = {"qcompiler": int(artifact.manifest["size"]["model_bytes"])}
+        if paths["qcompiler"].is_file():
+            runs["qcompiler"] = open_model(paths["qcompiler"])
+        else:
+            runs["qcompiler"] = artifact.runner(threads)
+        notes: dict[str, str] = {}
+        for peer in against:
+            if peer == "float":
+                continue
+            say(peer)
+            try:
+                paths[peer] = ort_peers.build(
+                    peer,
+                    base / ort.MODEL,
+                    Path(scratch),
+                    lambda: artifact.batches("calibration"),
+                    inputs,
+                )
+                runs[peer] = open_model(paths[peer])
+            except InputError:
+                raise
+            except Exception as error:  # a peer that fails is a result, not our failure
+                notes[peer] = _failed(error)
+        expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
+        quality = {
+            name: min(
+                c.sqnr_db
+                for c in compare(expected, [run(*b) for b in batches], names, "held-out", masks)
+            )
+            for name, run in runs.items()
+        }
+        say("time")
+        timings = interleave({n: partial(run, *batch) for n, run in runs.items()}, seconds)
+        emulator = " ".join(getattr(runs["qcompiler"], "emulator", ()))
+        slow = f"run by {emulator}: this is not its speed" if emulator else ""
+        rows: list[dict[str, Any]] = [
+            {
+                **asdict(t),
+                "size_bytes": sizes.get(t.name) or model_size(paths[t.name]),
+                "sqnr_db": None if t.name == "float" else quality[t.name],
+                "note": slow if t.name == "qcompiler" else "",
+            }
+            for t in timings
+        ]
+    rows += [
+        {
+            "name": n, "ms": None, "ratio": None, "low": None, "high": None, "rounds": 0,
+            "size_bytes": None, "sqnr_db": None, "note": note,
+        }
+        for n, note in notes.items()
+    ]  # fmt: skip
+    first = batch[0]
+    return {
+        "rows": rows,
+        "threads": threads,
+        "shape": "×".join(map(str, first.shape)),
+        "machine": machine(),
+    }
+
+
+def _bench_language(
+    artifact: Artifact,
+    against: Sequence[str],
+    threads: int,
+    seconds: float,
+    shape: str | None,
+    say: Progress,
+) -> dict[str, Any]:
+    """Tokens a second of the artifact, of its float model and of the peers."""
+    from qcompiler.backends import ort, ort_peers
+
+    target, base = str(artifact.manifest["target"]), artifact.folder / REFERENCE
+    settings = settings_of(artifact.folder, artifact.manifest)
+    room = int(artifact.manifest.get("capacity") or settings["context"])
+    prompt, past = language_bench.sizes_of(shape, room)
+    beside = target if target.startswith("ort:") else "ort:cpu"
+    notes: dict[str, str] = {}
+    sizes = {
+        "float": model_size(base / ort.MODEL),
+        "qcompiler": int(artifact.manifest["size"]["model_bytes"]),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        writers: dict[str, Runtime] = {
+            "float": runtime(base, beside, threads),
+            "qcompiler": runtime(artifact.folder, target, threads),
+        }
+        for peer in (name for name in against if name != "float"):
+            say(peer)
+            folder = Path(scratch) / peer
+            folder.mkdir()
+            try:
+                made = ort_peers.build(
+                    peer, base / ort.MODEL, folder, lambda: artifact.batches("calibration"),
+                    [i["name"] for i in artifact.manifest["inputs"]],
+                )  # fmt: skip
+                made.rename(folder / ort.MODEL)
+                writers[peer] = runtime(folder, beside, threads)
+                sizes[peer] = model_size(folder / ort.MODEL)
+            except InputError:
+                raise
+            except Exception as error:  # a peer that fails is a result, not our failure
+                notes[peer] = _failed(error)
+        say("time")
+        rows = language_bench.time_writers(writers, prompt, past, seconds)
+    if target.startswith("tvm:cuda"):
+        notes["float"] = "ONNX Runtime on the CPU"
+    rows = [{**r, "size_bytes": sizes[r["name"]], "note": notes.get(r["name"], "")} for r in rows]
+    absent = {n: note for n, note in notes.items() if n not in writers}
+    rows += [{"name": n, "phase": "", "note": note} for n, note in absent.items()]
+    return {
+        "rows": rows, "threads": threads, "machine": machine(),
+        "shape": f"a prompt of {prompt}, {language_bench.STEPS} after {past}",
+    }  # fmt: skip
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {str(error).splitlines()[0][:200]}"
+
+
+def _resize(
+    batch: Sequence[torch.Tensor], inputs: Sequence[Mapping[str, Any]], shape: str
+) -> tuple[torch.Tensor, ...]:
+    """The batch with its dynamic sizes set, in order of appearance.
+
+    Its data are repeated and cut.
+    """
+    symbols: list[str] = []
+    for entry in inputs:
+        symbols += [s for s in entry["shape"] if isinstance(s, str) and s not in symbols]
+    try:
+        sizes = [int(part) for part in shape.lower().replace("×", "x").split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != len(symbols) or any(s < 1 for s in sizes):
+        raise InputError(
+            f"--shape {shape}: give {len(symbols)} sizes for {', '.join(symbols)}, such as 8x128"
+        )
+    wanted = dict(zip(symbols, sizes, strict=True))
+    resized = []
+    for tensor, entry in zip(batch, inputs, strict=True):
+        for dim, size in enumerate(entry["shape"]):
+            if isinstance(size, str):
+                index = torch.arange(wanted[size]) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, index)
+        resized.append(tensor)
+    return tuple(resized)
