@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 @rewrite(exact=False)
 def insert_qdq(draft: Draft, plan: Plan, rounded: Mapping[Site, Rounded] | None = None) -> None:
-    """Quantize and dequantize at the plan's sites; `rounded` weights keep their own grid."""
+    """Quantize and dequantize at the plan's sites; `rounded` weights come as their integers."""
     rounded = rounded or {}
     nodes = {n.name: n for n in draft.graph.nodes}
     shared: dict[tuple[Node, Assignment], Node] = {}
@@ -105,25 +105,31 @@ def _quantize_weight(
 ) -> None:
     constant = node.args[site.operand]
     assert isinstance(constant, Node)
+    q, s, z = _integers(draft, node, constant, "weight", kind, rounded)
+    axis, group = weight_axis(kind), kind.group or 0
+    draft.set_input(
+        node, site.operand, draft.call(ops.dequantize, q, s, z, axis, group, before=node)
+    )
+
+
+def _integers(
+    draft: Draft, node: Node, constant: Node, role: str, kind: QType, rounded: Rounded | None
+) -> tuple[Node, Node, Node]:
+    """The integers of a node's weight or table, their scale and zero point."""
     axis = weight_axis(kind)
     if rounded is None:
         scale, zero = weight_scales(draft.constant(constant), kind, axis)
     else:
         scale, zero = rounded.scale, rounded.zero_point
-        constant = draft.add_constant(f"{node.name}_weight_rounded", rounded.weight)
-    pair = _constant_pair(draft, constant, scale, zero, axis, kind, node)
-    draft.set_input(node, site.operand, pair)
-
-
-def _constant_pair(
-    draft: Draft, constant: Node, scale: Tensor, zero: Tensor, axis: int, kind: QType, node: Node
-) -> Node:
-    s = draft.add_constant(f"{node.name}_weight_scale", scale)
-    z = draft.add_constant(f"{node.name}_weight_zero_point", zero)
-    group = kind.group or 0
-    q = draft.call(ops.quantize, constant, s, z, axis, group, kind.qmin, kind.qmax, before=node)
+    s = draft.add_constant(f"{node.name}_{role}_scale", scale)
+    z = draft.add_constant(f"{node.name}_{role}_zero_point", zero)
+    if rounded is None:
+        bounds = (kind.qmin, kind.qmax)
+        q = draft.call(ops.quantize, constant, s, z, axis, kind.group or 0, *bounds, before=node)
+    else:
+        q = draft.add_constant(f"{node.name}_{role}_rounded", rounded.stored)
     q.meta["qtype"] = str(kind)
-    return draft.call(ops.dequantize, q, s, z, axis, group, before=node)
+    return q, s, z
 
 
 def _reads(node: Node, site: Site, table: Any) -> bool:
@@ -137,16 +143,8 @@ def _quantize_table(
     """Look up integers; returns them with scale and zero point, for a linear that is tied."""
     table = node.args[0]
     assert isinstance(table, Node)
-    axis, group = weight_axis(kind), kind.group or 0
-    if rounded is None:
-        scale, zero = weight_scales(draft.constant(table), kind, axis)
-    else:
-        scale, zero = rounded.scale, rounded.zero_point
-        table = draft.add_constant(f"{node.name}_table_rounded", rounded.weight)
-    s = draft.add_constant(f"{node.name}_table_scale", scale)
-    z = draft.add_constant(f"{node.name}_table_zero_point", zero)
-    q = draft.call(ops.quantize, table, s, z, axis, group, kind.qmin, kind.qmax, before=node)
-    q.meta["qtype"] = str(kind)
+    q, s, z = _integers(draft, node, table, "table", kind, rounded)
+    scale, group = draft.constant(s), kind.group or 0
     rows = draft.call(aten.embedding.default, q, *node.args[1:], before=node)
     # A scale for each row, or one for each group in it.
     column = draft.add_constant(f"{node.name}_row_scale", scale.reshape(len(scale), -1))

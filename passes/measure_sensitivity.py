@@ -288,7 +288,7 @@ def _rounded(
     outliers: int,
 ) -> Rounded:
     if kind is None:
-        return Rounded(weight.bfloat16().float(), weight.new_empty(0), weight.new_empty(0))
+        return Rounded(weight.bfloat16(), weight.new_empty(0), weight.new_empty(0))
     return round_weight(weight, kind, hessian, factor, settings.clip, outliers)
 
 

@@ -5,9 +5,10 @@ of the linears that read one tensor, H = 2 X Xᵀ is summed over the batches, th
 rounded, and the program goes on with them (Frantar 2022, "GPTQ"; see `qcompiler.rounding`). With
 method "rtn" the weights are rounded to nearest, which with `clip` needs H as well.
 
-Memory: what `Stages` holds, and one H (inputs² float64). With a journal each rounded weight is kept
-in a file, and a later run with the same program, plan, settings and data takes it from there; it
-runs the batches again, with the same weights, so the rest gets the same bits.
+Memory: what `Stages` holds, one H (inputs² float64), and the integers of what was rounded; their
+floats exist while a stage runs through them. With a journal each rounded weight is kept in a file,
+and a later run with the same program, plan, settings and data takes it from there; it runs the
+batches again, with the same weights, so the rest gets the same bits.
 
 Nothing is refused: a singular H is damped more until it can be inverted, and a channel that never
 fires keeps its nearest rounding; both are noted. Activations are not quantized on the way.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,13 +106,13 @@ def round_weights(
                     if journal is not None:
                         journal.put(node.name, rounded)
                 found[sites[node.name]] = rounded
-                stages.replaced[node] = rounded.whole
+                stages.replaced[node] = partial(getattr, rounded, "whole")
     return found
 
 
 def _foresee(shapes: list[tuple[int, ...]]) -> None:
     """Stop before it starts what would run out of memory."""
-    rounded = sum(4 * math.prod(shape) for shape in shapes)
+    rounded = sum(math.prod(shape) for shape in shapes)  # int8, and few scales
     need = BUDGET + rounded + max(memory_needed(*shape) for shape in shapes)
     free = free_memory()
     if free is not None and need > free:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor
 from qcompiler.errors import InputError
 from qcompiler.plan import Plan, Rounded
 from qcompiler.program import Batch, Program
+
+FORMAT = "integers"  # of a file; one of another format is computed again
 
 
 class Journal:
@@ -57,7 +58,7 @@ class Journal:
         """Keep one node's rounded weight."""
         path = self.folder / f"{name}.pt"
         unfinished = path.with_suffix(".unfinished")
-        torch.save({**asdict(rounded), "fingerprint": self.fingerprint}, unfinished)
+        torch.save({**vars(rounded), "fingerprint": self.fingerprint}, unfinished)
         unfinished.replace(path)
 
 
@@ -66,7 +67,8 @@ def fingerprint(
 ) -> str:
     """A digest of the program with its weights, the plan, the settings and the data."""
     digest = hashlib.blake2b(digest_size=16)
-    for text in (str(program), plan.to_json(), repr(sorted(settings.items())), torch.__version__):
+    fixed = (FORMAT, torch.__version__)
+    for text in (*fixed, str(program), plan.to_json(), repr(sorted(settings.items()))):
         digest.update(text.encode())
     for name, value in sorted(program.constants().items()):
         digest.update(name.encode())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.errors import InputError
 from qcompiler.program import Refusal
-from qcompiler.qtype import QType
+from qcompiler.qtype import QType, dequantize
 
 
 @dataclass(frozen=True, order=True)
@@ -120,11 +120,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight that was rounded otherwise than to nearest.
+    """A weight that was rounded, as integers: a float copy of it is made where it is needed.
 
     Attributes:
-        weight: on its grid, in float32, of the weight's shape.
+        stored: integers of the weight's shape; or bfloat16 numbers, which have no grid.
         scale, zero_point: of the grid, in the shape of `QType.ranges`.
+        axis, group: along which scales run, and how many elements share one (0: no groups).
         damping: share of the Hessian's mean diagonal that GPTQ added to it; 0 for other methods.
         silent: inputs that never fired in calibration.
         columns: the inputs at which each output keeps a weight beside the grid, (outputs, k), where
@@ -132,13 +133,22 @@ class Rounded:
         values: these weights, float16.
     """
 
-    weight: Tensor
+    stored: Tensor
     scale: Tensor
     zero_point: Tensor
+    axis: int = 0
+    group: int = 0
     damping: float = 0.0
     silent: int = 0
     columns: Tensor | None = None
     values: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """A new float32 tensor: the weight on its grid, as `qc::dequantize` computes it."""
+        if self.stored.is_floating_point():
+            return self.stored.float()
+        return dequantize(self.stored, self.scale, self.zero_point, self.axis, self.group)
 
     @property
     def whole(self) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qcompiler.errors import InputError
 from qcompiler.plan import Rounded
-from qcompiler.qtype import QType, broadcast, dequantize
+from qcompiler.qtype import QType, broadcast
 
 BLOCK = 128
 ROWS = 2048  # outputs that are rounded at a time: they do not depend on each other
@@ -116,7 +116,7 @@ def nearest(weight: Tensor, grid: Grid, kind: QType) -> Rounded:
     scale, zero = grid
     axis = weight_axis(kind)
     q = kind.quantize(weight, scale, zero, axis)
-    return Rounded(dequantize(q, scale, zero, axis, kind.group or 0), scale, zero)
+    return Rounded(q, scale, zero, axis, kind.group or 0)
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,12 @@ def gptq(
         integers[rows, order] = _columns(w, s, z, u, kind, block, kept).T.to(kind.dtype)
         if updated is not None:
             updated[rows, order] = w.T.float()
-    on_grid = dequantize(integers, scale, zero, axis, group)
     values = None
     if columns is not None and updated is not None:
         values = half(updated.gather(1, columns.long()))
-    return Rounded(on_grid, scale, zero, factor.damping, factor.silent, columns, values)
+    return Rounded(
+        integers, scale, zero, axis, group, factor.damping, factor.silent, columns, values
+    )
 
 
 def half(value: Tensor) -> Tensor:
@@ -268,8 +269,7 @@ def keep_moment(weight: Tensor, rounded: Rounded, kind: QType) -> Rounded:
 
     arXiv 2411.06084, equation 18, there for activations; 1 where everything rounded to zero.
     """
-    axis, group = weight_axis(kind), kind.group or 0
-    shape = rounded.scale.shape
+    group, shape = rounded.group, rounded.scale.shape
     if rounded.columns is not None:  # what is kept beside the grid is no matter of its scales
         weight = weight.scatter(1, rounded.columns.long(), 0.0)
 
@@ -282,6 +282,4 @@ def keep_moment(weight: Tensor, rounded: Rounded, kind: QType) -> Rounded:
 
     before, after = moment(weight).reshape(shape), moment(rounded.weight).reshape(shape)
     gamma = torch.where(after > 0, (before / after.clamp(min=1e-300)).sqrt(), 1.0).float()
-    scale = rounded.scale * gamma
-    changed = rounded.weight * broadcast(gamma, weight, axis, group)
-    return replace(rounded, weight=changed, scale=scale)
+    return replace(rounded, scale=rounded.scale * gamma)

@@ -33,7 +33,8 @@ class Stages:
     """A program that stands still at one node, for all batches.
 
     Attributes:
-        replaced: linear or convolution → the weight that it uses instead of its own.
+        replaced: linear or convolution → what gives the weight that it uses instead of its own. It
+            is asked once for each stage that the node runs in, and dropped with the stage.
         functions: call → what is computed in place of its op, from the same operands.
     """
 
@@ -53,7 +54,7 @@ class Stages:
             outputs: hold what the program returns, for `outputs`; a decoder returns the keys and
                 values of all its layers.
         """
-        self.replaced: dict[Node, Tensor] = {}
+        self.replaced: dict[Node, Callable[[], Tensor]] = {}
         self.functions: dict[Node, Function] = {}
         self._nodes = list(program.exported.graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
@@ -101,6 +102,7 @@ class Stages:
         end = self._index[stop]
         if end < self._position:
             raise ValueError(f"'{stop.name}' was passed already")
+        weights = self._weights(end)
         held, lock = 0, threading.Lock()
 
         @torch.no_grad()  # of each thread alone
@@ -108,7 +110,7 @@ class Stages:
             nonlocal held
             values = self._load(number)
             for index in range(self._position, end):
-                self._step(index, values, self.functions)
+                self._step(index, values, self.functions, weights)
             kept = {n: _compact(v) for n, v in values.items() if self._last.get(n, -1) >= end}
             with lock:
                 held += sum(v.nbytes for v in kept.values() if isinstance(v, Tensor))
@@ -145,10 +147,11 @@ class Stages:
         """
         trial = self.functions | dict(functions or {})
         end = len(self._nodes) - 1  # the output node
+        weights = self._weights(end)
         for number in range(first, len(self._held)):
             values = self._load(number)
             for index in range(self._position, end):
-                self._step(index, values, trial, watch)
+                self._step(index, values, trial, weights, watch)
             yield tuple(
                 self._value(values, n) if isinstance(n, Node) else n
                 for n in operand(self._nodes[end], 0)
@@ -158,6 +161,11 @@ class Stages:
         """A parameter's or buffer's value."""
         return self._shared[node]
 
+    def _weights(self, end: int) -> dict[Node, Tensor]:
+        """The replaced weights of the nodes that run before `end`."""
+        nodes = self._nodes[self._position : end]
+        return {node: self.replaced[node]() for node in nodes if node in self.replaced}
+
     def _value(self, values: dict[Node, Any], source: Node) -> Any:
         return values[source] if source in values else self._shared[source]
 
@@ -166,6 +174,7 @@ class Stages:
         index: int,
         values: dict[Node, Any],
         functions: Mapping[Node, Function],
+        weights: Mapping[Node, Tensor],
         watch: Watch | None = None,
     ) -> None:
         node = self._nodes[index]
@@ -176,8 +185,8 @@ class Stages:
             return self._value(values, source)
 
         args = list(torch.fx.node.map_arg(node.args, value))
-        if node in self.replaced:
-            args[1] = self.replaced[node]
+        if node in weights:
+            args[1] = weights[node]
         function: Any = functions.get(node, node.target)
         values[node] = function(*args, **torch.fx.node.map_arg(node.kwargs, value))
         if watch is not None:

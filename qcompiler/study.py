@@ -227,7 +227,8 @@ class Findings:
         """
         packed = {
             "weights": {
-                text: [_packed(rounded, text) for rounded in rows] for text, rows in weights.items()
+                text: [(r.stored, r.scale, r.zero_point) for r in rows]
+                for text, rows in weights.items()
             },
             "columns": dict(columns or {}),
             "ranges": dict(ranges),
@@ -284,14 +285,6 @@ def added(weight: torch.Tensor, kept: Columns) -> torch.Tensor:
     if index.ndim == 1:
         return weight.index_add(1, index, values)
     return weight.scatter_add(1, index.long(), values.float())
-
-
-def _packed(rounded: Rounded, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if Format.parse(text).narrow:
-        return rounded.weight.bfloat16(), rounded.scale, rounded.zero_point
-    kind = _fitted(text, rounded.weight.shape[1])
-    q = kind.quantize(rounded.weight, rounded.scale, rounded.zero_point, weight_axis(kind))
-    return q, rounded.scale, rounded.zero_point
 
 
 def _fitted(text: str, inputs: int) -> QType:

@@ -45,12 +45,13 @@ def test_an_interrupted_rounding_continues_with_the_same_bits(
     assert journal.taken == 4
     assert resumed.keys() == whole.keys()
     for site, rounded in whole.items():
-        for field in ("weight", "scale", "zero_point"):
+        for field in ("stored", "weight", "scale", "zero_point"):
             assert torch.equal(getattr(resumed[site], field), getattr(rounded, field)), site
 
 
 def test_another_fingerprint_is_not_used(tmp_path: Path) -> None:
-    rounded = Rounded(torch.ones(2, 2), torch.ones(2), torch.zeros(2, dtype=torch.int8), 0.01, 3)
+    q, zero = torch.ones(2, 2, dtype=torch.int8), torch.zeros(2, dtype=torch.int8)
+    rounded = Rounded(q, torch.ones(2), zero, damping=0.01, silent=3)
     Journal(tmp_path, "first").put("linear", rounded)
     assert Journal(tmp_path, "second").get("linear") is None
     found = Journal(tmp_path, "first").get("linear")

@@ -112,3 +112,13 @@ def test_outputs_in_parts_give_what_they_give_at_once(
     parts = gptq(weight, hessian, kind, grid=search_grid(weight, hessian, kind))
     torch.testing.assert_close(parts.scale, whole.scale, rtol=0, atol=0)
     torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", ["int8:channel", "int4:g16", "uint4:g16:affine", "int4:tensor"])
+def test_a_rounded_weight_is_held_as_integers(text: str) -> None:
+    kind = QType.parse(text)
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(5))
+    rounded = nearest(weight, nearest_grid(weight, kind), kind)
+    assert rounded.stored.dtype in (torch.int8, torch.uint8)
+    assert torch.equal(rounded.weight, kind.round_trip(weight, 1 if kind.group else 0))
+    assert rounded.weight is not rounded.weight

@@ -43,7 +43,7 @@ def test_a_replaced_weight_is_used_downstream(tiny: Callable[[str], Any]) -> Non
     bias = program.constants()[first.args[2].name]
     with Stages(program, batches) as stages:
         stages.advance(first)
-        stages.replaced[first] = 2 * weight
+        stages.replaced[first] = lambda: 2 * weight
         stages.advance(second)
         for value, (x,) in zip(stages.values(second.args[0]), batches, strict=True):
             wanted = torch.relu(torch.nn.functional.linear(x, 2 * weight, bias))
