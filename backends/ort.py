@@ -15,8 +15,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from qcompiler.backends import ort_weights
 from qcompiler.backends.ort_cache import (
     open_default,
     pack_projections,
@@ -33,7 +35,7 @@ from qcompiler.backends.ort_phases import (
 )
 from qcompiler.backends.ort_session import LIBRARY, MODEL, SHARED, session
 from qcompiler.backends.ort_store import KEY, read_metadata, write_metadata
-from qcompiler.backends.ort_surgery import MICROSOFT, operate, pack_constants
+from qcompiler.backends.ort_surgery import MICROSOFT, operate
 from qcompiler.backends.ort_translate import INTERNAL, OPSET, translations
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Generate
@@ -81,8 +83,9 @@ def lower(
     Raises:
         UnsupportedError: if an op has no ONNX form.
     """
-    model = _export(program, generate is not None)
+    model, taken = _export(program, generate is not None)
     graph = gs.import_onnx(model)
+    ort_weights.give(graph, taken)
     shared, stores = use_grouped_attention(graph)
     library = operate(graph, fused, _layer_names(model, program), generate)
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
@@ -94,43 +97,38 @@ def lower(
         (folder / LIBRARY).write_bytes(library)
     pack_projections(graph)
     pruned = shared and prune_logits(graph)
-    result = gs.export_onnx(graph, do_type_check=False)
+    result, held = ort_weights.export(graph)
     if pruned:
         open_default(result)
-    pack_constants(graph, result)
     _tidy(result, program)
     kept = {t.name: stores[id(t)] for t in [*graph.inputs, *graph.outputs] if id(t) in stores}
     properties = ({SHARED: "1"} if shared else {}) | ({KEY: write_metadata(kept)} if kept else {})
     if properties:
         onnx.helper.set_model_props(result, properties)
+    if half or packed != EVERYWHERE:  # these change weights
+        ort_weights.fill(result, held)
+        held = {}
     if half:
         caches = [n.outputs[1:] for n in graph.nodes if n.op == "GroupQueryAttention"]
         halve(result, {tensor.name for tensors in caches for tensor in tensors})
     if packed == NOWHERE or (packed == DECODE and not shared):
         widen_products(result)
-    _save(result, folder / MODEL, external_above)
+    _save(result, held, folder / MODEL, external_above)
     if packed == DECODE and widen_products(result):
-        _save(result, folder / PREFILL, external_above)
+        _save(result, held, folder / PREFILL, external_above)
     return folder / MODEL
 
 
-def _save(model: onnx.ModelProto, path: Path, external_above: int) -> None:
-    size = sum(_bytes(t) for t in model.graph.initializer)
-    if size > external_above:
-        onnx.save(
-            model, path, save_as_external_data=True, all_tensors_to_one_file=True,
-            location=f"{path.name}.data", size_threshold=1024,
-        )  # fmt: skip
-    else:
-        onnx.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
+def _save(
+    model: onnx.ModelProto, held: dict[str, NDArray[Any]], path: Path, external_above: int
+) -> None:
+    if not held:
+        model, held = ort_weights.emptied(model)
+    size = sum(values.nbytes for values in held.values())
+    ort_weights.save(model, held, path, size > external_above)
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
-    return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
-
-
-def _export(program: Program, generated: bool) -> onnx.ModelProto:
+def _export(program: Program, generated: bool) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     try:
         with _quiet(), torch.no_grad():
             exported = torch.onnx.export(
@@ -145,7 +143,8 @@ def _export(program: Program, generated: bool) -> onnx.ModelProto:
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(f"no ONNX form: {_reason(error)}") from error
     assert exported is not None
-    return exported.model_proto
+    taken = ort_weights.take(exported.model)
+    return exported.model_proto, taken
 
 
 def _layer_names(model: onnx.ModelProto, program: Program) -> dict[str, str]:

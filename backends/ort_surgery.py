@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import torch
 
@@ -31,7 +30,7 @@ from qcompiler.backends.ort_generated import use_generated
 from qcompiler.backends.ort_nbits import use_nbits
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.generated import Generate
-from qcompiler.qtype import pack, unpack
+from qcompiler.qtype import unpack
 
 MICROSOFT = "com.microsoft"
 
@@ -130,7 +129,7 @@ def trim_outputs(graph: gs.Graph) -> None:
 
 
 def unpack_weights(graph: gs.Graph) -> None:
-    """Packed bytes become a constant of integers, marked with its element; see `pack_constants`."""
+    """Packed bytes become a constant of integers, marked with its element; see `ort_weights`."""
     for node in [n for n in graph.nodes if n.op == "Unpack" and n.domain == INTERNAL]:
         element, shape = node.attrs["element"], tuple(node.attrs["shape"])
         values = unpack(torch.from_numpy(np.array(node.inputs[0].values)), element, shape).numpy()
@@ -166,25 +165,6 @@ def _marked(name: str, values: np.ndarray, element: str) -> gs.Constant:
     return constant
 
 
-def pack_constants(graph: gs.Graph, model: onnx.ModelProto) -> None:
-    """Give the marked constants of `graph` their sub-byte type in the exported `model`.
-
-    Onnx-graphsurgeon 0.6 cannot.
-    """
-    marked = {
-        t.name: t.element
-        for node in graph.nodes
-        for t in node.inputs
-        if isinstance(t, gs.Constant) and hasattr(t, "element")
-    }
-    for tensor in model.graph.initializer:
-        if tensor.name in marked:
-            element = marked[tensor.name]
-            values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-            tensor.raw_data = pack(values, element).numpy().tobytes()
-            tensor.data_type = onnx.TensorProto.DataType.Value(element.upper())
-
-
 def turn_weights(graph: gs.Graph) -> None:
     """Transpose(DequantizeLinear(constant)) → DequantizeLinear(transposed constant)."""
     for node in [n for n in graph.nodes if n.op == "Transpose"]:
@@ -211,8 +191,8 @@ def turn_weights(graph: gs.Graph) -> None:
 def _turned(constant: gs.Constant) -> gs.Constant:
     """The transposed constant, one for all readers."""
     if not hasattr(constant, "turned"):
-        values = np.ascontiguousarray(np.asarray(constant.values).T)
-        fresh = gs.Constant(constant.name + "_turned", values)
+        # A view: it is turned when it is written.
+        fresh = gs.Constant(constant.name + "_turned", np.asarray(constant.values).T)
         if hasattr(constant, "element"):
             fresh.element = constant.element
         constant.turned = fresh
