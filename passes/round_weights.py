@@ -10,14 +10,16 @@ floats exist while a stage runs through them. With a journal each rounded weight
 and a later run with the same program, plan, settings and data takes it from there; it runs the
 batches again, with the same weights, so the rest gets the same bits.
 
-Nothing is refused: a singular H is damped more until it can be inverted, and a channel that never
-fires keeps its nearest rounding; both are noted. Activations are not quantized on the way.
+A singular H is damped more until it can be inverted, a channel that never fires keeps its nearest
+rounding, and rows (tokens) with a NaN or infinity are left out of H: all three are noted. A layer
+that would lose too many rows is refused. Activations are not quantized on the way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from qcompiler.stages import BUDGET, Stages
 
 STRIP = 512  # columns of a Hessian that are computed at a time
 TOGETHER = 4096  # rows of inputs that are multiplied at a time
+LOST = 0.25  # share of a layer's rows that may be left out
 
 
 @torch.no_grad()
@@ -68,7 +71,8 @@ def round_weights(
         For each linear's weight site the weight on its grid, with scale and zero point.
 
     Raises:
-        InputError: NaN or infinity in a Hessian, or too little memory, which is foreseen.
+        InputError: NaN or infinity in too many rows of a layer's inputs, or values whose squares
+            overflow, the layer named; or too little memory, which is foreseen.
     """
     sites = {site.node: site for site in plan if site.operand == 1}
     wanted = [n for n in program.exported.graph.nodes if n.target is LINEAR and n.name in sites]
@@ -87,20 +91,20 @@ def round_weights(
             stages.advance(first)
             # Query, key and value read one tensor: one H for all.
             x = operand(first, 0)
-            hessian: Tensor | None = None
+            seen: Hessian | None = None
             for node in (n for n in wanted if operand(n, 0) is x):
                 rounded = journal.get(node.name) if journal is not None else None
                 if rounded is None:
-                    if hessian is None:
-                        hessian = _hessian(stages.values(x), masks)
                     kind = plan[sites[node.name]].qtype
                     weight = constants[operand(node, 1).name]
                     try:
-                        factor = Factor.of(hessian) if method == "gptq" else None
+                        seen = seen or Hessian.of(stages.values(x), masks)
+                        factor = Factor.of(seen.matrix) if method == "gptq" else None
                         count = (outliers or {}).get(node.name, 0)
-                        rounded = round_weight(weight, kind, hessian, factor, clip, count)
+                        rounded = round_weight(weight, kind, seen.matrix, factor, clip, count)
                     except InputError as error:
                         raise InputError(f"{place(node)}: {error}") from error
+                    rounded = replace(rounded, rows=seen.rows, left_out=seen.left_out)
                     if moment:
                         rounded = keep_moment(weight, rounded, kind)
                     if journal is not None:
@@ -132,22 +136,47 @@ def free_memory() -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def _hessian(inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Tensor:
-    """H = 2 Σ x xᵀ over all rows, (features, features) float64."""
-    total: Tensor | None = None
-    waiting: list[Tensor] = []
-    for value, mask in zip(inputs, masks, strict=True):
-        waiting.append(unpadded(value, mask).flatten(0, -2))
-        if sum(map(len, waiting)) >= TOGETHER:
+@dataclass(frozen=True)
+class Hessian:
+    """H = 2 Σ x xᵀ over the rows x of a layer's inputs that are finite.
+
+    Attributes:
+        matrix: (features, features) float64.
+        rows: how many there were, padding not counted.
+        left_out: those of them with a NaN or infinity.
+    """
+
+    matrix: Tensor
+    rows: int
+    left_out: int
+
+    @classmethod
+    def of(cls, inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Hessian:
+        """Raises an `InputError` where more than `LOST` of the rows are not finite."""
+        total: Tensor | None = None
+        waiting: list[Tensor] = []
+        count = left_out = 0
+        for value, mask in zip(inputs, masks, strict=True):
+            rows = unpadded(value, mask).flatten(0, -2)
+            finite = rows.isfinite().all(1)
+            lost = len(rows) - int(finite.sum())
+            count, left_out = count + len(rows), left_out + lost
+            waiting.append(rows[finite] if lost else rows)
+            if sum(map(len, waiting)) >= TOGETHER:
+                total = _add_gram(total, torch.cat(waiting))
+                waiting = []
+        if waiting:
             total = _add_gram(total, torch.cat(waiting))
-            waiting = []
-    if waiting:
-        total = _add_gram(total, torch.cat(waiting))
-    assert total is not None
-    for start in range(0, len(total), STRIP):
-        stop = start + STRIP
-        total[stop:, start:stop] = total[start:stop, stop:].T
-    return total.mul_(2)
+        assert total is not None
+        if left_out > LOST * count:
+            raise InputError(
+                f"calibration: {left_out} of {count} tokens have NaN or Inf here; check the data "
+                "and the model"
+            )
+        for start in range(0, len(total), STRIP):
+            stop = start + STRIP
+            total[stop:, start:stop] = total[start:stop, stop:].T
+        return cls(total.mul_(2), count, left_out)
 
 
 def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
@@ -163,12 +192,21 @@ def rounding_notes(rounded: Mapping[Site, Rounded]) -> list[str]:
     """What the report should know: layers whose Hessian was singular, inputs that never fired."""
     raised = {site: r.damping for site, r in rounded.items() if r.damping > DAMPING}
     silent = {site: r.silent for site, r in rounded.items() if r.silent}
+    spoiled = {site: r for site, r in rounded.items() if r.left_out}
     notes = [f"{len(rounded)} weights rounded"] if rounded else []
     if raised:
         worst = max(raised, key=raised.__getitem__)
         notes.append(
             f"singular Hessian in {len(raised)} layers: damping raised, up to {raised[worst]:g} of "
             f"the mean diagonal in {worst.path or worst.node}"
+        )
+    if spoiled:
+        first = next(iter(spoiled))
+        worst = max(spoiled, key=lambda site: spoiled[site].left_out)
+        notes.append(
+            f"NaN or Inf in the inputs of {len(spoiled)} layers, the first of them "
+            f"{first.path or first.node}; these tokens were left out, most in "
+            f"{worst.path or worst.node} ({spoiled[worst].left_out} of {spoiled[worst].rows})"
         )
     if silent:
         most = max(silent, key=silent.__getitem__)

@@ -131,6 +131,8 @@ class Rounded:
         columns: the inputs at which each output keeps a weight beside the grid, (outputs, k), where
             some are kept; `weight` is 0 there.
         values: these weights, float16.
+        rows, left_out: rows (tokens) of its inputs, and those of them with a NaN or infinity, which
+            took no part.
     """
 
     stored: Tensor
@@ -142,6 +144,8 @@ class Rounded:
     silent: int = 0
     columns: Tensor | None = None
     values: Tensor | None = None
+    rows: int = 0
+    left_out: int = 0
 
     @property
     def weight(self) -> Tensor:

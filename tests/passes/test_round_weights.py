@@ -108,9 +108,41 @@ def test_the_layer_with_nan_is_named() -> None:
     program = capture(model, batch)
     _, second = (n.name for n in program.exported.graph.nodes if "linear" in str(n.target))
     plan = Plan({Site(second, 1): Assignment(QType.parse("int4:channel"))})
-    bad = (batch[0].index_fill(0, torch.tensor(2), torch.nan),)
+    bad = batch[0].index_fill(0, torch.tensor([2, 3, 7]), torch.nan)
+    with pytest.raises(InputError, match=rf"{second} .*: calibration: 3 of 8 tokens have NaN or I"):
+        round_weights(program, plan, [(bad,)])
+    huge = batch[0] * 1e25  # finite, and their squares are not
     with pytest.raises(InputError, match=rf"{second} .*: calibration: NaN or Inf in the Hessian"):
-        round_weights(program, plan, [bad])
+        round_weights(program, plan, [(huge,)])
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_left_out(spoil: float, method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    clean = [correlated(40, 32, seed) for seed in range(3)]
+    bad = clean[1].clone()
+    bad[[3, 39], [0, 31]] = spoil
+    kept = [i for i in range(40) if i not in (3, 39)]
+    program = capture(model, (clean[0],), {"input": {0: "rows"}})
+    nodes = [n.name for n in program.exported.graph.nodes if "linear" in str(n.target)]
+    plan = Plan({Site(n, 1, n): Assignment(QType.parse("int4:g16")) for n in nodes})
+    spoiled = round_weights(
+        program, plan, [(clean[0],), (bad,), (clean[2],)], method=method, clip=True
+    )
+    without = round_weights(
+        program, plan, [(clean[0],), (clean[1][kept],), (clean[2],)], method=method, clip=True
+    )
+    for site, rounded in spoiled.items():
+        assert torch.equal(rounded.stored, without[site].stored), site
+        assert torch.equal(rounded.scale, without[site].scale), site
+        assert (rounded.rows, rounded.left_out) == (120, 2)
+    assert module.rounding_notes(without) == ["2 weights rounded"]
+    assert module.rounding_notes(spoiled)[1] == (
+        f"NaN or Inf in the inputs of 2 layers, the first of them {nodes[0]}; these tokens were "
+        f"left out, most in {nodes[0]} (2 of 120)"
+    )
 
 
 def test_each_layer_sees_the_rounded_layers_before_it() -> None:
@@ -184,5 +216,5 @@ def test_notes_name_singular_layers_and_silent_inputs() -> None:
 def test_a_hessian_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(50, 37)
     monkeypatch.setattr(module, "STRIP", 8)
-    got = module._hessian([x], [None])
+    got = module.Hessian.of([x], [None]).matrix
     torch.testing.assert_close(got, hessian_of(x), rtol=1e-5, atol=1e-5)
