@@ -89,9 +89,10 @@ def round_weights(
             if sites[first.name] in found:
                 continue
             stages.advance(first)
-            # Query, key and value read one tensor: one H for all.
+            # Query, key and value read one tensor: one H and its factor for all.
             x = operand(first, 0)
             seen: Hessian | None = None
+            factor: Factor | None = None
             for node in (n for n in wanted if operand(n, 0) is x):
                 rounded = journal.get(node.name) if journal is not None else None
                 if rounded is None:
@@ -99,7 +100,8 @@ def round_weights(
                     weight = constants[operand(node, 1).name]
                     try:
                         seen = seen or Hessian.of(stages.values(x), masks)
-                        factor = Factor.of(seen.matrix) if method == "gptq" else None
+                        if method == "gptq":
+                            factor = factor or Factor.of(seen.matrix)
                         count = (outliers or {}).get(node.name, 0)
                         rounded = round_weight(weight, kind, seen.matrix, factor, clip, count)
                     except InputError as error:
