@@ -11,9 +11,9 @@ from qcompiler.backends.edge_cache import sizes_of
 from qcompiler.backends.edge_group import Group, Writer
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.kernels.cache import cache_elements
-from qcompiler.kernels.cuda_attention import cached_attention
 from qcompiler.kernels.cuda_cache import Decode, Rotary, Source, write_cache
 from qcompiler.kernels.cuda_decode import attend
+from qcompiler.kernels.cuda_prompt import choose_tiles, prompt_attention
 from qcompiler.kernels.expression import Access
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
     base = [keys, values, decoder.position]
     few = new <= FEW
     writer = calls.writer(op.outputs[0].shape if few else (1,), [*base])
-    queries = calls.temporary(torch.float32, (new, heads, size)).storage
+    queries = calls.temporary(torch.float16, (new, heads, size)).storage
     if few:
         writer.argument(calls.temporary(torch.float32, (sizes.workspace,)).storage)
         writer.argument(calls.counters(sizes.counters))
@@ -65,13 +65,10 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
             lambda name: write_cache(name, writer.kernel_arguments(), *given), writer,
             written=2, also=(3,),
         )  # fmt: skip
-    end = writer
+    end, values_of = writer, sources[1]
     if not few:
         end = calls.writer(op.outputs[0].shape, [*base, queries])
-        sources = [
-            replace(source, scale=_scales(end, step))
-            for source, step in zip(sources, steps, strict=True)
-        ]
+        values_of = replace(values_of, scale=_scales(end, steps[1]))
     end.keep(op.outputs[0], end.step("anchor", FLOAT))
     end.members(g, calls.stored)
     expression = end.expression()
@@ -82,10 +79,11 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
             written=2, also=(3, 4),
         )  # fmt: skip
         return
+    tiles = choose_tiles(sizes, calls.gpu)
     calls.launch(
-        "cached_attention", op.label, (sizes, *sources, expression),
-        lambda name: cached_attention(
-            name, end.kernel_arguments(), sizes, sources[0], sources[1], expression
+        "prompt_attention", op.label, (sizes, tiles, values_of, expression),
+        lambda name: prompt_attention(
+            name, end.kernel_arguments(), sizes, tiles, values_of, expression
         ), end,
     )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Attention on a GPU over keys and values that lie in place, in a cache or as tensors.
+"""Attention on a GPU over keys and values that are tensors.
 
-    out[s] = softmax(q[s] · K[0 … p + s] · scale) V[0 … p + s]        p: tokens in the cache before
+    out = softmax(q K · scale + mask) V
 
-Caches are rows, [head][tokens][size]. A block computes one query of one head: each warp takes keys
-in turn, its lanes along the head; scores stay in shared memory.
+A block computes one query of one head: each warp takes keys in turn, its lanes along the head;
+scores stay in shared memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tvm.tirx.script.builder import ir as T
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
 from qcompiler.kernels.code import Argument
-from qcompiler.kernels.cuda_cache import Decode, Source, read
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -33,45 +32,6 @@ from qcompiler.kernels.heads import NEVER, Heads, place
 
 THREADS = 256
 WARPS = THREADS // WARP
-
-
-def cached_attention(
-    name: str, arguments: Sequence[Argument], sizes: Decode, k: Source, v: Source,
-    expression: Expression,
-) -> CudaKernel:  # fmt: skip
-    """Attention over a cache for many queries; see `cuda_decode.attend`, which is for few.
-
-    Arguments: keys' cache, values' cache (float16 or uint8), position (int64), queries (token,
-    head, element; float32), then those of the caches' scales and the expression's.
-    """
-    size, group = sizes.size, sizes.heads // sizes.kv_heads
-    shared = SCRATCH + (size * (1 + WARPS) + sizes.capacity) * 4
-    _demand(shared, sizes.capacity)
-    with cuda_kernel(name, arguments, (sizes.heads, sizes.new), THREADS, shared) as (
-        made, buffers, (head, token), thread, memory,
-    ):  # fmt: skip
-        emitter = Emitter(expression, buffers)
-        call("qc_after_previous")
-        call("qc_let_next")
-        position = T.Cast("int32", buffers[2][0])
-        position = T.min(T.max(position, T.int32(0)), T.int32(sizes.capacity - sizes.new))
-        last = T.Bind(position + token)
-        first = T.Bind(T.max(last - (sizes.window - 1), 0)) if sizes.window > 0 else T.int32(0)
-        of = T.Bind(head // group)
-        start = T.Bind(of * (sizes.capacity * size))
-
-        def held(which: int, source: Source, t: Any, d: Any) -> Any:
-            return read(buffers[which], buffers, source, sizes.bits, start + t * size + d, of, d)
-
-        def finish(element: Any, result: Any) -> None:
-            emitter.vector([0, token], head * size + element, 1, result)
-
-        _one_query(
-            thread, memory, shared, size, size, sizes.scale, first, last + 1,
-            lambda d: buffers[3][(token * sizes.heads + head) * size + d],
-            lambda t, d: held(0, k, t, d), lambda t, d: held(1, v, t, d), None, finish,
-        )  # fmt: skip
-    return made
 
 
 def attention(

@@ -23,6 +23,7 @@ from qcompiler.kernels.cuda_code import CudaKernel, call, cuda_kernel
 from qcompiler.kernels.cuda_expressions import THREADS
 from qcompiler.kernels.expression import Access
 
+QUERIES = 64.0  # what queries are multiplied with where scales are: float16 has few small numbers
 SHARERS = 4  # query heads that a block of the attention computes at most
 
 
@@ -158,18 +159,6 @@ def stored(buffers: Sequence[Any], source: Source, bits: int, head: Any, first: 
     return T.Cast("uint8", found)
 
 
-def read(cache: Any, buffers: Sequence[Any], source: Source, bits: int, at: Any, head: Any,
-         element: Any) -> Any:  # fmt: skip
-    """The number that lies `at` elements into a cache."""
-    if bits == 16:
-        return T.Cast("float32", cache[at])
-    held = T.Cast("int32", cache[at * bits // 8])
-    if bits == 4:
-        held = T.bitwise_and(T.shift_right(held, at % 2 * 4), 15)
-    q = T.Cast("float32", held - (1 << (bits - 1)))
-    return q * source.step(buffers, head, element)
-
-
 def write_cache(
     name: str, arguments: Sequence[Argument], sizes: Decode, q: Access, k: Source, v: Source,
     rotary: Rotary | None,
@@ -179,7 +168,8 @@ def write_cache(
     Args:
         name: of the function.
         arguments: keys' cache, values' cache (float16 or uint8), position (int64), where the
-            queries go (token, head, element; float32), then those of the accesses.
+            queries go (token, head, element; float16), then those of the accesses. Where the cache
+            has scales, queries are multiplied with the keys' and with `QUERIES`.
         sizes: of the attention.
         q: access over (token, head, element).
         k, v: keys and values.
@@ -216,8 +206,11 @@ def write_cache(
                 with T.Then():
                     for i in range(per):
                         x = turned(buffers, q, rotary, size, token, head, element + i)
+                        if k.scale is not None:
+                            step = k.step(buffers, head // (heads // kv_heads), element + i)
+                            x = x * (step * code.number(QUERIES, 1))
                         to = (token * heads + head) * size + element + i
-                        T.buffer_store(buffers[3], x, [to])
+                        T.buffer_store(buffers[3], T.Cast("float16", x), [to])
                 with T.Else(), T.If(head < heads + kv_heads):
                     with T.Then():
                         keep(buffers[0], T.Bind(head - heads), k, rotary)
