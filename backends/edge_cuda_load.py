@@ -17,6 +17,7 @@ from qcompiler.backends.edge_cuda_driver import Launch, Memory, Module, Stream
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.gpu import device, free_memory
 
+LAUNCH = 128  # a run takes about as long, whatever its size, as so many tokens more
 KERNELS, WEIGHTS, PROGRAM = "kernels.fatbin", "weights.bin", "program.json"
 
 
@@ -145,20 +146,14 @@ class CudaModel:
             )
         decoder = self._program["decoder"]
         scores = torch.empty(0)
+        numbers = {e["sizes"]["tokens"]: i for i, e in enumerate(self._entries)}
         with self._lock:
-            while len(flat):
-                number, chunk = max(
-                    ((i, e["sizes"]["tokens"]) for i, e in enumerate(self._entries)
-                     if e["sizes"]["tokens"] <= len(flat)), key=lambda pair: pair[1],
-                )  # fmt: skip
-                place = torch.tensor([self.position], dtype=torch.int64)
-                given = [
-                    flat[None, :chunk].contiguous() if port.name == decoder["tokens"] else place
-                    for port in self.inputs
-                ]
-                scores = self._run(number, given)[0]
-                flat = flat[chunk:]
-                self.position += chunk
+            for first, chunk in runs(len(flat), [*numbers]):
+                place = torch.tensor([self.position + first], dtype=torch.int64)
+                part = flat[None, first : first + chunk].contiguous()
+                given = [part if p.name == decoder["tokens"] else place for p in self.inputs]
+                scores = self._run(numbers[chunk], given)[0]
+            self.position += len(flat)
         return scores[0, -1].clone()
 
     def _sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -228,6 +223,38 @@ class CudaModel:
             else:
                 found.append(spaces[space].address + at)
         return found
+
+
+def runs(count: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs in which a text is read.
+
+    Args:
+        count: tokens.
+        chunks: sizes that there is code for; one of them is 1 at most.
+
+    Returns:
+        First token and number of tokens of each run. The last one may begin at tokens that were
+        read before, and so write the same keys and values again, where that takes less time than
+        small runs for what is left.
+    """
+
+    def small(left: int) -> list[int]:
+        sizes: list[int] = []
+        while left:
+            sizes.append(max(size for size in chunks if size <= left))
+            left -= sizes[-1]
+        return sizes
+
+    found: list[tuple[int, int]] = []
+    done = 0
+    while done < count:
+        rest = small(count - done)
+        again = min((size for size in chunks if count - done < size <= count), default=0)
+        if again and LAUNCH + again < sum(LAUNCH + size for size in rest):
+            return [*found, (count - again, again)]
+        found.append((done, rest[0]))
+        done += rest[0]
+    return found
 
 
 def _port(raw: Mapping[str, Any]) -> _Port:
