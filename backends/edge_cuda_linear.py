@@ -15,14 +15,14 @@ from torch import Tensor
 
 from qcompiler.backends.edge_group import Group
 from qcompiler.backends.edge_integer import Source, scaled
-from qcompiler.backends.edge_ops import Op, Storage, Weight
+from qcompiler.backends.edge_ops import Op, Ref, Storage, Weight
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
 from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
 from qcompiler.kernels.cuda_units import units
-from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
+from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_cuda_calls import CudaCalls
@@ -60,21 +60,26 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
         how = choose_blocks(count, form, calls.gpu)
         kind, make, pieces = "gemm", gemm, prod(how.grid(count, form)[:2])
     room = how.workspace(count, form)
-    if room:
-        arguments.append(calls.temporary(torch.float32, (room,)).storage)
-        arguments.append(calls.counters(pieces))
+    arguments += _shared(calls, room, pieces)
     _multiply(calls, g, op, kind, make, arguments, count, form, how, room > 0)
 
 
 def _multiply(
     calls: CudaCalls, g: Group, op: Op, kind: str, make: Callable[..., Any],
-    arguments: list[Storage], count: int, form: Weights, how: Any, shared: bool = False,
+    arguments: list[Storage], count: int, form: Weights | Nibbles, how: Any, shared: bool = False,
+    scale: Ref | None = None,
 ) -> None:  # fmt: skip
-    """A product and what follows it; `shared`: the last two arguments are written too."""
+    """A product and what follows it.
+
+    `shared`: the last two arguments are written too. `scale`: of each token, what sums are
+    multiplied with.
+    """
     bias = op.args[2] if len(op.args) > 2 else None
     also = (len(arguments) - 2, len(arguments) - 1) if shared else ()
     writer = calls.writer(op.out.shape, arguments)
     value = writer.step("anchor", FLOAT)
+    if scale is not None:
+        value = writer.step("mul", FLOAT, value, writer.value(scale, FLOAT))
     if bias is not None:
         value = writer.step("add", FLOAT, value, writer.value(bias, FLOAT))
     writer.keep(op.out, value)
@@ -88,15 +93,17 @@ def _multiply(
 
 
 def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
-    """A linear with an int8 weight for each channel and an input quantized by token."""
+    """A linear with an input quantized by token: int8 weights by channel, or 4 bits in groups."""
     weight, bias = op.args[1].storage.weight, op.args[2] if len(op.args) > 2 else None
     x = calls.quantized.get(id(source.ref.storage))
-    if x is None or weight.group:
+    if x is None:
         raise UnsupportedError(
-            f"'{op.label}': GPU targets multiply integers where a token has a scale of its "
-            "own, and so has each output"
+            f"'{op.label}': GPU targets multiply integers where a token has a scale of its own"
         )
     count = prod(op.out.shape[:-1])
+    if weight.group:
+        _grouped(calls, g, op, source, x, count)
+        return
     form = Bytes(weight.q.shape[0], weight.q.shape[1], source.ref.dtype == torch.int8)
     calls.constants.held.append(weight)
     packed = calls.constant((id(weight.q), "units"), lambda: units(weight.q))
@@ -120,6 +127,37 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
         lambda name: skinny(name, writer.kernel_arguments(), count, form, how, expression),
         writer,
     )  # fmt: skip
+
+
+def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: int) -> None:
+    """A product with 4-bit weights in groups; see `cuda_sums`."""
+    weight, found = op.args[1].storage.weight, weights_form(op.args[1].storage.weight, op)
+    if found.bits != 4 or source.ref.dtype != torch.int8:
+        raise UnsupportedError(
+            f"'{op.label}': GPU targets multiply weights in groups by integers where they have 4 "
+            "bits, and activations are int8"
+        )
+    form = Nibbles(found.rows, found.depth, found.group)
+    calls.constants.held.append(weight)
+    packed = calls.constant(
+        (id(weight.q), form),
+        lambda: pack_nibbles(weight.q, weight.scale.reshape(form.rows, -1).float(), form),
+    )
+    arguments, room = [x.storage, packed.storage], 0
+    few = count <= FEW
+    how: Any = choose(count, form, calls.gpu) if few else choose_blocks(count, form, calls.gpu)
+    if not few:
+        room = how.workspace(count, form)
+        arguments += _shared(calls, room, prod(how.grid(count, form)[:2]))
+    kind, make = ("skinny_int4_int8", skinny) if few else ("gemm_int4_int8", gemm)
+    _multiply(calls, g, op, kind, make, arguments, count, form, how, room > 0, source.scale)
+
+
+def _shared(calls: CudaCalls, room: int, pieces: int) -> list[Storage]:
+    """The workspace and counters of blocks that share out columns, where they do."""
+    if not room:
+        return []
+    return [calls.temporary(torch.float32, (room,)).storage, calls.counters(pieces)]
 
 
 def weights_form(weight: Weight, op: Op) -> Weights:

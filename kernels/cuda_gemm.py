@@ -4,7 +4,8 @@
 
 A block computes `warps` · `tiles` · 16 rows of the weight by `tokens` of its own. Packed weights
 and activations come through a ring of stages in shared memory; each warp unpacks its own rows in
-registers (no other warp needs them) and multiplies them with all the block's tokens. Where there
+registers (no other warp needs them) and multiplies them with all the block's tokens. 4-bit weights
+by int8 activations (`Nibbles`) go the same way, as in `cuda_sums`. Where there
 are fewer tiles than processors, columns are shared out among blocks too (split-K): each leaves its
 sums in a workspace, and the last one to finish adds them in order, so that results don't depend on
 the run.
@@ -31,7 +32,8 @@ from qcompiler.kernels.cuda_code import (
     sync,
     value,
 )
-from qcompiler.kernels.cuda_weights import ROWS, Weights
+from qcompiler.kernels.cuda_sums import Groups, Halves
+from qcompiler.kernels.cuda_weights import ROWS, Nibbles, Weights
 from qcompiler.kernels.expression import Emitter, Expression
 
 
@@ -58,35 +60,36 @@ class Blocks:
         """Of a block."""
         return self.tiles * self.warps * ROWS
 
-    def slot(self, form: Weights) -> int:
+    def slot(self, form: Weights | Nibbles) -> int:
         """Bytes of a stage."""
-        return self.tiles * self.warps * form.stage_bytes + self.tokens * form.stage * 2
+        return self.tiles * self.warps * form.stage_bytes + self.tokens * form.line
 
-    def shared(self, form: Weights) -> int:
+    def shared(self, form: Weights | Nibbles) -> int:
         """Bytes of shared memory."""
         return max(self.ring * self.slot(form), self.tokens * (self.rows + 8) * 4)
 
-    def grid(self, tokens: int, form: Weights) -> tuple[int, int, int]:
+    def grid(self, tokens: int, form: Weights | Nibbles) -> tuple[int, int, int]:
         """Blocks along rows, tokens and columns of the weight."""
         return -(-form.rows // self.rows), -(-tokens // self.tokens), self.splits
 
-    def workspace(self, tokens: int, form: Weights) -> int:
+    def workspace(self, tokens: int, form: Weights | Nibbles) -> int:
         """float32 numbers of the workspace."""
         rows, columns, splits = self.grid(tokens, form)
         return rows * columns * splits * self.rows * self.tokens if splits > 1 else 0
 
 
 def gemm(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Blocks,
+    name: str, arguments: Sequence[Argument], tokens: int, form: Weights | Nibbles, how: Blocks,
     expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x (M·K float16), packed weights (uint8); without groups the rows' scales (N
-            float32); with splits the workspace (float32) and counters (int32, one for each piece of
-            the output, zero before and after); then what the expression reads and writes.
+        arguments: x (M·K float16; units where weights are `Nibbles`), packed weights (uint8);
+            without groups the rows' scales (N float32); with splits the workspace (float32) and
+            counters (int32, one for each piece of the output, zero before and after); then what the
+            expression reads and writes.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -96,10 +99,7 @@ def gemm(
     columns = how.tokens // 8
     slot, threads = how.slot(form), warps * WARP
     wide = warps * tiles * form.stage_bytes
-    pieces = form.stage * 2 // 16
-    groups = form.stage // form.group if form.group else 1
-    steps = form.stage // 16 // groups
-    words = form.bits // 4
+    pieces = form.line // 16
     turns = -(-form.stages // splits)
     grid = how.grid(tokens, form)
     with cuda_kernel(name, arguments, grid, threads, how.shared(form)) as (
@@ -108,9 +108,11 @@ def gemm(
         x, packed = buffers[:2]
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         first_token = T.Bind(token_block * how.tokens)
-        total = registers(tiles * columns * 4, "float32")
-        held = registers(tiles * 4, "int32")
-        a, b = registers(tiles * 8, "int32"), registers(4, "int32")
+        if isinstance(form, Nibbles):
+            product: Any = Groups(form, tiles, how.tokens, form.stage_bytes, lane, memory)
+        else:
+            product = _Halves(form, tiles, how.tokens, lane, memory)
+        total = product.total
 
         def each(count: int, body: Any) -> None:
             """body(i) for i below count, shared out among the threads."""
@@ -139,59 +141,22 @@ def gemm(
 
             def piece(at: Any) -> None:
                 token, chunk = T.Bind(at // pieces), T.Bind(at % pieces)
-                k = T.Bind(stage * form.stage + chunk * 8)
                 row = T.Bind(first_token + token)
-                valid = T.Bind(T.And(k < form.depth, row < tokens))
-                start = T.Select(valid, T.cast(row, "int64") * form.depth + k, T.int64(0))
-                to = place * slot + wide + token * (form.stage * 2)
-                call("qc_copy16", address(memory, to + T.bitwise_xor(chunk, token % 8) * 16),
-                     address(x, start), T.cast(valid, "int32"))  # fmt: skip
+                valid, start, swizzled = product.activation(row, tokens, stage, chunk)
+                to = place * slot + wide + token * form.line
+                spot = swizzled if swizzled is not None else T.bitwise_xor(chunk, token % 8)
+                call("qc_copy16", address(memory, to + spot * 16), address(x, start),
+                     T.cast(valid, "int32"))  # fmt: skip
 
             with T.If(stage < form.stages), T.Then():
                 each(how.tokens * pieces, piece)
 
-        def multiply(place: Any) -> None:
-            base = T.Bind(place * slot + warp * (tiles * form.stage_bytes))
-            source = T.Bind(place * slot + wide)
-            for pair in range(form.stage // 32):  # an ldmatrix brings tokens for two steps
-                for step in (2 * pair, 2 * pair + 1):
-                    for tile in range(tiles):
-                        if step * words % 4 == 0:
-                            at = base + tile * form.stage_bytes + step * words // 4 * 512
-                            call(
-                                "qc_move16",
-                                address(held, tile * 4, 4),
-                                address(memory, at + lane * 16),
-                            )
-                        into = (step % 2 * tiles + tile) * 4
-                        call(
-                            f"qc_unpack{form.bits}",
-                            address(a, into, 4),
-                            address(held, tile * 4 + step * words % 4, words),
-                        )
-                        if form.group:
-                            at = base + tile * form.stage_bytes + form.weight_bytes
-                            at = at + (step // steps * 8 + lane // 4) * 4
-                            call("qc_scale_rows", address(a, into, 4), address(memory, at))
-                for column in range(columns):
-                    token = column * 8 + lane % 8
-                    chunk = T.bitwise_xor(pair * 4 + lane // 8, lane % 8)
-                    call(
-                        "qc_ldmatrix",
-                        address(b, 0, 4),
-                        address(memory, source + token * (form.stage * 2) + chunk * 16),
-                    )
-                    for step in range(2):
-                        for tile in range(tiles):
-                            call(
-                                "qc_mma_f16",
-                                address(total, (tile * columns + column) * 4, 4),
-                                address(a, (step * tiles + tile) * 4, 4),
-                                address(b, step * 2, 2),
-                            )
+        def place_of_stage(slot_number: Any) -> tuple[Any, Any]:
+            """Where this warp's weights and the block's tokens lie."""
+            start = T.Bind(slot_number * slot)
+            return T.Bind(start + warp * (tiles * form.stage_bytes)), T.Bind(start + wide)
 
-        for i in range(tiles * columns * 4):
-            T.buffer_store(total, T.float32(0), [i])
+        product.clear()
         for early in range(min(ring - 1, turns)):
             weights(early, early)
         call("qc_after_previous")
@@ -209,7 +174,8 @@ def gemm(
                 activations(ahead, ahead % ring)
             call("qc_commit")
             with T.If(split * turns + turn < form.stages), T.Then():
-                multiply(turn % ring)
+                base = place_of_stage(turn % ring)
+                product.multiply(*base)
         call("qc_wait", 0)
         sync()
 
@@ -265,17 +231,63 @@ def gemm(
     return made
 
 
-def choose_blocks(tokens: int, form: Weights, gpu: Gpu = HOPPER) -> Blocks:
+class _Halves(Halves):
+    """Sums of a warp with many tokens: fragments of tokens are read anew for each eight of them."""
+
+    def __init__(self, form: Weights, tiles: int, tokens: int, lane: Any, memory: Any) -> None:
+        self.form, self.tiles, self.columns = form, tiles, tokens // 8
+        self.lane, self.memory = lane, memory
+        self.total = registers(tiles * self.columns * 4, "float32")
+        self.held = registers(tiles * 4, "int32")
+        self.a, self.b = registers(tiles * 8, "int32"), registers(4, "int32")
+
+    def multiply(self, base: Any, source: Any = None) -> None:
+        """Add one stage: weights at `base`, tokens at `source` in shared memory."""
+        form, tiles, lane, memory = self.form, self.tiles, self.lane, self.memory
+        steps = form.group // 16 if form.group else form.stage // 16  # that share scales
+        words = form.bits // 4
+        for pair in range(form.stage // 32):  # an ldmatrix brings tokens for two steps
+            for step in (2 * pair, 2 * pair + 1):
+                for tile in range(tiles):
+                    start = base + tile * form.stage_bytes
+                    held = address(self.held, tile * 4, 4)
+                    if step * words % 4 == 0:
+                        at = start + step * words // 4 * 512 + lane * 16
+                        call("qc_move16", held, address(memory, at))
+                    a = address(self.a, (step % 2 * tiles + tile) * 4, 4)
+                    held = address(self.held, tile * 4 + step * words % 4, words)
+                    call(f"qc_unpack{form.bits}", a, held)
+                    if form.group:
+                        at = start + form.weight_bytes + (step // steps * 8 + lane // 4) * 4
+                        call("qc_scale_rows", a, address(memory, at))
+            for column in range(self.columns):
+                chunk = T.bitwise_xor(pair * 4 + lane // 8, lane % 8)
+                at = source + (column * 8 + lane % 8) * form.line + chunk * 16
+                call("qc_ldmatrix", address(self.b, 0, 4), address(memory, at))
+                for step in range(2):
+                    for tile in range(tiles):
+                        call("qc_mma_f16",
+                             address(self.total, (tile * self.columns + column) * 4, 4),
+                             address(self.a, (step * tiles + tile) * 4, 4),
+                             address(self.b, step * 2, 2))  # fmt: skip
+
+
+def choose_blocks(tokens: int, form: Weights | Nibbles, gpu: Gpu = HOPPER) -> Blocks:
     """A partition that gives every processor a block."""
-    wide = 32 if tokens <= 32 else 64 if tokens <= 64 else 128
+    wide = 32 if tokens <= 32 else 64 if tokens <= 64 or isinstance(form, Nibbles) else 128
+
+    def blocks(wide: int, ring: int) -> Blocks:
+        if isinstance(form, Nibbles):  # sums of a group and their scales take many registers
+            return Blocks(4, 4, wide, ring)
+        return Blocks(2 if wide == 128 else 1, 8, wide, ring)
+
     ring = 4
-    found = Blocks(2 if wide == 128 else 1, 8, wide, ring)
-    while found.shared(form) > gpu.shared:
+    while blocks(wide, ring).shared(form) > gpu.shared:
         if ring > 2:
             ring -= 1
         else:
             wide, ring = wide // 2, 4
-        found = Blocks(2 if wide == 128 else 1, 8, wide, ring)
+    found = blocks(wide, ring)
     rows, columns, _ = found.grid(tokens, form)
     splits = max(1, min(gpu.processors // (rows * columns), form.stages // 4, 8))
     return replace(found, splits=splits)

@@ -8,7 +8,8 @@ so that no warp waits for another before the end. Weights are unpacked in regist
 of float16 and multiplied on the tensor cores, where up to eight tokens cost what one costs; the sum
 over a group is float32 and multiplied with its scale once.
 
-int8 weights by int8 or uint8 activations go the same way, with sums in int32 (`Bytes`).
+int8 weights by int8 or uint8 activations go the same way, with sums in int32 (`Bytes`); 4-bit
+weights by int8 activations too, with sums that are exact over a group (`Nibbles`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ from qcompiler.kernels.cuda_code import (
     address,
     call,
     cuda_kernel,
-    registers,
     sync,
 )
-from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
-from qcompiler.kernels.cuda_weights import ROWS, Bytes, Weights
+from qcompiler.kernels.cuda_sums import sums, whole
+from qcompiler.kernels.cuda_weights import ROWS, Form
 from qcompiler.kernels.expression import Emitter, Expression
 
 
@@ -50,14 +50,14 @@ class Skinny:
     warps: int
     ring: int
 
-    def shared(self, tokens: int, form: Weights | Bytes) -> int:
+    def shared(self, tokens: int, form: Form) -> int:
         """Bytes of shared memory."""
         tokens = min(tokens, FEW)
         ring = self.warps * self.ring * self.slot(tokens, form)
-        sums = self.warps * self.tiles * ROWS * _whole(tokens) * 4
+        sums = self.warps * self.tiles * ROWS * whole(tokens) * 4
         return max(ring, sums)
 
-    def slot(self, tokens: int, form: Weights | Bytes) -> int:
+    def slot(self, tokens: int, form: Form) -> int:
         """Bytes of one stage of a warp."""
         return self.tiles * _aligned(form.stage_bytes) + tokens * form.line
 
@@ -65,15 +65,11 @@ class Skinny:
 FEW = 64  # tokens of a block
 
 
-def _whole(tokens: int) -> int:
-    return -(-tokens // 8) * 8
-
-
 def _aligned(size: int) -> int:
     return -(-size // 128) * 128
 
 
-def choose(tokens: int, form: Weights | Bytes, gpu: Gpu = HOPPER) -> Skinny:
+def choose(tokens: int, form: Form, gpu: Gpu = HOPPER) -> Skinny:
     """A partition that fills the GPU: wide tiles where activations would cost more than weights."""
     tokens, processors = min(tokens, FEW), gpu.processors
     short = form.stages <= 32  # a warp of eight has four stages at most
@@ -100,7 +96,7 @@ def choose(tokens: int, form: Weights | Bytes, gpu: Gpu = HOPPER) -> Skinny:
 
 
 def skinny(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights | Bytes, how: Skinny,
+    name: str, arguments: Sequence[Argument], tokens: int, form: Form, how: Skinny,
     expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
@@ -109,7 +105,7 @@ def skinny(
         name: of the function.
         arguments: x, the packed weights (uint8), for float16 activations and rows with one scale
             those scales (N float32), then what the expression reads and writes. x: M·K float16, or
-            int8 or uint8 as units where weights are `Bytes`.
+            int8 or uint8 as units where weights are `Bytes` or `Nibbles`.
         tokens: M; where there are more than 64, other blocks take the rest and read weights again.
         form: of the weights.
         how: the partition.
@@ -117,12 +113,12 @@ def skinny(
             them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
-    whole, tokens = tokens, min(tokens, FEW)  # of all, and of a block
-    columns = _whole(tokens) // 8  # fragments of 8 tokens
+    every, tokens = tokens, min(tokens, FEW)  # of all, and of a block
+    columns = whole(tokens) // 8  # fragments of 8 tokens
     slot, wide = how.slot(tokens, form), _aligned(form.stage_bytes)
     turns = -(-form.stages // warps)
     pieces = form.line // 16  # of a token in a stage
-    blocks = (-(-form.tiles // tiles), -(-whole // tokens))
+    blocks = (-(-form.tiles // tiles), -(-every // tokens))
     with cuda_kernel(name, arguments, blocks, warps * WARP, how.shared(tokens, form)) as (
         made, buffers, (block, token_block), thread, memory,
     ):  # fmt: skip
@@ -130,8 +126,7 @@ def skinny(
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         mine = T.Bind(warp * (ring * slot))
         first_token = T.Bind(token_block * tokens)
-        sums_of: Any = _Integers if isinstance(form, Bytes) else _Halves
-        product = sums_of(form, tiles, tokens, wide, lane, memory)
+        product = sums(form, tiles, tokens, wide, lane, memory)
 
         def each(count: int, valid: Any, body: Any) -> None:
             """body(i) for i below count, shared out among the lanes."""
@@ -156,7 +151,7 @@ def skinny(
                 token, chunk = T.Bind(at // pieces), T.Bind(at % pieces)
                 row = T.Bind(first_token + token)
                 to = mine + place * slot + tiles * wide + token * form.line
-                valid, start, swizzled = product.activation(row, whole, stage, chunk)
+                valid, start, swizzled = product.activation(row, every, stage, chunk)
                 at = swizzled if swizzled is not None else T.bitwise_xor(chunk, token % 8)
                 call("qc_copy16", address(memory, to + at * 16), address(x, start),
                      T.cast(valid, "int32"))  # fmt: skip
@@ -195,7 +190,7 @@ def skinny(
         call("qc_wait", 0)
         sync()
         # Each warp's sums [token][row], then added in the warps' order.
-        sums = T.decl_buffer((how.shared(tokens, form) // 4,), product.dtype, data=memory.data,
+        parts = T.decl_buffer((how.shared(tokens, form) // 4,), product.dtype, data=memory.data,
                              scope="shared.dyn")  # fmt: skip
         rows, room = tiles * ROWS, tiles * ROWS * columns * 8
         for tile in range(tiles):
@@ -204,7 +199,7 @@ def skinny(
                     token = column * 8 + lane % 4 * 2 + i % 2
                     row = tile * ROWS + lane // 4 + i // 2 * 8
                     T.buffer_store(
-                        sums,
+                        parts,
                         product.total[(tile * columns + column) * 4 + i],
                         [warp * room + token * rows + row],
                     )
@@ -215,134 +210,12 @@ def skinny(
             index = T.Bind(thread + first)
             row = T.Bind(block * rows + index % rows)
             token = T.Bind(first_token + index // rows)
-            inside = T.And(index < count, T.And(row < form.rows, token < whole))
+            inside = T.And(index < count, T.And(row < form.rows, token < every))
             with T.If(inside), T.Then():
-                value = sums[index]
+                value = parts[index]
                 for other in range(1, warps):
-                    value = value + sums[other * room + index]
+                    value = value + parts[other * room + index]
                 if form.scaled_after:
                     value = value * buffers[2][row]
                 emitter.vector(emitter.coordinates(token), row, 1, T.Bind(value))
     return made
-
-
-class _Halves:
-    """Sums of a warp: float16 activations by weights that are unpacked in registers."""
-
-    dtype = "float32"
-
-    def __init__(
-        self, form: Weights, tiles: int, tokens: int, wide: int, lane: Any, memory: Any
-    ) -> None:
-        self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
-        self.columns = columns = _whole(tokens) // 8
-        self.lane, self.memory = lane, memory
-        self.total = registers(tiles * columns * 4, "float32")
-        self.part = registers(tiles * columns * 4, "float32")
-        self.held = registers(tiles * 4, "int32")  # 16 bytes of packed weights of each tile
-        self.a, self.b = registers(4, "int32"), registers(columns * 4, "int32")
-
-    def clear(self) -> None:
-        """Set the sums to zero."""
-        _zero(self.total, self.tiles * self.columns * 4, T.float32(0))
-
-    def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, None]:
-        """Whether 16 bytes of x are there, and where; they are swizzled on their way."""
-        k = T.Bind(stage * self.form.stage + chunk * 8)
-        valid = T.Bind(T.And(k < self.form.depth, row < count))
-        start = T.cast(row, "int64") * self.form.depth + k
-        return valid, T.Select(valid, start, T.int64(0)), None
-
-    def multiply(self, base: Any) -> None:
-        """Add one stage, which lies there in shared memory."""
-        form, tiles, columns, lane, memory = (
-            self.form, self.tiles, self.columns, self.lane, self.memory,
-        )  # fmt: skip
-        groups = form.stage // form.group if form.group else 1
-        steps = form.stage // 16 // groups  # k16 steps of a group
-        words = form.bits // 4  # of a lane for a k16 step
-        source = T.Bind(base + tiles * self.wide)
-        for step in range(form.stage // 16):
-            if step % 2 == 0:  # a load brings the tokens of two steps
-                _tokens(self, source, step)
-            if step * words % 4 == 0:
-                for tile in range(tiles):
-                    at = base + tile * self.wide + step * words // 4 * 512 + lane * 16
-                    call("qc_move16", address(self.held, tile * 4, 4), address(memory, at))
-            into = self.part if form.group else self.total
-            if form.group and step % steps == 0:
-                _zero(self.part, tiles * columns * 4, T.float32(0))
-            for tile in range(tiles):
-                held = address(self.held, tile * 4 + step * words % 4, words)
-                call(f"qc_unpack{form.bits}", address(self.a, 0, 4), held)
-                for column in range(columns):
-                    call("qc_mma_f16", address(into, (tile * columns + column) * 4, 4),
-                         address(self.a, 0, 4),
-                         address(self.b, column * 4 + step % 2 * 2, 2))  # fmt: skip
-            if form.group and step % steps == steps - 1:
-                for tile in range(tiles):
-                    at = base + tile * self.wide + form.weight_bytes
-                    at = at + (step // steps * 8 + lane // 4) * 4
-                    for column in range(columns):
-                        i = (tile * columns + column) * 4
-                        call("qc_add_scaled", address(self.total, i, 4), address(self.part, i, 4),
-                             address(memory, at))  # fmt: skip
-
-
-class _Integers:
-    """Sums of a warp: int8 or uint8 activations by int8 weights, both as units; exact in int32."""
-
-    dtype = "int32"
-
-    def __init__(
-        self, form: Bytes, tiles: int, tokens: int, wide: int, lane: Any, memory: Any
-    ) -> None:
-        self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
-        self.columns = columns = _whole(tokens) // 8
-        self.lane, self.memory = lane, memory
-        self.total = registers(tiles * columns * 4, "int32")
-        self.a, self.b = registers(4, "int32"), registers(columns * 4, "int32")
-
-    def clear(self) -> None:
-        """Set the sums to zero."""
-        _zero(self.total, self.tiles * self.columns * 4, T.int32(0))
-
-    def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, Any]:
-        """Whether 16 bytes of x are there, and where; units are swizzled already."""
-        valid = T.Bind(row < count)
-        unit = T.cast(row // UNIT_ROWS, "int64") * self.form.stages + stage
-        start = unit * UNIT + row % UNIT_ROWS * UNIT_BYTES + chunk * 16
-        return valid, T.Select(valid, start, T.int64(0)), chunk
-
-    def multiply(self, base: Any) -> None:
-        """Add one stage, which lies there in shared memory."""
-        lane = self.lane
-        source = T.Bind(base + self.tiles * self.wide)
-        kind = "s8" if self.form.signed else "u8"
-        for step in range(UNIT_BYTES // 32):
-            if step % 2 == 0:
-                _tokens(self, source, step)
-            for tile in range(self.tiles):
-                # Rows 0-7, 8-15 of the step's first 16 columns, then of its last.
-                piece = T.bitwise_xor(step * 2 + lane // 16, lane % 8)
-                at = base + tile * self.wide + lane % 16 * UNIT_BYTES + piece * 16
-                call("qc_ldmatrix", address(self.a, 0, 4), address(self.memory, at))
-                for column in range(self.columns):
-                    call(f"qc_mma_{kind}",
-                         address(self.total, (tile * self.columns + column) * 4, 4),
-                         address(self.a, 0, 4),
-                         address(self.b, column * 4 + step % 2 * 2, 2))  # fmt: skip
-
-
-def _tokens(sums: _Halves | _Integers, source: Any, step: int) -> None:
-    """Fragments of all tokens for this step and the next: 64 bytes of each."""
-    for column in range(sums.columns):
-        token = T.Bind(T.min(column * 8 + sums.lane % 8, sums.tokens - 1))
-        chunk = T.Bind(T.bitwise_xor(step * 2 + sums.lane // 8, token % 8))
-        at = source + token * sums.form.line + chunk * 16
-        call("qc_ldmatrix", address(sums.b, column * 4, 4), address(sums.memory, at))
-
-
-def _zero(buffer: Any, size: int, zero: Any) -> None:
-    for i in range(size):
-        T.buffer_store(buffer, zero, [i])

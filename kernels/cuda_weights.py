@@ -125,6 +125,86 @@ class Bytes:
         return (tile // per * self.stages + stage) * UNIT + tile % per * self.stage_bytes
 
 
+@dataclass(frozen=True)
+class Nibbles:
+    """Form of a 4-bit weight that is multiplied as integers, by int8 activations.
+
+    A warp multiplies by mma.m16n8k32: lane l = 4g + t holds of A rows g and g + 8, columns 4t to
+    4t + 3 and those + 16. A byte holds row g's weight in its low bits, that of row g + 8 above.
+
+        stream[tile][stage] = weights [16 bytes][lane][16 bytes], scales [group][g][row g, g + 8]
+
+    Attributes:
+        rows: N, outputs.
+        depth: K, inputs.
+        group: columns that share a scale, 32, 64 or 128.
+    """
+
+    rows: int
+    depth: int
+    group: int
+
+    stage = UNIT_BYTES  # columns
+    line = UNIT_BYTES
+    weight_bytes = ROWS * UNIT_BYTES // 2
+    scaled_after = False
+    signed = True
+
+    @property
+    def stages(self) -> int:
+        """Stages of a tile; the last one is filled up with zeros."""
+        return -(-self.depth // UNIT_BYTES)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles; the last one is filled up with zeros."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage of a tile; scales are float32."""
+        return self.weight_bytes + UNIT_BYTES // self.group * ROWS * 4
+
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        return self.tiles * self.stages * self.stage_bytes
+
+    def start(self, tile: Any, stage: Any) -> Any:
+        """Where a stage of a tile lies."""
+        return (tile * self.stages + stage) * self.stage_bytes
+
+
+Form = Weights | Bytes | Nibbles
+
+
+def pack_nibbles(weight: Tensor, scale: Tensor, form: Nibbles) -> Tensor:
+    """Pack a weight of 4 bits for products of integers.
+
+    Args:
+        weight: (N, K) int8, −8…7.
+        scale: (N, K / group), float32. Stored a sixteenth as large: see `cuda_sums`.
+        form: sizes.
+
+    Returns:
+        Flat uint8 of `form.nbytes`.
+    """
+    n, stages = form.tiles * ROWS, form.stages
+    across = n, stages * UNIT_BYTES
+    whole = torch.zeros(across, dtype=torch.uint8, device=weight.device)
+    whole[: form.rows, : form.depth] = weight.view(torch.uint8) & 15
+    # [tile][row half][g][stage][two steps][step][column half][t][4]
+    parts = whole.reshape(form.tiles, 2, 8, stages, 2, 2, 2, 4, 4)
+    parts = parts[:, 0] | parts[:, 1] << 4
+    # → [tile][stage][two steps][g][t][step][column half][4]
+    packed = parts.permute(0, 2, 3, 1, 6, 4, 5, 7).reshape(form.tiles, stages, form.weight_bytes)
+    groups = torch.zeros(n, across[1] // form.group, device=weight.device)
+    groups[: form.rows, : scale.shape[1]] = scale / 16
+    held = groups.reshape(form.tiles, 2, 8, stages, -1).permute(0, 3, 4, 2, 1).contiguous()
+    scales = held.reshape(form.tiles, stages, -1).view(torch.uint8)
+    return torch.cat([packed, scales], -1).reshape(-1)
+
+
 def pack(weight: Tensor, scale: Tensor | None, form: Weights) -> Tensor:
     """Pack a weight.
 

@@ -340,8 +340,14 @@ def _cuda_refusal(weight: QType | None, activation: QType | None) -> str | None:
     if activation is not None:
         if activation.bits != 8 or activation.granularity != "token":
             return f"GPU targets read float activations, or 8 bits by token, not {activation}"
-        if weight is None or weight.bits != 8 or weight.group:
-            return f"GPU targets multiply {activation} with int8:channel weights, not {weight}"
+        four = weight is not None and weight.bits == 4 and weight.group is not None
+        if weight is None or ((weight.bits != 8 or weight.group) and not four):
+            return (
+                f"GPU targets multiply {activation} with int8:channel weights, or int4 in groups, "
+                f"not {weight}"
+            )
+        if four and (activation.element, activation.symmetric) != ("int8", True):
+            return f"GPU targets multiply {weight} with int8:token activations, not {activation}"
     if weight is None:
         return None
     if weight.bits not in (4, 8) or not weight.symmetric:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qcompiler.kernels.cuda_units import unit_bytes, units
-from qcompiler.kernels.cuda_weights import Bytes, Weights, pack
+from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
 
 EPSILON = 1e-5
-BYTES = ("int8", "few8", "fp8")
+BYTES = ("int8", "few8", "fp8", "w4a8")
 FP8 = torch.float8_e4m3fn
 
 
@@ -23,8 +23,8 @@ class Case:
 
     Attributes:
         kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
-            products), int8 (int8 × int8), few8 (few tokens of it), fp8 (e4m3), or rows (norms,
-            quantization).
+            products), int8 (int8 × int8), few8 (few tokens of it), w4a8 (4-bit weights in groups,
+            int8 activations), fp8 (e4m3), or rows (norms, quantization).
         tokens, rows, depth: M, N, K; of `rows` kernels M and K.
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
@@ -56,6 +56,8 @@ CASES = (
     *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
     *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
     *(Case("few8", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
+    *(Case("w4a8", m, n, k, 4, 32) for n, k in SQUARES for m in (1, 8, 16, 64, 512)),
+    Case("w4a8", 1, 8192, 8192), Case("w4a8", 2048, 8192, 8192, 4, 32),
     *(Case("fp8", m, 8192, 8192, 8, 0) for m in (512, 8192)),
     *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
     *(
@@ -80,6 +82,9 @@ CASES = (
             ("hopper", 200, 520, 1536, 4, 64), ("hopper", 90, 300, 576, 8, 0),
             ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
             ("fp8", 70, 300, 200, 8, 0),
+            ("w4a8", 1, 300, 576, 4, 32), ("w4a8", 5, 130, 192, 4, 64),
+            ("w4a8", 70, 72, 1536, 4, 128), ("w4a8", 30, 40, 96, 4, 32),
+            ("w4a8", 100, 300, 2048, 4, 32), ("w4a8", 200, 72, 576, 4, 64),
             ("few8", 1, 300, 576, 8, 0), ("few8", 5, 130, 200, 8, 0), ("few8", 70, 72, 1536, 8, 0),
         )
     ),
@@ -118,6 +123,17 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
                  Argument("weight", "uint8", unit_bytes(n, k, 1)), out,
                  Argument("token_scales", "float32", m),
                  Argument("scales", "float32", n)]  # fmt: skip
+        if case.kind == "w4a8":
+            packed = Nibbles(n, k, case.group)
+            given = [given[0], Argument("weight", "uint8", packed.nbytes), *given[2:4]]
+            if m <= few.FEW:
+                write = _stored(m, n, 2, "float32", outputs=False)
+                return few.skinny(case.name, given, m, packed, few.choose(m, packed), write), {}
+            blocks = cuda_gemm.choose_blocks(m, packed)
+            extra = _extra(blocks.workspace(m, packed), blocks.grid(m, packed))
+            given[2:2] = _shared(extra)
+            write = _stored(m, n, len(given) - 2, "float32", outputs=False)
+            return cuda_gemm.gemm(case.name, given, m, packed, blocks, write), extra
         write = _stored(m, n, 2, "float32" if case.kind == "fp8" else "int32")
         if case.kind == "few8":
             whole = Bytes(n, k)
@@ -139,16 +155,24 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     else:
         how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
         pieces = how.grid(m, form)[:2]
-    extra = {}
-    if how.workspace(m, form):
-        extra = {"workspace": how.workspace(m, form), "counters": pieces[0] * pieces[1]}
-        given += [Argument("workspace", "float32", extra["workspace"]),
-                  Argument("counters", "int32", extra["counters"])]  # fmt: skip
+    extra = _extra(how.workspace(m, form), pieces)
+    given += _shared(extra)
     write = _stored(m, n, len(given))
     return make(case.name, [*given, out], m, form, how, write), extra
 
 
-def _stored(m: int, n: int, out: int, sums: str = "") -> Any:
+def _extra(workspace: int, pieces: tuple[int, ...]) -> dict[str, int]:
+    return {"workspace": workspace, "counters": pieces[0] * pieces[1]} if workspace else {}
+
+
+def _shared(extra: dict[str, int]) -> list[Any]:
+    from qcompiler.kernels.code import Argument
+
+    kinds = {"workspace": "float32", "counters": "int32"}
+    return [Argument(name, kinds[name], size) for name, size in extra.items()]
+
+
+def _stored(m: int, n: int, out: int, sums: str = "", outputs: bool = True) -> Any:
     """The sums as float16, (M, N); with their dtype, scaled by tokens' and outputs' scales too."""
     from qcompiler.kernels.expression import Access, Expression, Step
 
@@ -160,6 +184,8 @@ def _stored(m: int, n: int, out: int, sums: str = "") -> Any:
             Step("load", "float32", access=Access(out + 2, "float32", 0, (0, 1))),
             Step("mul", "float32", (2, 3)), Step("mul", "float32", (1, 4)),
         ]  # fmt: skip
+        if not outputs:
+            steps = [*steps[:3], Step("mul", "float32", (1, 2))]
     return Expression((m, n), tuple(steps),
                       ((len(steps) - 1, Access(out, "float16", 0, (n, 1))),))  # fmt: skip
 
@@ -175,6 +201,8 @@ class Trial:
         error: how far the outputs are off: ‖out − ref‖ / ‖ref‖ in float64 (NaN where something was
             not written).
         moved: bytes that must be read and written once.
+        operations: multiplications and additions; 0: none to speak of.
+        peer: the same by torch, in float16; None: its product of matrices (`gpu.cublas`), or none.
     """
 
     arguments: list[Tensor]
@@ -182,6 +210,8 @@ class Trial:
     outputs: tuple[int, ...]
     error: Callable[[], float]
     moved: int
+    operations: int = 0
+    peer: Callable[[], Any] | None = None
 
 
 def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
@@ -202,6 +232,10 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
         token = torch.rand(m, device=device) * 0.01 + 0.001
         stored = [units(t.view(torch.int8)) for t in (x, w)]
         given, at = [*stored, out, token, scale.reshape(-1)], 2
+        if case.kind == "w4a8":
+            shared = _room(extra, device)
+            packed = pack_nibbles(w, scale, Nibbles(n, k, group))
+            given, at = [stored[0], packed, *shared, out, token], 2 + len(shared)
         factors = token.double()[:, None]
     else:
         x = torch.randn(m, k, device=device).half()
@@ -209,9 +243,7 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
         packed = pack(w, scale if group else None, Weights(n, k, case.bits, group))
         given = [units(x) if case.kind == "hopper" else x, packed]
         given += [] if group else [scale.reshape(-1)]
-        if extra:
-            given.append(torch.full((extra["workspace"],), float("nan"), device=device))
-            given.append(torch.zeros(extra["counters"], device=device, dtype=torch.int32))
+        given += _room(extra, device)
         at = len(given)
         given.append(out)
 
@@ -227,7 +259,15 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
         return float((out[some].double() - reference).norm() / reference.norm())
 
     moved = given[1].numel() + x.numel() * x.element_size() + out.numel() * 2
-    return Trial(given, 1, (at,), error, moved)
+    return Trial(given, 1, (at,), error, moved, 2 * m * n * k)
+
+
+def _room(extra: dict[str, int], device: str) -> list[Tensor]:
+    """The workspace, poisoned, and counters, where a kernel has them."""
+    if not extra:
+        return []
+    return [torch.full((extra["workspace"],), float("nan"), device=device),
+            torch.zeros(extra["counters"], device=device, dtype=torch.int32)]  # fmt: skip
 
 
 def _rows(case: Case, device: str) -> Trial:
@@ -257,18 +297,18 @@ def _rows(case: Case, device: str) -> Trial:
         if norm:
             wide = wide * (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * gain.double()
         if output == "int8":
-            found = _rows_of(out, m, k, torch.int8).double() * scales.double()[:, None]
+            found = rows_of(out, m, k, torch.int8).double() * scales.double()[:, None]
             # Rounded to the nearest of 255 steps: at most half a step off, and a hair.
             off = ((found - wide).abs() / scales.double()[:, None]).max()
             return float(off - 0.5) if off > 0.5 else 0.0
-        found = (out if output == "float16" else _rows_of(out, m, k, torch.float16)).double()
+        found = (out if output == "float16" else rows_of(out, m, k, torch.float16)).double()
         return float((found - wide).norm() / wide.norm())
 
     moved = m * k * (2 + size + (4 if residual else 0))
     return Trial(given, -1, tuple(outputs), error, moved)
 
 
-def _rows_of(stored: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+def rows_of(stored: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `units`."""
     size = torch.empty((), dtype=dtype).element_size()
     down, across = -(-rows // 64), -(-width * size // 128)
