@@ -21,11 +21,13 @@ from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
 from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
+from qcompiler.backends.edge_rotate import factors_of
 from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import cuda_attention, cuda_expressions
 from qcompiler.kernels.cuda_code import HOPPER, Gpu
+from qcompiler.kernels.cuda_hadamard import Rotation, rotate_rows
 from qcompiler.kernels.cuda_quantize import Norm, half_units, quantize_units
 from qcompiler.kernels.cuda_skinny import FEW
 from qcompiler.kernels.cuda_units import unit_bytes
@@ -39,6 +41,7 @@ LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
 # Kernel → how it is built from the name, the arguments and the call's key.
 BUILD: dict[str, Callable[..., Any]] = {
     "elementwise": cuda_expressions.elementwise,
+    "rotate": lambda name, given, key: rotate_rows(name, given, *key),
     "reduce": lambda name, given, key: cuda_expressions.reduction(name, given, *key),
     "attention": lambda name, given, key: cuda_attention.attention(name, given, *key[:2]),
     "matmul_float": lambda name, given, key: cuda_expressions.matmul_float(
@@ -76,7 +79,7 @@ class CudaCalls(Calls):
         self.rounded: dict[Any, Ref] = {}  # tensors that were rounded to float16
         self.halves: dict[int, tuple[Ref, bool]] | None = None  # by storage; whether it alone
         self.quantized: dict[int, Ref] = {}  # units by the storage of the integers
-        self.norms: dict[int, Group] = {}  # that are computed where they are quantized
+        self.norms: dict[int, Group] = {}  # and rotations, computed where they are quantized
         self.counting: list[Storage] = []  # one at most
         super().__init__(*given)
         for storage in self.counting:
@@ -167,10 +170,10 @@ class CudaCalls(Calls):
             super()._group(g)
 
     def _joins_quantization(self, g: Group, op: Op) -> bool:
-        """Whether a norm is read by nothing but one quantization by token."""
+        """Whether a norm or a rotation is read by nothing but one quantization by token."""
         readers = op.out.storage.readers
         return (
-            ROWS.get(op.target) in ("layer_norm", "rms_norm")
+            (op.target is ops.rotate or ROWS.get(op.target) in ("layer_norm", "rms_norm"))
             and not g.members
             and [r.target for r in readers] == [ops.dynamic_quantize]
             and whole(readers[0].args[0], op.out)
@@ -197,16 +200,16 @@ class CudaCalls(Calls):
             zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
         else:
             arguments.append(zero.storage)
-        norm = self.norms.get(id(x.storage))
+        joined = self.norms.get(id(x.storage))
         writer = self.writer(x.shape, arguments)
-        before = None
-        if norm is None:
-            writer.value(x, FLOAT)
-        else:
-            before = self._norm(norm, arguments)
-            assert norm.anchor is not None
-            writer.value(norm.anchor.args[0], FLOAT)
+        maker = joined.anchor if joined is not None else None
+        writer.value(x if maker is None else maker.args[0], FLOAT)
         source = writer.expression()
+        before: Norm | Rotation | None = None
+        if maker is not None and maker.target is ops.rotate:
+            before = Rotation(width, *factors_of(self, maker, writer))
+        elif joined is not None:
+            before = self._norm(joined, arguments)
         self.launch(
             "quantize_rows", op.label, (source, kind, before),
             lambda name: quantize_units(name, writer.kernel_arguments(), source, kind, before),

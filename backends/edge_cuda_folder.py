@@ -14,6 +14,7 @@ from qcompiler.backends.edge_cuda_build import build
 from qcompiler.backends.edge_cuda_calls import ISA, CudaCalls
 from qcompiler.backends.edge_model import EdgeModel
 from qcompiler.backends.edge_program import check
+from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import GPUS
 from qcompiler.target import Target
 
@@ -36,6 +37,13 @@ class CudaMaker(Maker):
 
     def compile(self, kernels: Mapping[str, Any]) -> tuple[tuple[str, bytes], ...]:
         """The fat binary, and how its kernels are launched."""
+        room = GPUS[self.capability].shared
+        for kernel in kernels.values():
+            if kernel.shared > room:
+                raise UnsupportedError(
+                    f"'{kernel.name}' needs {kernel.shared} bytes of shared memory, and GPUs of "
+                    f"compute capability {self.capability / 10} have {room}"
+                )
         image, launches = build([*kernels.values()], [self.capability])
         table = {name: asdict(launch) for name, launch in launches.items()}
         return ((KERNELS, image), (LAUNCHES, json.dumps(table).encode()))

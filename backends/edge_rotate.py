@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qcompiler.backends.edge_group import Group
+from qcompiler.backends.edge_group import Group, Writer
 from qcompiler.backends.edge_ops import Op
 from qcompiler.errors import UnsupportedError
 from qcompiler.hadamard import sylvester
@@ -33,15 +33,16 @@ def split(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix, 1
 
 
-def rotation(calls: Calls, g: Group, op: Op) -> None:
-    """The call for `qc::rotate`."""
-    x = op.args[0]
-    held = [ref.storage.constant for ref in op.args[1:]]
-    if any(m is None for m in held):
+def factors_of(calls: Calls, op: Op, read: Writer) -> tuple[tuple[Factor, ...], float]:
+    """The factors of a `qc::rotate`, and the result's scale.
+
+    Args:
+        calls: for the constants.
+        op: the rotation.
+        read: of the kernel that rotates; gets the matrices as arguments.
+    """
+    if any(ref.storage.constant is None for ref in op.args[1:]):
         raise UnsupportedError("a rotation by computed matrices")
-    read = calls.writer(x.shape, [])
-    read.value(x, "float32")
-    source = read.expression()
     factors: list[Factor] = []
     stride, scale = 1, 1.0
     for ref in reversed(op.args[1:]):
@@ -62,12 +63,22 @@ def rotation(calls: Calls, g: Group, op: Op) -> None:
         else:
             scale *= float(core)
         stride *= len(core)
+    return tuple(factors), scale
+
+
+def rotation(calls: Calls, g: Group, op: Op) -> None:
+    """The call for `qc::rotate`."""
+    x = op.args[0]
+    read = calls.writer(x.shape, [])
+    read.value(x, "float32")
+    source = read.expression()
+    factors, scale = factors_of(calls, op, read)
     writer = calls.writer(op.out.shape, read.arguments)
     writer.keep(op.out, writer.step("anchor", "float32"))
     writer.members(g, calls.stored)
     expression = writer.expression()
     calls.add(
-        "rotate", op.label, (source, tuple(factors), scale, expression),
+        "rotate", op.label, (source, factors, scale, expression),
         lambda name: rotate_rows(
             name, writer.kernel_arguments(), source, factors, scale, expression
         ), writer,

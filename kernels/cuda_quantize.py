@@ -5,7 +5,8 @@
               q = clamp(round(x / scale) + zero)      low = min(x, 0), high = max(x, 0) of the token
               symmetric: scale = max |x| / (qmax − middle), zero = 0; scale is 1 where it would be 0
 
-x is an expression, or the norm of one (RMSNorm, LayerNorm), which then needs no kernel of its own.
+x is an expression, or the norm of one (RMSNorm, LayerNorm) or its rotation, which then needs no
+kernel of its own.
 The arithmetic is that of `qc::dynamic_quantize`.
 """
 
@@ -30,6 +31,7 @@ from qcompiler.kernels.cuda_code import (
     value,
 )
 from qcompiler.kernels.cuda_expressions import SCRATCH, THREADS
+from qcompiler.kernels.cuda_hadamard import Line, Rotation
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
 from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.qtype import QType
@@ -92,8 +94,9 @@ def half_units(name: str, arguments: Sequence[Argument], source: Expression) -> 
 
 
 def quantize_units(
-    name: str, arguments: Sequence[Argument], source: Expression, kind: QType, norm: Norm | None
-) -> CudaKernel:
+    name: str, arguments: Sequence[Argument], source: Expression, kind: QType,
+    before: Norm | Rotation | None,
+) -> CudaKernel:  # fmt: skip
     """A kernel that quantizes rows, each with a range of its own.
 
     Args:
@@ -102,7 +105,7 @@ def quantize_units(
             points, then what the expressions read.
         source: gives x, a multiple of 4 wide.
         kind: int8 or uint8.
-        norm: of x, before that.
+        before: a norm of x, or a rotation, before that.
 
     Raises:
         UnsupportedError: if a row is too long for a block's registers.
@@ -110,11 +113,14 @@ def quantize_units(
     width = source.width
     across = -(-width // UNIT_BYTES)
     quads = across * UNIT_BYTES // PIECE
-    threads = min(1024, -(-quads // WARP) * WARP)
+    threads, held_at_most, shared = min(1024, -(-quads // WARP) * WARP), HELD, SCRATCH
+    if isinstance(before, Rotation):
+        threads, held_at_most = before.threads, 2 * HELD  # it leaves no number in registers
+        shared += before.shared
     each, warps = -(-quads // threads), threads // WARP
-    if each * PIECE > HELD or width % PIECE:
+    if each * PIECE > held_at_most or width % PIECE:
         raise UnsupportedError(f"GPU targets quantize no rows of {width} numbers by token")
-    with cuda_kernel(name, arguments, (source.rows,), threads, SCRATCH) as (
+    with cuda_kernel(name, arguments, (source.rows,), threads, shared) as (
         made, buffers, (row,), thread, memory,
     ):  # fmt: skip
         read = Emitter(source, buffers)
@@ -134,14 +140,25 @@ def quantize_units(
                         T.buffer_store(total, step(total[0], held[i * PIECE + j]), [0])
             return T.Bind(value(f"qc_block_{over}", total[0], address(memory), warps))
 
+        def number(column: Any) -> Any:
+            return read.value(place, column, 1)
+
+        line, factor = None, 1.0
+        if isinstance(before, Rotation):
+            line, factor = Line(memory, SCRATCH, thread, before, buffers), before.scale
+            line.rotate(number)
+
+        def given(column: Any) -> Any:
+            return number(column) if line is None else line.get(column) * code.number(factor, 1)
+
         for i, column in enumerate(columns):
             for j in range(PIECE):
                 T.buffer_store(held, T.float32(0), [i * PIECE + j])
             with T.If(column < width), T.Then():
                 for j in range(PIECE):
-                    T.buffer_store(held, read.value(place, column + j, 1), [i * PIECE + j])
-        if norm is not None:
-            _normalize(norm, buffers, row, held, columns, width, fold)
+                    T.buffer_store(held, given(column + j), [i * PIECE + j])
+        if isinstance(before, Norm):
+            _normalize(before, buffers, row, held, columns, width, fold)
         high = fold(0.0, code.maximum, "max")
         low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")  # of −x
         if kind.symmetric:
