@@ -62,7 +62,7 @@ def test_targets_parse_and_print() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
-    [("w8a8", "float activations"), ("w3a16", "4 or 8 bits"), ("w4a8", "int8:channel weights")],
+    [("w8a8", "float activations"), ("w3a16", "4 or 8 bits"), ("w4a4kv4", "8 bits by token")],
 )
 def test_what_gpus_do_not_read_is_refused(recipe: str, said: str) -> None:
     chosen = load_recipe(recipe)
@@ -120,6 +120,7 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
         ("w4a16", "sm_86", {"gemm"}),
         ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
         ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
+        ("w4a8", "sm_80", {"quantize_rows", "skinny_int4_int8"}),
     ],
 )
 def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_language_model_keeps_its_cache(
     """Takes a while: a whole model is compiled at one or two sizes."""
     made = language(tmp_path / "a", settings, tokens)
     kernels = made.manifest["audit"]["kernels"]
-    assert kernels["cached_attention"] == 2
+    assert kernels["prompt_attention" if tokens[-1] > 16 else "cached_attention"] == 2
     assert kernels.get("write_cache", 0) == (2 if tokens[-1] > 16 else 0)
     assert "rms_norm" not in kernels
     program = json.loads((tmp_path / "a" / edge_cuda_load.PROGRAM).read_text())
@@ -243,3 +244,15 @@ def test_the_gpu_gives_what_the_quantized_program_gives(artifact: Artifact) -> N
     for key, want in wanted.items():
         (got,) = run(held[f"{key.partition('/')[0]}/{name}"])
         assert (got - want).norm() / want.norm() < 2e-3  # float16 activations
+
+
+def test_prompts_are_read_in_few_runs() -> None:
+    """A run more costs more than tokens that are read twice; all are read, the last one last."""
+    assert edge_cuda_load.runs(1000, [1, 16, 64, 512]) == [(0, 512), (488, 512)]
+    assert edge_cuda_load.runs(528, [1, 16, 64, 512]) == [(0, 512), (512, 16)]
+    assert edge_cuda_load.runs(17, [16, 1]) == [(0, 16), (16, 1)]
+    assert edge_cuda_load.runs(15, [16, 1]) == [(i, 1) for i in range(15)]
+    for count in range(1, 200):
+        found = edge_cuda_load.runs(count, [1, 4, 32])
+        assert {t for first, size in found for t in range(first, first + size)} == {*range(count)}
+        assert sum(found[-1]) == count

@@ -3,11 +3,12 @@
     python tests/benchmarks/gpu.py build FOLDER                  # TVM and nvcc; no GPU
     python tests/benchmarks/gpu.py run FOLDER --out FILE.json    # a GPU; neither TVM nor nvcc
 
-`build` compiles every case of `gpu_cases.py`. `run` checks each on fresh random inputs against
-float64, twice (the bits must agree), with poisoned outputs, then times it: a CUDA graph of launches
-that read the weight from one place after another, more than the L2 cache holds; the median of
-several replays. ONNX Runtime takes part where onnxruntime-gpu is installed. `--check` leaves the
-timing out: for compute-sanitizer.
+`build` compiles every case of `gpu_cases.py`, `gpu_attention.py` and `gpu_quantize.py` (or of some
+of them: `--families`). `run` checks each on fresh random inputs against float64, twice (the bits
+must agree), with poisoned outputs, then times it: a CUDA graph of launches that read the weight
+from one place after another, more than the L2 cache holds; the median of several replays. ONNX
+Runtime takes part where onnxruntime-gpu is installed. `--check` leaves the timing out: for
+compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -17,38 +18,53 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gpu_attention
+import gpu_cases
+import gpu_quantize
 import torch
-from gpu_cases import CASES, Case, kernel, trial
+from gpu_attention import ATTENTIONS, Attention
+from gpu_cases import CASES, Case, Trial
+from gpu_quantize import QUANTIZED, Quantized
 
 from qcompiler.backends.edge_cuda_driver import Launch, Module
 from qcompiler.gpu import device, driver_version
 
 CACHE = 400 << 20  # bytes that a rotation reads at least: several times the L2 cache
+MANY = 2 * 512 * 4096 * 4096  # operations of a launch of which a few make a measurement
 REPLAYS = 9
 BATCH = 12  # kernels of a module
 TOLERANCE = 1e-3  # of ‖out − ref‖ / ‖ref‖: float16 output and scales give 2e-4 to 3e-4
 FP8_TOLERANCE = 5e-3  # the tensor cores sum fp8 products with fewer bits than float32 has
+# Family → its cases, how one is read back, and where kernels and trials are made.
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "products": (CASES, Case, gpu_cases),
+    "attention": (ATTENTIONS, Attention, gpu_attention),
+    "quantization": (QUANTIZED, Quantized, gpu_quantize),
+}
 
 
-def build(folder: Path) -> None:
-    """Compile all cases."""
+def build(folder: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+    """Compile all cases of some families."""
     from qcompiler.backends.edge_cuda_build import build as compiled
 
     folder.mkdir(parents=True, exist_ok=True)
     table = []
-    for start in range(0, len(CASES), BATCH):
-        cases = CASES[start : start + BATCH]
-        made = [kernel(case) for case in cases]
-        image, launches = compiled([k for k, _ in made], [90])
-        (folder / f"{start}.fatbin").write_bytes(image)
-        for case, (k, extra) in zip(cases, made, strict=True):
-            table.append({"case": asdict(case), "module": f"{start}.fatbin",
-                          "launch": asdict(launches[k.name]), "extra": extra})  # fmt: skip
+    for family in families:
+        every, _, module = FAMILIES[family]
+        for start in range(0, len(every), BATCH):
+            cases = every[start : start + BATCH]
+            made = [module.kernel(case) for case in cases]
+            image, launches = compiled([k for k, _ in made], [90])
+            name = f"{family}{start}.fatbin"
+            (folder / name).write_bytes(image)
+            for case, (k, extra) in zip(cases, made, strict=True):
+                table.append({"family": family, "case": asdict(case), "module": name,
+                              "launch": asdict(launches[k.name]), "extra": extra})  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(table, indent=1))
 
 
@@ -97,12 +113,13 @@ def cublas(case: Case) -> float:
     places = max(2, CACHE // (n * k * 2) + 1)
     weights = [torch.randn(n, k, device="cuda").half() for _ in range(places)]
     return timed(
-        lambda i, _: torch.nn.functional.linear(x, weights[i % places]), _count(case, places)
+        lambda i, _: torch.nn.functional.linear(x, weights[i % places]),
+        _count(2 * m * n * k, places),
     )
 
 
-def _count(case: Case, places: int) -> int:
-    return 12 if case.tokens >= 512 else max(24, 2 * places)
+def _count(operations: int, places: int) -> int:
+    return 12 if operations >= MANY else max(24, 2 * places)
 
 
 def onnx_runtime(case: Case) -> float | None:
@@ -163,7 +180,8 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
     table, modules, wrong = [], {}, 0
     peers: dict[tuple[int, int, int], tuple[float, float | None]] = {}
     for entry in json.loads((folder / "cases.json").read_text()):
-        case = Case(**{**entry["case"], "variant": tuple(entry["case"]["variant"])})
+        _, read, family = FAMILIES[entry["family"]]
+        case = read(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["case"].items()})
         if check and case.timed:
             continue
         launch = Launch(**{**entry["launch"], "blocks": tuple(entry["launch"]["blocks"]),
@@ -171,9 +189,9 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
         name = entry["module"]
         if name not in modules:
             modules[name] = Module((folder / name).read_bytes())
-        row, good = measure(case, modules[name], launch, entry["extra"], copy)
+        row, good = measure(case, family.trial(case, entry["extra"]), modules[name], launch, copy)
         wrong += not good
-        if row.get("us") and case.kind != "rows":
+        if row.get("us") and isinstance(case, Case) and case.kind != "rows":
             size = (case.tokens, case.rows, case.depth)
             if size not in peers:
                 peers[size] = cublas(case), onnx_runtime(case) if case.bits == 4 else None
@@ -208,10 +226,9 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
 
 
 def measure(
-    case: Case, module: Module, launch: Launch, extra: dict[str, int], copy: float
+    case: Any, given: Trial, module: Module, launch: Launch, copy: float
 ) -> tuple[dict[str, Any], bool]:
     """A case's row of the table, and whether it is right."""
-    given = trial(case, extra)
     addresses = [a.data_ptr() for a in given.arguments]
     module.run(launch, addresses, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
@@ -224,7 +241,7 @@ def measure(
         for a, i in zip(first, given.outputs, strict=True)
     )
     row: dict[str, Any] = {"name": case.name, **asdict(case), "error": error, "same_bits": same}
-    good = error < (FP8_TOLERANCE if case.kind == "fp8" else TOLERANCE) and same
+    good = error < (FP8_TOLERANCE if case.name.startswith("fp8") else TOLERANCE) and same
     if not case.timed or copy == 0.0:
         return row, good
     places = [addresses]
@@ -236,11 +253,14 @@ def measure(
             places[-1][given.weight] = held.data_ptr()
     row["us"] = timed(
         lambda i, stream: module.run(launch, places[i % len(places)], stream),
-        _count(case, len(places)),
+        _count(given.operations, len(places)),
     )
     row["gb_per_s"] = given.moved / row["us"] / 1e3
     row["of_copy"] = row["gb_per_s"] / copy
-    row["tera_per_s"] = 2 * case.tokens * case.rows * case.depth / row["us"] / 1e6
+    row["tera_per_s"] = given.operations / row["us"] / 1e6
+    if given.peer is not None:
+        peer = given.peer
+        row["fp16_us"] = timed(lambda *_: peer(), _count(given.operations, 1))
     return row, good
 
 
@@ -263,9 +283,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--families", nargs="*", default=[*FAMILIES], choices=[*FAMILIES])
     given = parser.parse_args()
     if given.what == "build":
-        build(given.folder)
+        build(given.folder, given.families)
         return 0
     return run(given.folder, given.out, given.check)
 

@@ -22,21 +22,35 @@ from qcompiler.backends import edge_cuda_build, edge_cuda_driver
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import HOPPER, generate
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
-from qcompiler.kernels.cuda_weights import Weights, pack
+from qcompiler.kernels.cuda_weights import Nibbles, Weights, pack, pack_nibbles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def cases() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("gpu_cases", BENCHMARKS / "gpu_cases.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_cases"] = module  # its dataclasses look their module up
+    sys.modules[name] = module  # its dataclasses look their module up
     spec.loader.exec_module(module)
-    yield module
+    return module
+
+
+@pytest.fixture(scope="module")
+def cases() -> Iterator[ModuleType]:
+    yield benchmark("gpu_cases")
     del sys.modules["gpu_cases"]
+
+
+@pytest.fixture(scope="module")
+def more(cases: ModuleType) -> Iterator[list[tuple[ModuleType, Any]]]:
+    """Attention and quantization: each case with its module."""
+    attention, quantize = benchmark("gpu_attention"), benchmark("gpu_quantize")
+    yield [(attention, c) for c in attention.ATTENTIONS] + [
+        (quantize, c) for c in quantize.QUANTIZED
+    ]
+    del sys.modules["gpu_attention"], sys.modules["gpu_quantize"]
 
 
 def fragment(form: Weights, packed: Tensor, tile: int, stage: int, step: int, lane: int) -> Tensor:
@@ -73,6 +87,32 @@ def test_weights_lie_as_fragments_of_a(bits: int, group: int) -> None:
             assert torch.equal(fragment(form, packed, tile, stage, step, lane), wanted)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_nibbles_lie_as_fragments_of_bytes(group: int) -> None:
+    """Register r of lane 4g + t: row g + 8 (r mod 2), columns 4t … 4t + 3, + 16 from r = 2 on."""
+    form = Nibbles(40, 320, group)
+    weight = torch.randint(-8, 8, (40, 320), dtype=torch.int8)
+    scale = torch.rand(40, -(-320 // group))
+    packed = pack_nibbles(weight, scale, form)
+    assert packed.numel() == form.nbytes
+    whole = torch.zeros(48, form.stages * form.stage, dtype=torch.int8)
+    whole[:40, :320] = weight
+    for tile, stage, step in ((0, 0, 0), (1, 2, 1), (2, 1, 3)):
+        start = form.start(tile, stage)
+        for lane in (0, 3, 13, 31):
+            at = start + step // 2 * 512 + lane * 16 + step % 2 * 8
+            held = packed[at : at + 8].reshape(2, 4)
+            found = torch.stack([held << 4, held & 0xF0], 1).view(torch.int8).flatten() // 16
+            g, t = lane // 4, lane % 4
+            for r in range(4):
+                column = stage * 128 + step * 32 + 4 * t + r // 2 * 16
+                wanted = whole[tile * 16 + g + 8 * (r % 2), column : column + 4]
+                assert torch.equal(found[4 * r : 4 * r + 4], wanted)
+    scales = packed[form.start(1, 0) + form.weight_bytes :][: 128 // group * 64].view(torch.float32)
+    for place, g, half in ((0, 0, 0), (128 // group - 1, 7, 1)):
+        assert scales[(place * 8 + g) * 2 + half] == scale[16 + g + 8 * half, place] / 16
+
+
 def test_scales_lie_by_row_pairs() -> None:
     form = Weights(32, 128, 4, 32)
     scale = torch.rand(32, 4)
@@ -96,9 +136,9 @@ def test_units_are_swizzled_rows(dtype: torch.dtype) -> None:
         assert stored[at : at + size].view(dtype)[0] == matrix[row, column]
 
 
-def test_every_kernel_has_room(cases: ModuleType) -> None:
-    for case in cases.CASES:
-        made, _ = cases.kernel(case)
+def test_every_kernel_has_room(cases: ModuleType, more: list[tuple[ModuleType, Any]]) -> None:
+    for module, case in [(cases, case) for case in cases.CASES] + more:
+        made, _ = module.kernel(case)
         assert made.shared <= HOPPER.shared
         assert made.threads <= 1024
 
@@ -121,7 +161,9 @@ nvcc = pytest.mark.skipif(
 def test_kernels_compile(cases: ModuleType) -> None:
     """One of each kind, for the GPUs that it is for."""
     few, many = cases.Case("skinny", 3, 200, 576, 4, 32), cases.Case("gemm", 50, 130, 264)
-    image, launches = edge_cuda_build.build([cases.kernel(c)[0] for c in (few, many)], [80, 89, 90])
+    integers = cases.Case("w4a8", 30, 40, 96, 4, 32)
+    made = [cases.kernel(c)[0] for c in (few, many, integers)]
+    image, launches = edge_cuda_build.build(made, [80, 89, 90])
     assert image[:4] == b"\x50\xed\x55\xba"  # a fat binary
     assert launches[few.name].threads == 256
     hopper = [
@@ -130,6 +172,20 @@ def test_kernels_compile(cases: ModuleType) -> None:
     ]  # fmt: skip
     _, launches = edge_cuda_build.build([cases.kernel(c)[0] for c in hopper], [90])
     assert [*launches] == [c.name for c in hopper]
+
+
+@nvcc
+def test_attention_and_rotations_compile(more: list[tuple[ModuleType, Any]]) -> None:
+    """Smallest of each kind; their inputs are what the kernels take."""
+    chosen = {c.kind if hasattr(c, "new") else (c.kind, c.core): (m, c) for m, c in more}
+    made = []
+    for module, case in chosen.values():
+        found, extra = module.kernel(case)
+        given = module.trial(case, extra, device="cpu").arguments
+        assert [max(a.size, 1) for a in found.arguments] == [t.numel() for t in given]
+        assert [a.dtype for a in found.arguments] == [str(t.dtype)[6:] for t in given]
+        made.append(found)
+    edge_cuda_build.build(made, [80])
 
 
 @nvcc
@@ -185,14 +241,15 @@ def test_no_gpu_is_one_line() -> None:
 
 
 @pytest.mark.gpu
-def test_kernels_agree_with_float64(cases: ModuleType) -> None:
+def test_kernels_agree_with_float64(cases: ModuleType, more: list[tuple[ModuleType, Any]]) -> None:
     """The tails of every kind on the GPU; `tests/benchmarks/gpu.py` goes through all sizes."""
-    checked = [case for case in cases.CASES if not case.timed]
-    made = [cases.kernel(case) for case in checked]
+    every = [(cases, case) for case in cases.CASES] + more
+    checked = [(source, case) for source, case in every if not case.timed]
+    made = [source.kernel(case) for source, case in checked]
     image, launches = edge_cuda_build.build([k for k, _ in made], [90])
     module = edge_cuda_driver.Module(image)
-    for case, (_, extra) in zip(checked, made, strict=True):
-        trial = cases.trial(case, extra)
+    for (source, case), (_, extra) in zip(checked, made, strict=True):
+        trial = source.trial(case, extra)
         module.run(launches[case.name], [a.data_ptr() for a in trial.arguments])
         torch.cuda.synchronize()
         assert trial.error() < (5e-3 if case.kind == "fp8" else 1e-3), case
