@@ -281,7 +281,7 @@ def choose_blocks(tokens: int, form: Weights | Nibbles, gpu: Gpu = HOPPER) -> Bl
             return Blocks(4, 4, wide, ring)
         return Blocks(2 if wide == 128 else 1, 8, wide, ring)
 
-    ring = 4
+    ring = 2 if isinstance(form, Nibbles) else 4
     while blocks(wide, ring).shared(form) > gpu.shared:
         if ring > 2:
             ring -= 1

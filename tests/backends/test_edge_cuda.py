@@ -120,7 +120,7 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
         ("w4a16", "sm_86", {"gemm"}),
         ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
         ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
-        ("w4a8", "sm_80", {"quantize_rows", "skinny_int4_int8"}),
+        ("w4a8", "sm_80", {"quantize_rows", "gemm_int4_int8"}),
     ],
 )
 def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path) -> None:
