@@ -10,6 +10,7 @@ A QType knows no axis: the axis belongs to the use of the tensor and is an argum
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,6 +27,7 @@ ELEMENTS = {
 }
 ELEMENTS["int32"] = (32, True)
 SMALLEST = 16  # elements of a group that was made smaller
+PIECE = 1 << 20  # elements that are packed at a time: whole bytes in any number of bits
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,8 @@ def pack(q: Tensor, element: str) -> Tensor:
     the byte layout of ONNX's INT4 and INT2 tensors.
     """
     bits = ELEMENTS[element][0]
+    if q.numel() > PIECE:  # what is computed in between takes many times the memory
+        return torch.cat([pack(part, element) for part in q.flatten().split(PIECE)])
     flat = q.flatten().to(torch.int32) & ((1 << bits) - 1)
     if bits == 8:
         return flat.to(torch.uint8)
@@ -258,9 +262,12 @@ def pack(q: Tensor, element: str) -> Tensor:
 def unpack(packed: Tensor, element: str, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack`: an int8 or uint8 tensor of `shape`."""
     bits, signed = ELEMENTS[element]
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
+    if count > PIECE:
+        parts = packed.split(PIECE * bits // 8)
+        sizes = [min(PIECE, count - PIECE * i) for i in range(len(parts))]
+        pairs = zip(parts, sizes, strict=True)
+        return torch.cat([unpack(part, element, (size,)) for part, size in pairs]).reshape(shape)
     words = packed.to(torch.int64)
     words = torch.nn.functional.pad(words, (0, -len(words) % bits)).reshape(-1, bits)
     joined = (words << (torch.arange(bits) * 8)).sum(1)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from qcompiler import qtype
 from qcompiler.errors import InputError
 from qcompiler.qtype import ELEMENTS, QType, dequantize, pack, unpack
 
@@ -204,6 +205,21 @@ def test_pack_and_unpack(element: str, data: st.DataObject) -> None:
     assert back.dtype == (torch.int8 if signed else torch.uint8)
     assert back.numpy().tolist() == values.tolist()
     assert tuple(back.shape) == shape
+
+
+@pytest.mark.parametrize("element", ["int4", "uint3", "int8"])
+def test_packing_piece_by_piece_gives_the_same_bytes(
+    element: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits, signed = ELEMENTS[element]
+    low = -(1 << (bits - 1)) if signed else 0
+    values = torch.randint(low, low + (1 << bits), (7, 23)).to(
+        torch.int8 if signed else torch.uint8
+    )
+    whole = pack(values, element)
+    monkeypatch.setattr(qtype, "PIECE", 16)
+    assert torch.equal(pack(values, element), whole)
+    assert torch.equal(unpack(whole, element, (7, 23)), values)
 
 
 @given(formats())
