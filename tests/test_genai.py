@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+import qcompiler
 from qcompiler.artifact import Artifact
 from qcompiler.backends import ort_genai
 from qcompiler.backends.ort_session import LIBRARY, MODEL
+from qcompiler.models import find
+from qcompiler.recipe import load_recipe
 
 HOME = Path(__file__).parents[1] / "build" / "genai-venv"
 PACKAGE = "onnxruntime-genai==0.18.0"
@@ -66,21 +69,43 @@ def python() -> str:
     return str(interpreter)
 
 
-def test_it_writes_the_same_tokens(python: str, language_artifact: Artifact) -> None:
+def check_the_same_tokens(python: str, artifact: Artifact) -> None:
+    """What genai writes from the folder as it is, against what we write."""
     prompt, count = "the cat sat", 24
     done = subprocess.run(
-        [python, "-c", WRITE, str(language_artifact.folder), prompt, str(count)],
+        [python, "-c", WRITE, str(artifact.folder), prompt, str(count)],
         capture_output=True,
         text=True,
         check=False,
+        cwd=artifact.folder.parent,  # not the folder itself: what it names is found beside it
     )
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
-    generator = language_artifact.generator(1)
+    generator = artifact.generator(1)
     assert theirs["prompt"] == generator.tokenizer.encode(prompt)
     ours = generator.generate(prompt, count).tokens
     stop = generator.settings["stop"]
     assert [t for t in theirs["written"] if t not in stop] == list(ours)
+
+
+def test_it_writes_the_same_tokens(python: str, language_artifact: Artifact) -> None:
+    check_the_same_tokens(python, language_artifact)
+
+
+def test_it_runs_generated_kernels(
+    python: str, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library of operators lies beside the model, and the configuration names it."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    from qcompiler.backends import edge_ort
+
+    monkeypatch.setattr(edge_ort, "ROWS", (1, 8))  # fewer sizes of code, built faster
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    recipe = load_recipe("w4a8", {"rounding": "rtn"})
+    made = qcompiler.compile(spec, target="ort:cpu+tvm", recipe=recipe, out=tmp_path / "out")
+    assert (made.folder / LIBRARY).is_file()
+    check_the_same_tokens(python, made)
 
 
 def test_the_library_of_a_model_is_named(language_artifact: Artifact, tmp_path: Path) -> None:
