@@ -145,6 +145,7 @@ def lower(
     ports = ports_of(program, dynamic_shapes or {}, input_names)
     entries_at = entries_of(ports, program, buckets or {}, padding_mask)
     code, weights, constants = Code(), Weights(), Constants()
+    known: dict[str, Any] = {}
     entries, last = [], None
     outputs: tuple[Port, ...] = ()
     for sizes in entries_at:
@@ -153,7 +154,7 @@ def lower(
             name: [sizes[d] if isinstance(d, str) else d for d in port.shape]
             for name, port in zip(program.inputs, ports, strict=True)
         }
-        traced = trace(program, shapes)
+        traced = trace(program, shapes, known=known)
         rows = rows_looked_up(traced)
         ports = tuple(
             replace(port, limit=rows.get(name, 0))
@@ -209,6 +210,7 @@ def _lower_decoder(
     chunks = sorted({1, *(n for n in buckets.get("tokens", maker.chunks) if n <= capacity)})
     module = last_token(program)
     code, weights, constants = Code(), Weights(), Constants()
+    known: dict[str, Any] = {}
     entries: list[Entry] = []
     outputs: tuple[Ref, ...] = ()
     states: list[Storage] = []
@@ -218,7 +220,7 @@ def _lower_decoder(
         say(f"generate code for {new} tokens")
         position = Storage(torch.int64, 1, port="position")
         counted = {found.positions: position} if found.positions else {}
-        traced = trace(program, input_shapes(program, found, new), module, counted)
+        traced = trace(program, input_shapes(program, found, new), module, counted, known)
         calls = maker.calls(traced, maker.isa, constants, Decoding(capacity, position))
         placed = place_outputs(traced, calls)
         tokens = next(r for r in traced.inputs if r.storage.port == found.tokens)

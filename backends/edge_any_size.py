@@ -134,14 +134,14 @@ def lower(
     limits, given = _limits(program, ports, names, buckets or {}, target)
     isa, constants = choose_isa(machine(target)), Constants()
     points = probes(limits)
-    taken = []
+    taken, known = [], dict[str, Any]()
     for point in points:
         say(f"look at {', '.join(f'{name} {size}' for name, size in point.items())}")
         shapes = {
             name: [point[d] if isinstance(d, str) else d for d in port.shape]
             for name, port in zip(program.inputs, ports, strict=True)
         }
-        traced = trace(program, shapes)
+        traced = trace(program, shapes, known=known)
         taken.append(_Taken.at(traced, Calls(traced, isa, constants)))
     say("generate code for any size")
     steps = _steps(taken, points)

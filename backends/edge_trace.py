@@ -78,6 +78,7 @@ def trace(
     sizes: Mapping[str, Sequence[int]],
     module: torch.fx.GraphModule | None = None,
     counted: Mapping[str, Storage] | None = None,
+    known: dict[str, Any] | None = None,
 ) -> Trace:
     """The program at the sizes given.
 
@@ -87,16 +88,21 @@ def trace(
         module: a graph to trace in place of the program's own, with the same inputs.
         counted: inputs that are not given but counted: from the int64 number in the storage on,
             along their last dimension.
+        known: values by node that depend on constants alone, such as unpacked weights: taken from
+            there and put there, for the same graph at other sizes.
 
     Raises:
         UnsupportedError: names the op and the model's source line.
     """
-    return _Tracer(program, module).run_at(sizes, counted or {})
+    return _Tracer(program, module, {} if known is None else known).run_at(sizes, counted or {})
 
 
 class _Tracer(Interpreter):
-    def __init__(self, program: Program, module: torch.fx.GraphModule | None) -> None:
-        super().__init__(module or program.exported.graph_module, garbage_collect_values=False)
+    def __init__(
+        self, program: Program, module: torch.fx.GraphModule | None, known: dict[str, Any]
+    ) -> None:
+        run = module or program.exported.graph_module
+        super().__init__(run, garbage_collect_values=False)
         self.extra_traceback = False  # errors say where already
         self.program = program
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -104,7 +110,15 @@ class _Tracer(Interpreter):
         self.storages: dict[int, Storage] = {}
         self.kept: list[Any] = []  # tensors whose storages are known by address
         self.ops: list[Op] = []
-        self.label = ""
+        self.label, self.constant = "", False  # of the node that is run
+        self.known = known
+        self.fixed: set[Node] = set()  # nodes that depend on constants alone
+        constants = program.constants()
+        for node in run.graph.nodes:
+            sources = node.all_input_nodes
+            given = node.op == "get_attr" or node.name in constants
+            if given or (sources and all(source in self.fixed for source in sources)):
+                self.fixed.add(node)
 
     def run_at(self, sizes: Mapping[str, Sequence[int]], counted: Mapping[str, Storage]) -> Trace:
         constants = self.program.constants()
@@ -150,7 +164,7 @@ class _Tracer(Interpreter):
         self.ops.append(op)
 
     def run_node(self, n: Node) -> Any:
-        self.label = n.name
+        self.label, self.constant = n.name, n in self.fixed
         try:
             return super().run_node(n)
         except QCompilerError as error:
@@ -167,7 +181,11 @@ class _Tracer(Interpreter):
         if target is ops.dequantize and known and args[0].ndim > 1:
             return self._weight(*args, **kwargs)
         if known:
-            return target(*args, **kwargs)
+            if not self.constant:
+                return target(*args, **kwargs)
+            if self.label not in self.known:
+                self.known[self.label] = target(*args, **kwargs)
+            return self.known[self.label]
         if target in (aten.conv2d.default, aten.conv1d.default):
             return self._convolution(target, args, kwargs)
         if target in TRANSPOSED:

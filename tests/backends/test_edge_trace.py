@@ -52,6 +52,25 @@ def test_what_depends_on_constants_alone_is_computed() -> None:
     assert [t.flatten().tolist() for t in held] == [[132.0], [0, 1, 2, 3]]
 
 
+def test_what_depends_on_constants_alone_is_computed_once_for_all_sizes() -> None:
+    """So that a weight is unpacked, and packed for its kernels, once."""
+
+    def formula(m: Formula, x: Tensor) -> Tensor:
+        q = ops.unpack(torch.ops.aten.view.dtype(m.table, torch.uint8).flatten(), "int4", [24, 4])
+        weight = ops.dequantize(q, m.table[0, :1].expand(24), torch.zeros(24).to(torch.int8), 0, 0)
+        return torch.nn.functional.linear(x, weight) + torch.arange(x.shape[0])[:, None]
+
+    program = capture(Formula(formula).eval(), (torch.ones(2, 4),), {"x": {0: "rows"}})
+    known: dict[str, Any] = {}
+    weights, counts = [], []
+    for rows in (2, 5):
+        linear, add = trace(program, {"x": (rows, 4)}, known=known).ops
+        weights.append(linear.args[1].storage.weight)
+        counts.append(add.args[1].storage.constant.numel())
+    assert weights[0].q is weights[1].q
+    assert counts == [2, 5]
+
+
 def test_unknown_ops_are_decomposed() -> None:
     found = traced(lambda m, x: torch.nn.functional.softsign(x), torch.ones(2, 4))
     assert {op.target for op in found.ops} == {aten.abs.default, aten.add.Tensor, aten.div.Tensor}
