@@ -1,4 +1,4 @@
-"""What a layer's formats cost in time on this machine: measured on the runtime's own kernels.
+"""What a layer's formats cost in time: measured on this machine, counted for another.
 
 Micro-benchmarks: for each shape of the model's layers a small program of equal linears with weights
 of their own (together larger than a core's cache, as in a model), in every format, interleaved with
@@ -7,6 +7,9 @@ the float one. Kept on disk, because they belong to the machine and the runtime,
 Anchors: the whole model in each format, and in float, end to end. Kernels alone do not see what is
 fused or converted between layers, so the micro-benchmarks' differences are scaled, format by
 format, until they sum up to what the whole model gains.
+
+Counted: for 64-bit ARM from another machine, the instructions of the code that would be generated
+(`qcompiler.backends.edge_count`), for the layers alone. That is an estimate, and is called one.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ COPIES = (2, 12)  # linears in one, at least and at most
 SECONDS = 0.6  # for all formats of one shape
 RANGE = 4.0  # of static activations: time does not depend on it
 WHOLE = 4.0  # seconds for the anchors
+ESTIMATE = (
+    "instructions counted, not timed: cycles that a Cortex-A76 would need at least for the layers "
+    "alone, weights read at 4 bytes a cycle"
+)
 
 Say = Callable[[str], None]
 Run = Callable[..., Any]
@@ -60,6 +67,15 @@ def here(target: Target) -> bool:
     from qcompiler.backends import edge_target
 
     return edge_target.machine(target).here
+
+
+def counted(target: Target) -> bool:
+    """Whether time stands for instructions counted: code for another machine that can be."""
+    if here(target) or target.runtime != "tvm" or target.device != "aarch64":
+        return False
+    from qcompiler.backends import edge_count
+
+    return edge_count.countable(target)
 
 
 class _Layers(nn.Module):
@@ -88,16 +104,20 @@ def micro(
 ) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
     """Milliseconds of one linear, one thread: shape → format → phase.
 
+    Millions of cycles where they are `counted`.
+
     Args:
-        target: this machine's.
+        target: this machine's, or one that is `counted`.
         shapes: (outputs, inputs).
         formats: as `Format` prints them; "float" is measured in any case.
         rows: phase → rows of the input.
         folder: where results are kept.
         say: told of each shape.
     """
-    path = folder / "costs.json"
-    key = _key(target)
+    estimate = counted(target)
+    path = folder / ("estimates.json" if estimate else "costs.json")
+    key = _key(target, estimate)
+    verb, cost = ("count", _counted) if estimate else ("time", _timed)
     known: dict[str, Any] = {}
     try:
         found = json.loads(path.read_text())
@@ -111,8 +131,8 @@ def micro(
             row = known.setdefault(name, {})
             lacking = [text for text in formats if text != "float" and text not in row]
             if lacking or "float" not in row:
-                say(f"time shape {number}/{len(shapes)}: {outputs} × {inputs}, {count} rows")
-                row |= _timed(target, outputs, inputs, count, lacking)
+                say(f"{verb} shape {number}/{len(shapes)}: {outputs} × {inputs}, {count} rows")
+                row |= cost(target, outputs, inputs, count, lacking)
                 folder.mkdir(parents=True, exist_ok=True)
                 unfinished = path.with_suffix(".unfinished")
                 unfinished.write_text(json.dumps({"key": key, "times": known}, indent=1))
@@ -124,8 +144,9 @@ def micro(
     return result
 
 
-def _key(target: Target) -> str:
-    about = {"machine": machine(), "versions": artifacts.versions(), "target": str(target)}
+def _key(target: Target, estimate: bool) -> str:
+    about = {"versions": artifacts.versions(), "target": str(target)}
+    about |= {"estimate": ESTIMATE} if estimate else {"machine": machine()}
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -140,19 +161,39 @@ def _timed(
     found: dict[str, float | None] = dict.fromkeys(formats)
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
         for index, text in enumerate(["float", *formats]):
-            made = program
-            if text != "float":
-                fields = {"weights": None, "activations": None, "formats": {"*": text}}
-                quantized = quantized_program(program, Recipe().updated(fields), target)
-                if quantized is None:
-                    continue
-                made = quantized
+            made = _in_format(program, text, target)
+            if made is None:
+                continue
             run = _lowered(made, target, Path(scratch) / str(index), {}, "")
             runs[text] = lambda run=run: run(x)  # type: ignore[misc]  # a lambda with a default
         timings = interleave(runs, SECONDS)  # the first is the float program
     for timing in timings:
         found[timing.name] = timing.ratio * timings[0].ms / count
     return found
+
+
+def _counted(
+    target: Target, outputs: int, inputs: int, rows: int, formats: Sequence[str]
+) -> dict[str, float | None]:
+    """Millions of cycles of one linear, at least."""
+    from qcompiler.backends import edge_count
+
+    x = torch.zeros(1, rows, inputs)
+    program = normalize(capture(_Layers(outputs, inputs, 1), (x,)))
+    found: dict[str, float | None] = {}
+    for text in ["float", *formats]:
+        made = _in_format(program, text, target)
+        sizes = {program.inputs[0]: [*x.shape]}
+        found[text] = edge_count.cycles(made, target, sizes) / 1e6 if made is not None else None
+    return found
+
+
+def _in_format(program: Program, text: str, target: Target) -> Program | None:
+    """The program with all of its linears in one format; None where it has no kernel for it."""
+    if text == "float":
+        return program
+    fields = {"weights": None, "activations": None, "formats": {"*": text}}
+    return quantized_program(program, Recipe().updated(fields), target)
 
 
 def quantized_program(program: Program, recipe: Recipe, target: Target) -> Program | None:

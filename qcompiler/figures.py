@@ -59,9 +59,8 @@ def _front(figure: Any, found: Mapping[str, Any], axis: str = "bits") -> None:
         if kept:
             axes.plot([p[axis] for p in kept], [p["loss"] for p in kept], label=label, **style)
     axes.set_yscale("log")
-    axes.set_xlabel(
-        "mean bits of a weight" if axis == "bits" else "share of the float model's time"
-    )
+    share = "layers' cycles, an estimate" if found.get("estimate") else "model's time"
+    axes.set_xlabel("mean bits of a weight" if axis == "bits" else f"share of the float {share}")
     axes.set_ylabel(found["loss"])
     axes.grid(color="#e9ebee")
     axes.legend(frameon=False)

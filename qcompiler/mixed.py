@@ -71,10 +71,10 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     others = [recipe.bits, recipe.size, recipe.latency]
     if recipe.max_loss is not None and any(value is not None for value in others):
         raise InputError("give max_loss alone: it is what is kept, and size what is minimised")
-    if recipe.latency is not None and not costs.here(target):
+    if recipe.latency is not None and not (costs.here(target) or costs.counted(target)):
         raise UnsupportedError(
-            f"--latency: this machine is not {target}, so nothing can be timed; give a budget of "
-            "--bits or --size"
+            f"--latency: this machine is not {target}, so nothing can be timed, and instructions "
+            "are counted for tvm:aarch64 targets alone; give a budget of --bits or --size"
         )
     texts = candidates(recipe, target, spec)
     if not texts:
@@ -145,6 +145,9 @@ def _finish(
     described = describe(mixer, study, tried, uniform, front, best)
     described["front_of_time"] = [_row(point) for point in of_time]
     described["timed"] = mixer.timed or {}
+    if mixer.timed is not None and costs.counted(mixer.target):
+        described["estimate"] = costs.ESTIMATE
+        described["notes"].append(f"time is an estimate: {costs.ESTIMATE}")
     figures.write(described, mixer.folder)
     return described
 
@@ -201,9 +204,10 @@ def write(
     named |= {f"time-{i:02d}": point for i, point in enumerate(of_time)}
     if best is not None:
         named["chosen"] = best
+    share = "time_estimate" if costs.counted(mixer.target) else "time"
     rows = [
         {"point": name, "bits": p.bits, "bytes": p.bytes, "loss": p.loss,
-         "additive": p.additive, "time": p.time}
+         "additive": p.additive, share: p.time}
         for name, p in named.items()
     ]  # fmt: skip
     (mixer.folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -29,7 +29,9 @@ TIME = (
     "The same against the time that the measured costs of the layers foresee, as a share of the "
     "float model's."
 )
+COUNTED = "The same against an estimate of time, as a share of the float layers' cycles: {}."
 AXES = {"bits": "mean bits of a weight", "time": "share of the float model's time"}
+CYCLES = "share of the float layers' cycles (estimate)"
 HEAT = (
     "Each set of layers alone, in its coarsest format, by four measures; darker is worse within a "
     "column. A click on a title sorts. Where columns disagree, the first is what the outputs say."
@@ -55,7 +57,7 @@ def mixed(found: Mapping[str, Any], latency: Sequence[Mapping[str, Any]] = ()) -
     if not found:
         return None
     parts: list[Any] = []
-    chosen = found.get("chosen")
+    chosen, estimate = found.get("chosen"), found.get("estimate")
     if chosen:
         parts.append(
             tag(
@@ -67,15 +69,11 @@ def mixed(found: Mapping[str, Any], latency: Sequence[Mapping[str, Any]] = ()) -
             )
         )
     if chosen and chosen.get("time") is not None:
-        text = f"Foreseen: {number(chosen['time'])} of the float model's time, on the target. "
-        text += "".join(
-            f"Measured: {number(row['ratio'])} of that of the float ONNX model at {row['shape']}. "
-            for row in latency[:1]
-        )
-        parts.append(tag("p", text))
+        parts.append(tag("p", _foreseen(found, chosen["time"], latency)))
     parts += [tag("p", FRONT, class_="soft"), front(found)]
     if found.get("front_of_time"):
-        parts += [tag("p", TIME, class_="soft"), front(found, "time")]
+        about = COUNTED.format(estimate) if estimate else TIME
+        parts += [tag("p", about, class_="soft"), front(found, "time")]
     parts += [tag("p", HEAT, class_="soft"), heat(found["units"])]
     points = [
         *found["uniform"], *found["front"], *found.get("front_of_time", ()), *found["tried"],
@@ -86,17 +84,34 @@ def mixed(found: Mapping[str, Any], latency: Sequence[Mapping[str, Any]] = ()) -
          _sort(p["additive"]), *([_sort(p["time"])] if timed else []))
         for p in points
     ]  # fmt: skip
-    titles = ("plan", "bits", "weights", "loss", "additive model", *(["time"] if timed else []))
+    last = ["time, estimated" if estimate else "time"] if timed else []
+    titles = ("plan", "bits", "weights", "loss", "additive model", *last)
     parts.append(folded("All plans that were measured", sortable(
         table(titles, rows, "Plans that were measured", " nnnn" + "n" * timed))))  # fmt: skip
     parts += [tag("p", note, class_="soft") for note in found["notes"]]
     return tag("div", *parts)
 
 
+def _foreseen(found: Mapping[str, Any], share: float, latency: Sequence[Mapping[str, Any]]) -> str:
+    if found.get("estimate"):
+        return f"Estimated: {number(share)} of the float layers' cycles; {found['estimate']}."
+    text = f"Foreseen: {number(share)} of the float model's time, on the target. "
+    return text + "".join(
+        f"Measured: {number(row['ratio'])} of that of the float ONNX model at {row['shape']}. "
+        for row in latency[:1]
+    )
+
+
+def _base(found: Mapping[str, Any]) -> str:
+    known = found.get("estimate")
+    return "float layers' cycles, an estimate" if known else "float model's time foreseen"
+
+
 def front(found: Mapping[str, Any], axis: str = "bits") -> Html:
     """Loss, logarithmic, against bits or time, with a title on each mark."""
     tried = [p for p in found["tried"] if p["label"] in ("greedy", "closed form")]
     line = found["front" if axis == "bits" else "front_of_time"]
+    about = CYCLES if axis == "time" and found.get("estimate") else AXES[axis]
     series = [
         ("pale", "one format for all", found["uniform"]),
         ("mark", "integer program", line),
@@ -144,7 +159,7 @@ def front(found: Mapping[str, Any], axis: str = "bits") -> Html:
                 f"{number(p['loss'])} (additive model {number(p['additive'])})"
             )
             if p.get("time") is not None:
-                title += f", {number(p['time'])} of the float model's time foreseen"
+                title += f", {number(p['time'])} of the {_base(found)}"
             radius = 6 if kind == "low" else 4.5
             marks.append(
                 tag("circle", tag("title", title), cx=x(p[axis]), cy=y(p["loss"]), r=radius,
@@ -152,10 +167,10 @@ def front(found: Mapping[str, Any], axis: str = "bits") -> Html:
             )  # fmt: skip
     plot = tag(
         "svg", *marks, role="img", class_="plot", height=HEIGHT + BOTTOM,
-        aria_label=f"Loss of {len(points)} measured plans against their {AXES[axis]}",
+        aria_label=f"Loss of {len(points)} measured plans against their {about}",
     )  # fmt: skip
     names = {kind: text for kind, text, rows in series if rows}
-    caption = tag("figcaption", f"{found['loss']} against {AXES[axis]}")
+    caption = tag("figcaption", f"{found['loss']} against {about}")
     return tag("figure", legend(names), plot, caption)
 
 

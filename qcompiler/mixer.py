@@ -57,7 +57,8 @@ class Point:
         additive: what the additive model expects.
         latency: milliseconds that the units take by phase; empty where not measured.
         time: what the whole model should take, as a share of the float model's; None where nothing
-            was timed (of language models: the units' share at decode).
+            was timed (of language models: the units' share at decode; where instructions were
+            counted for another machine: the units' share).
     """
 
     label: str
@@ -193,7 +194,9 @@ class Mixer:
         return [f"a study of another model, data or version lay in {self.folder}: measured again"]
 
     def time(self) -> dict[str, Any]:
-        """Put measured latencies on the units' options; those without a kernel are dropped.
+        """Put latencies on the units' options; those without a kernel are dropped.
+
+        They are measured here, or millions of cycles counted for another machine.
 
         Returns:
             What was timed, for the report: milliseconds of the whole model by format.
@@ -207,7 +210,7 @@ class Mixer:
         shapes = sorted({shape for unit in self.units for shape in unit.shapes})
         times = costs.micro(self.target, shapes, texts, phases, self.folder, self.say)
         whole: dict[str, float] = {}
-        if spec.generation is None:
+        if spec.generation is None and not costs.counted(self.target):
             programs = {"float": self.program}
             for text in texts:
                 made = self._simulated(text)
@@ -244,14 +247,16 @@ class Mixer:
     def latency_limit(self, share: float) -> Limit:
         """Milliseconds of the units, so that the model takes that share of the float one's time.
 
-        Of language models, where the whole is not timed, the share is that of the units at decode.
+        Of language models, where the whole is not timed, the share is that of the units at decode;
+        where instructions are counted, it is that of the units as well.
         """
         phase = "decode" if self.spec.generation is not None else "prefill"
         cost = allocation.latency(phase)
+        what = "layers' cycles, an estimate" if costs.counted(self.target) else "time"
         base = sum(cost(u, u.option("float")) for u in self.units)
         total = (self.timed or {}).get("float", base)
         return Limit(
-            f"share of the float model's time ({phase})",
+            f"share of the float model's {what} ({phase})",
             lambda u, o: (cost(u, o) + (total - base) * u.weights / self.weights) / total,
             share,
         )

@@ -45,8 +45,8 @@ class Option:
         bits: of one weight on average, what stays in float counted, scales not.
         bytes: of the unit's weights as the target stores them, scales included.
         measures: see the module; 0 for float.
-        latency: milliseconds of the unit on the target by phase ("prefill", "decode"); empty where
-            it was not measured.
+        latency: milliseconds of the unit on the target by phase ("prefill", "decode"), or millions
+            of cycles that were counted; empty where neither was done.
     """
 
     format: str

@@ -11,7 +11,9 @@ import torch
 
 import qcompiler
 from qcompiler import costs
+from qcompiler.compiler import study
 from qcompiler.errors import UnsupportedError
+from qcompiler.mixed_report import study_page
 from qcompiler.models import ZOO
 from qcompiler.recipe import load_recipe
 from qcompiler.study import Option, Unit
@@ -39,7 +41,7 @@ def test_every_format_of_a_shape_is_timed_once(
     assert costs.micro(CPU, [(64, 32)], FORMATS, rows, tmp_path, asked.append) == found
     assert len(asked) == 2
     # Times of another machine or version are not used.
-    monkeypatch.setattr(costs, "_key", lambda target: "another")
+    monkeypatch.setattr(costs, "_key", lambda *_: "another")
     monkeypatch.setattr(costs, "_timed", lambda *_: dict.fromkeys(("float", *FORMATS), 5.0))
     other = costs.micro(CPU, [(64, 32)], FORMATS, rows, tmp_path, asked.append)
     assert other[64, 32]["float"] == {"prefill": 5.0, "decode": 5.0}
@@ -127,6 +129,39 @@ def test_a_budget_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         text = point["label"].removeprefix("all ")
         total = whole["float"] - base + point["latency"]["prefill"]
         assert total == pytest.approx(whole[text])
+
+
+def test_instructions_are_counted_for_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of time for 64-bit ARM: an estimate, and called one wherever it is shown."""
+    arm = Target.parse("tvm:aarch64:dotprod")
+    monkeypatch.setattr(costs, "here", lambda target: False)  # on an ARM machine as well
+    assert costs.counted(arm)
+    assert not costs.counted(Target.parse("tvm:riscv64"))
+    monkeypatch.setattr(costs, "_timed", None)  # nothing is timed
+    settings = {"latency": "0.6x", "rounding": "rtn", "clip": False}
+    recipe = load_recipe("mixed", settings)
+    spec = ZOO["tiny-mlp"].build()
+    found = study(spec, target=arm, recipe=recipe, out=tmp_path)
+    assert "counted, not timed" in found["estimate"]
+    assert found["timed"] == {}
+    assert any("estimate" in note for note in found["notes"])
+    assert not (tmp_path / "costs.json").exists()
+    assert "machine" not in (tmp_path / "estimates.json").read_text()
+    assert "time_estimate" in (tmp_path / "front.csv").read_text()
+    page = study_page(found, "mlp")
+    assert "counted, not timed" in page
+    assert "float model&#x27;s time" not in page
+    for point in found["uniform"]:
+        share = sum(
+            next(o for o in u["options"] if point["label"] == f"all {o['format']}")["latency"][
+                "prefill"
+            ]
+            for u in found["units"]
+        ) / sum(_latency(u, "float") for u in found["units"])
+        assert point["time"] == pytest.approx(share)
+        assert share < 0.9  # both integer formats, by dot products
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,17 @@
     .venv/bin/python tests/benchmarks/instructions.py
 
 Each kernel is compiled for the target; of its innermost loops the one with most multiplications is
-counted. The bound is that of a Cortex-A76 (Arm's Software Optimization Guide, r4p1): four
-instructions a cycle, two of them vector operations, two loads. (Its integer `mla` runs once a
-cycle, not twice: the bound of int8 without dot products is too kind.) A bound is not a measurement.
+counted. The bound is that of a Cortex-A76, see `qcompiler.kernels.assembly`; it is no measurement.
 """
 
 from __future__ import annotations
-
-import re
-from dataclasses import dataclass
 
 import torch
 import tvm
 
 from qcompiler.backends.edge_target import machine
 from qcompiler.kernels import isa as isas
+from qcompiler.kernels.assembly import MULTIPLY, inner_loop
 from qcompiler.kernels.code import Argument, Kernel
 from qcompiler.kernels.expression import Access, Expression, Step
 from qcompiler.kernels.isa import Isa
@@ -28,9 +24,6 @@ from qcompiler.kernels.packing import packing
 from qcompiler.kernels.tiles import Product
 from qcompiler.target import Target
 
-# Multiply-accumulates of an instruction on whole registers, by its name.
-MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "usmmla": 32, "mla": 4, "fmla": 4, "smlal": 4,
-            "smlal2": 4, "umlal": 4, "umlal2": 4}  # fmt: skip
 CASES = (
     ("tvm:aarch64:i8mm", isas.I8MM, "int8"),
     ("tvm:aarch64:dotprod", isas.DOTPROD, "int8"),
@@ -44,31 +37,6 @@ CASES = (
     ("tvm:aarch64", isas.NEON, "float32"),
 )
 SHAPES = ((1, 384, 384), (128, 384, 384))
-
-
-@dataclass(frozen=True)
-class Loop:
-    """An innermost loop.
-
-    Attributes:
-        lines: its instructions.
-        macs: multiply-accumulates of one round.
-        multiplies: instructions that make them.
-        loads: instructions that read memory.
-        stores: that write it.
-    """
-
-    lines: tuple[str, ...]
-    macs: int
-    multiplies: int
-    loads: int
-    stores: int
-
-    @property
-    def cycles(self) -> float:
-        """The fewest of a round on a Cortex-A76."""
-        vectors = sum("v" in line.split(None, 1)[-1][:1] for line in self.lines)
-        return max(vectors / 2, (self.loads + self.stores) / 2, len(self.lines) / 4)
 
 
 def assembly(target: str, isa: Isa, dtype: str, shape: tuple[int, int, int]) -> str:
@@ -115,41 +83,6 @@ def _text(target: str, made: Kernel) -> str:
             target=tvm.target.Target(machine(Target.parse(target)).tvm),
         )
     return str(library.inspect_source("s"))
-
-
-def inner_loop(text: str) -> Loop:
-    """The innermost loop of an AArch64 assembly text that multiplies most."""
-    found: list[Loop] = []
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    for raw in text.splitlines():
-        line = raw.split("//")[0].strip()
-        label = re.fullmatch(r"(\.L\w+):", line)
-        if label:
-            labels[label[1]] = len(lines)
-            continue
-        if not line or line.startswith((".", "#")) or line.endswith(":"):
-            continue
-        lines.append(line)
-        jump = re.match(r"(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
-        start = labels.get(jump[1]) if jump else None
-        if start is None:
-            continue
-        body = lines[start:]
-        if any(re.match(r"(?:b\.?\w*|cbn?z|tbn?z)\s", other) for other in body[:-1]):
-            continue  # not an innermost one
-        names = [other.split()[0] for other in body]
-        macs = sum(MULTIPLY.get(name, 0) for name in names)
-        found.append(
-            Loop(
-                tuple(body), macs, sum(name in MULTIPLY for name in names),
-                sum(name.startswith("ld") for name in names),
-                sum(name.startswith("st") for name in names),
-            )
-        )  # fmt: skip
-    if not found:
-        raise ValueError("the text has no loop")
-    return max(found, key=lambda loop: loop.macs)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from qcompiler.kernels import isa as isas
+from qcompiler.kernels.assembly import loops
 from qcompiler.kernels.isa import Isa
 
 
@@ -92,5 +93,27 @@ def test_the_innermost_loop_is_found(instructions: ModuleType) -> None:
     """
     loop = instructions.inner_loop(text)
     assert (loop.macs, loop.loads, loop.stores, len(loop.lines)) == (16, 1, 0, 4)
+    assert (loop.widest, loop.products, loop.moved("ld"), loop.moved("st")) == ("sdot", 16, 16, 0)
     with pytest.raises(ValueError, match="no loop"):
         instructions.inner_loop("ret")
+
+
+def test_bytes_and_products_of_a_loop() -> None:
+    """What unpacks and scales is no product, and each way of moving registers has its width."""
+    (loop,) = loops("""
+    .LBB0_2:
+        ldp q1, q2, [x2], #32
+        ldrb w9, [x3]
+        ld1 { v3.4s, v4.4s }, [x5]
+        ldr s7, [x4]
+        bic v1.16b, v1.16b, v9.16b
+        smlal v0.4s, v1.4h, v2.4h
+        smlal2 v0.4s, v1.8h, v2.8h
+        fmla v5.4s, v6.4s, v0.4s
+        stp x8, x9, [x6]
+        str q5, [x7]
+        cbnz x1, .LBB0_2
+    """)
+    assert (loop.widest, loop.products, loop.macs) == ("smlal", 8, 12)
+    assert loop.moved("ld") == 32 + 1 + 32 + 4
+    assert loop.moved("st") == 16 + 16

@@ -1,0 +1,70 @@
+"""Cycles counted from generated code: they follow the sizes, the formats and the bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qcompiler.backends import edge_count
+from qcompiler.costs import quantized_program
+from qcompiler.passes.normalize import normalize
+from qcompiler.recipe import Recipe
+from qcompiler.target import Target
+
+DOT, MATRIX, NEON = (
+    Target.parse(text) for text in ("tvm:aarch64:dotprod", "tvm:aarch64:i8mm", "tvm:aarch64")
+)
+INT8, INT4 = "int8:channel/int8:token", "int4:g32/int8:token"
+
+
+@pytest.fixture
+def cycles(captured: Any) -> Any:
+    def count(target: Target, rows: int, text: str = "float", outputs: int = 192) -> float:
+        module = nn.Linear(256, outputs)
+        program = normalize(captured(module, torch.randn(rows, 256)))
+        if text != "float":
+            fields = {"weights": None, "activations": None, "formats": {"*": text}}
+            made = quantized_program(program, Recipe().updated(fields), target)
+            assert made is not None
+            program = made
+        return edge_count.cycles(program, target, {program.inputs[0]: [rows, 256]})
+
+    return count
+
+
+def test_products_run_at_most_at_what_the_core_can(cycles: Any) -> None:
+    """A Cortex-A76 makes two vector operations a cycle: of 4, 16 and 32 products each."""
+    macs = 64 * 192 * 256
+    found = {
+        "fmla": macs / cycles(NEON, 64),
+        "sdot": macs / cycles(DOT, 64, INT8),
+        "smmla": macs / cycles(MATRIX, 64, INT8),
+    }
+    assert 7 < found["fmla"] <= 8
+    assert 20 < found["sdot"] <= 32
+    assert 32 < found["smmla"] <= 64
+
+
+def test_twice_the_outputs_take_twice_the_cycles(cycles: Any) -> None:
+    assert cycles(DOT, 64, outputs=384) == pytest.approx(2 * cycles(DOT, 64), rel=0.01)
+
+
+def test_one_row_waits_for_its_weights(cycles: Any) -> None:
+    """Bytes of the weights at 4 a cycle: 4 bits are faster for one row, 8 for many."""
+    assert cycles(DOT, 1) >= 192 * 256 * 4 / 4
+    assert cycles(DOT, 1, INT4) < cycles(DOT, 1, INT8) < cycles(DOT, 1)
+    assert cycles(DOT, 64, INT8) < cycles(DOT, 64, INT4) < cycles(DOT, 64)
+
+
+def test_single_weights_beside_the_grid_are_counted(cycles: Any) -> None:
+    plain, kept = (cycles(DOT, 64, text) for text in (INT4, "int4:g32~4/int8:token"))
+    assert kept > plain + 64 * 192 * 4 / 8
+
+
+def test_only_64_bit_arm_is_counted() -> None:
+    assert edge_count.countable(NEON)
+    for text in ("tvm:armv7", "tvm:riscv64", "tvm:x86-64", "ort:cpu:arm64"):
+        assert not edge_count.countable(Target.parse(text))
