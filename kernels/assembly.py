@@ -45,15 +45,18 @@ class Loop:
 
     @property
     def widest(self) -> str:
-        """The instruction that multiplies most, of equal ones the most frequent; or nothing."""
-        names = [name for name in self._names if name in MULTIPLY]
+        """The instruction that multiplies most, of equal ones the most frequent; or nothing.
+
+        One on the upper half of its registers (`smlal2`) counts as its partner.
+        """
+        names = [name.removesuffix("2") for name in self._names if name in MULTIPLY]
         return max(sorted(names), key=lambda n: (MULTIPLY[n], names.count(n)), default="")
 
     @property
     def products(self) -> int:
         """Multiply-accumulates of a round by the widest instruction: others unpack and scale."""
-        kind = self.widest.removesuffix("2")  # the upper half of the same registers
-        return sum(MULTIPLY[n] for n in self._names if kind and n.removesuffix("2") == kind)
+        kinds = [name.removesuffix("2") for name in self._names]
+        return kinds.count(self.widest) * MULTIPLY.get(self.widest, 0)
 
     @property
     def _names(self) -> list[str]:

@@ -17,6 +17,8 @@ from qcompiler.page import Html, code, folded, join, tag
 HEIGHT = 210  # of the plot of layers, in pixels, without its margins
 TOP = 26
 SHOWN = 36  # rows of boxes that are shown at once
+HISTOGRAMS = 12  # rows of histograms that are shown at once
+TALL = 44  # of a histogram, in pixels
 LOWEST = 3  # layers that stand out
 
 
@@ -208,6 +210,49 @@ def _boxes(
     label = f"{place(row)}, {'; '.join(spoken)}"
     drawing = tag("svg", *parts, role="img", aria_label=label, height=height)
     return join([tag("div", code(place(row)), class_="label"), drawing])
+
+
+def histograms(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Values of each site before and after they were quantized; heights are logarithms of counts.
+
+    Args:
+        rows: with the fields of a `Distribution`, and of the site its `kind` and `qtype`.
+    """
+    drawn = [_histogram(row) for row in rows]
+    shown = tag("div", *drawn[:HISTOGRAMS], class_="rows")
+    if len(drawn) <= HISTOGRAMS:
+        return shown
+    rest = tag("div", *drawn[HISTOGRAMS:], class_="rows")
+    return join([shown, folded(f"{count(len(drawn) - HISTOGRAMS, 'site')} more", rest)])
+
+
+def _histogram(row: Mapping[str, Any]) -> Html:
+    highest = math.log1p(max(*row["before"], *row["after"]))
+
+    def outline(counts: Sequence[int], gap: float) -> str:
+        """A box for each bin that holds something, in units of a bin and of a pixel."""
+        boxes = []
+        for index, amount in enumerate(counts):
+            if amount:
+                tall = max(1.0, TALL * math.log1p(amount) / highest)
+                wide = 1 - 2 * gap
+                boxes.append(f"M{index + gap:g} {TALL}v-{tall:.1f}h{wide:g}v{tall:.1f}z")
+        return "".join(boxes)
+
+    text = (
+        f"{row['kind']}, {row['qtype']}: {number(row['low'])} to {number(row['high'])}; "
+        f"{100 * row['moved']:.2g} % moved by more than half a bin"
+    )
+    drawing = tag(
+        "svg",
+        tag("title", f"{place(row)}, {text}"),
+        tag("path", class_="pale", d=outline(row["before"], 0.04)),
+        tag("path", class_="mark", d=outline(row["after"], 0.28)),
+        viewBox=f"0 0 {len(row['before'])} {TALL}", preserveAspectRatio="none", height=TALL,
+        role="img", aria_label=f"{place(row)}, {text}",
+    )  # fmt: skip
+    label = tag("div", code(place(row)), tag("br"), text, class_="label soft")
+    return join([label, drawing])
 
 
 def _scale(low: float, high: float) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.benching import bench
 from qcompiler.data import Data
 from qcompiler.deliver import Compiled, Progress, deliver, verify
+from qcompiler.distributions import distributions
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.journal import Journal, fingerprint
 from qcompiler.mixer import Mixer
@@ -327,12 +328,13 @@ def quantize(
     sites = compare_sites(
         floating, quantized, layers, itertools.islice(data.held_out(), CHECKED), data.mask
     )
+    values = distributions(floating, quantized, plan, next(iter(data.held_out())), data.mask)
     plain = normalize(source)
     context = _cached_context(data, recipe, target)
     plain = fuse_attention(fuse_cache(plain, context) if context else plain)
     return Compiled(
         source, plain, floating, quantized, plan, factors, before, after, recipe, sites,
-        choice=choice,
+        distributions=values, choice=choice,
     )  # fmt: skip
 
 

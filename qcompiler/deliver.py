@@ -24,11 +24,12 @@ from qcompiler import explaining, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
+from qcompiler.distributions import Distribution, described
 from qcompiler.errors import VerifyError
 from qcompiler.findings import INNER
 from qcompiler.lowering import Job, Run, integer_layers, lower
 from qcompiler.observe import Statistics
-from qcompiler.plan import Factor, Plan
+from qcompiler.plan import Factor, Plan, Site
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from qcompiler.regions import LINEAR
@@ -55,6 +56,7 @@ class Compiled:
         ranges_before, ranges_after: statistics before and after smoothing.
         recipe: that made it; of a recipe with a budget, with the formats that were chosen.
         sites: SQNR in dB of each layer's output on held-out batches.
+        distributions: histograms of the plan's sites before and after quantization.
         choice: how the formats were chosen, for the report; empty without a budget.
         seconds: wall time of the phases.
     """
@@ -69,6 +71,7 @@ class Compiled:
     ranges_after: Mapping[str, Statistics]
     recipe: Recipe
     sites: Mapping[str, float] = field(default_factory=dict)
+    distributions: Mapping[Site, Distribution] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -277,6 +280,7 @@ def _manifest(
         "ranges": _ranges(compiled, path),
         "unobserved": sum(a.qtype.dynamic for a in compiled.plan.values()),
         "sites": [{"node": n, "path": path(n), "sqnr_db": db} for n, db in compiled.sites.items()],
+        "distributions": described(compiled.distributions, compiled.floating, compiled.plan),
         "mixed": dict(compiled.choice),
         "seconds": compiled.seconds,
     }  # fmt: skip

@@ -31,6 +31,11 @@ RUN_TIME = (
     "The ranges of {} are taken at run time and were not measured: of those only what smoothing "
     "looked at is shown, its outcome computed from its factors."
 )
+VALUES = (
+    "Weights, and activations on one held-out batch, those first of which most values moved by "
+    "more than half a bin. Heights are logarithms of counts, so that the tails can be seen; the "
+    "bins span what there was before."
+)
 KERNELS = {"integer": "good", "float": "mild", "weights only": "plain", "bfloat16": "plain"}
 
 
@@ -48,6 +53,7 @@ def render(manifest: Mapping[str, Any]) -> str:
         ("passes", "Passes", _passes(manifest)),
         ("layers", "Error by layer", _sites(manifest)),
         ("ranges", "Activation ranges", _ranges(manifest)),
+        ("distributions", "Values before and after", _distributions(manifest)),
         ("speed", "Size and latency", _speed(manifest)),
         ("audit", "Fusion audit", _audit(manifest)),
         ("errors", "Errors", _errors(manifest)),
@@ -230,6 +236,14 @@ def _ranges(manifest: Mapping[str, Any]) -> Html | None:
     unseen = int(manifest.get("unobserved") or 0)
     lead = RANGES + (f" {RUN_TIME.format(count(unseen, 'tensor'))}" if unseen else "")
     return join([tag("p", lead, class_="soft"), figure])
+
+
+def _distributions(manifest: Mapping[str, Any]) -> Html | None:
+    rows = manifest.get("distributions")
+    if not rows:
+        return None
+    legends = charts.legend({"pale": "in float", "mark": "as quantized"})
+    return join([tag("p", VALUES, class_="soft"), tag("figure", legends, charts.histograms(rows))])
 
 
 def _speed(manifest: Mapping[str, Any]) -> Html | None:

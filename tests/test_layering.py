@@ -27,6 +27,7 @@ LEVELS = (
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
     {"mixed_report", "figures"},
+    {"distributions"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
     {"attribution"},
     {"explaining"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from torch import nn
 from qcompiler.backends import edge_count
 from qcompiler.costs import quantized_program
 from qcompiler.passes.normalize import normalize
+from qcompiler.program import capture
 from qcompiler.recipe import Recipe
 from qcompiler.target import Target
 
@@ -20,23 +19,22 @@ DOT, MATRIX, NEON = (
 INT8, INT4 = "int8:channel/int8:token", "int4:g32/int8:token"
 
 
-@pytest.fixture
-def cycles(captured: Any) -> Any:
-    def count(target: Target, rows: int, text: str = "float", outputs: int = 192) -> float:
-        module = nn.Linear(256, outputs)
-        program = normalize(captured(module, torch.randn(rows, 256)))
-        if text != "float":
-            fields = {"weights": None, "activations": None, "formats": {"*": text}}
-            made = quantized_program(program, Recipe().updated(fields), target)
-            assert made is not None
-            program = made
-        return edge_count.cycles(program, target, {program.inputs[0]: [rows, 256]})
-
-    return count
+def cycles(target: Target, rows: int, text: str = "float", outputs: int = 192) -> float:
+    """Of one linear with 256 inputs."""
+    program = normalize(capture(nn.Linear(256, outputs), (torch.randn(rows, 256),)))
+    if text != "float":
+        fields = {"weights": None, "activations": None, "formats": {"*": text}}
+        made = quantized_program(program, Recipe().updated(fields), target)
+        assert made is not None
+        program = made
+    return edge_count.cycles(program, target, {program.inputs[0]: [rows, 256]})
 
 
-def test_products_run_at_most_at_what_the_core_can(cycles: Any) -> None:
-    """A Cortex-A76 makes two vector operations a cycle: of 4, 16 and 32 products each."""
+def test_products_run_at_most_at_what_the_core_can() -> None:
+    """A Cortex-A76 makes two vector operations a cycle: of 4, 16 and 32 products each.
+
+    Quantizing the input is counted as well, half of the time at 192 outputs with SMMLA.
+    """
     macs = 64 * 192 * 256
     found = {
         "fmla": macs / cycles(NEON, 64),
@@ -45,21 +43,21 @@ def test_products_run_at_most_at_what_the_core_can(cycles: Any) -> None:
     }
     assert 7 < found["fmla"] <= 8
     assert 20 < found["sdot"] <= 32
-    assert 32 < found["smmla"] <= 64
+    assert 24 < found["smmla"] <= 64
 
 
-def test_twice_the_outputs_take_twice_the_cycles(cycles: Any) -> None:
+def test_twice_the_outputs_take_twice_the_cycles() -> None:
     assert cycles(DOT, 64, outputs=384) == pytest.approx(2 * cycles(DOT, 64), rel=0.01)
 
 
-def test_one_row_waits_for_its_weights(cycles: Any) -> None:
+def test_one_row_waits_for_its_weights() -> None:
     """Bytes of the weights at 4 a cycle: 4 bits are faster for one row, 8 for many."""
     assert cycles(DOT, 1) >= 192 * 256 * 4 / 4
     assert cycles(DOT, 1, INT4) < cycles(DOT, 1, INT8) < cycles(DOT, 1)
     assert cycles(DOT, 64, INT8) < cycles(DOT, 64, INT4) < cycles(DOT, 64)
 
 
-def test_single_weights_beside_the_grid_are_counted(cycles: Any) -> None:
+def test_single_weights_beside_the_grid_are_counted() -> None:
     plain, kept = (cycles(DOT, 64, text) for text in (INT4, "int4:g32~4/int8:token"))
     assert kept > plain + 64 * 192 * 4 / 8
 
