@@ -22,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
-from qcompiler.format import Format
+from qcompiler.format import FLOAT, Format
 from qcompiler.plan import Assignment, Plan, Site
 from qcompiler.program import Program, Refusal
 from qcompiler.qtype import QType
@@ -43,7 +43,8 @@ def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:
     Raises:
         UnsupportedError: if the target has no kernel for one of the recipe's formats.
     """
-    own = [Format.parse(text) for text in recipe.formats.values()]
+    named = [Format.parse(text) for text in recipe.formats.values()]
+    own = [wanted for wanted in named if str(wanted) != FLOAT]  # every target has float products
     wanted_formats = [(recipe.weight_type, recipe.activation_type, "float32", 0)]
     wanted_formats += [(f.weight, f.activation, f.products, f.outliers) for f in own]
     for weight, activation, products, outliers in wanted_formats:

@@ -111,20 +111,20 @@ def compile(
     say = _Clock(progress)
     target = Target.parse(target) if isinstance(target, str) else target
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    reason = target.refusal(
-        recipe.weight_type, recipe.activation_type, recipe.cache_types, recipe.products
-    )
-    if reason:
-        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     if target.runtime == "torch":
         raise UnsupportedError(
             f"target '{target}' simulates formats for measuring and writes no artifact; name what "
             "shall run the model, such as ort:cpu"
         )
+    spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
+    recipe = mixed.prepared(recipe, target, spec) if recipe.mixed else recipe
+    reason = target.refusal(
+        recipe.weight_type, recipe.activation_type, recipe.cache_types, recipe.products
+    )
+    if reason:
+        raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     out = Path(out)
     with artifacts.writing(out, force) as folder:
-        spec = _as_spec(model, example_inputs, calibration, dynamic_shapes)
-        recipe = mixed.prepared(recipe, target, spec) if recipe.mixed else recipe
         say("capture")
         program = model if isinstance(model, Program) else capture(
             spec.module, spec.example_inputs, spec.dynamic_shapes

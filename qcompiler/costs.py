@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from qcompiler import artifact as artifacts
 from qcompiler.bench import interleave
 from qcompiler.deliver import machine
+from qcompiler.format import Format
+from qcompiler.lowering import generator
 from qcompiler.outliers import NARROWEST
 from qcompiler.passes.allocate import allocate
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -192,7 +194,9 @@ def _in_format(program: Program, text: str, target: Target) -> Program | None:
     """The program with all of its linears in one format; None where it has no kernel for it."""
     if text == "float":
         return program
-    fields = {"weights": None, "activations": None, "formats": {"*": text}}
+    wanted = Format.parse(text)
+    kinds = [None if kind is None else str(kind) for kind in (wanted.weight, wanted.activation)]
+    fields = {"weights": kinds[0], "activations": kinds[1], "formats": {"*": text}}
     return quantized_program(program, Recipe().updated(fields), target)
 
 
@@ -247,7 +251,7 @@ def _lowered(
     if target.runtime == "ort":
         from qcompiler.backends import ort
 
-        ort.lower(program, folder, dynamic_shapes=shapes)
+        ort.lower(program, folder, dynamic_shapes=shapes, generate=generator(target))
         return ort.load(folder, 1)
     from qcompiler.backends import edge
 

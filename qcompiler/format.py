@@ -58,6 +58,11 @@ class Format:
         """
         if text.strip() == NARROW:
             return cls(narrow=True)
+        if text.strip() in ("float16", "fp16"):
+            raise InputError(
+                f"format '{text}': no kernel multiplies float16 on CPUs, which would convert it to "
+                "float32; write bfloat16, for tvm: CPUs that have it, or float"
+            )
         weight, _, activation = text.strip().partition("/")
         weight, tilde, outliers = weight.partition("~")
         weight, plus, columns = weight.partition("+")

@@ -151,7 +151,7 @@ def _onnx(job: Job) -> Lowered:
     folder, quantized = job.folder, job.quantized
     job.say("lower")
     ort.lower(
-        quantized, folder, fused=job.recipe.fused, generate=_generator(job.target), **job.naming
+        quantized, folder, fused=job.recipe.fused, generate=generator(job.target), **job.naming
     )
     reference = _reference(job)
     job.say("audit")
@@ -235,8 +235,12 @@ def _not_run(reason: str) -> str:
     )
 
 
-def _generator(target: Target) -> Generate | None:
-    """What compiles operators for ONNX Runtime; None where the target wants its own alone."""
+def generator(target: Target) -> Generate | None:
+    """What compiles operators for ONNX Runtime; None where the target wants its own alone.
+
+    Raises:
+        UnsupportedError: TVM is not installed.
+    """
     if not target.kernels:
         return None
     try:

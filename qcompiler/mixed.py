@@ -26,7 +26,8 @@ from qcompiler.study import Study
 from qcompiler.target import Target
 
 WEIGHTS_ALONE = ("int2:g32:affine", "int3:g32:affine", "int4:g32", "int6:g32", "int8:g32")
-# Runtime → the formats that it runs fast, where a budget of time or loss is given.
+# Runtime, or the generator of its kernels → the formats that it runs fast, where a budget of time
+# or loss is given.
 FAST = {
     "ort": (
         "int4:g32",
@@ -42,13 +43,14 @@ def candidates(recipe: Recipe, target: Target, spec: ModelSpec) -> tuple[str, ..
     if recipe.candidates:
         return recipe.candidates
     if recipe.latency is None and recipe.max_loss is None:
-        alone = ((text, Format.parse(text).weight) for text in WEIGHTS_ALONE)
-        return tuple(text for text, kind in alone if not target.refusal(kind, None))
-    found = FAST.get(target.runtime, WEIGHTS_ALONE)
+        texts = [f"{text}/int8:token" if target.kernels else text for text in WEIGHTS_ALONE]
+        known = ((text, Format.parse(text)) for text in texts)
+        return tuple(t for t, f in known if not target.refusal(f.weight, f.activation))
+    found = FAST.get(target.kernels or target.runtime, WEIGHTS_ALONE)
     found += (NARROW,) if target.runtime == "tvm" and target.multiplies_bfloat16 else ()
     if spec.generation is not None:  # per-tensor ranges of activations ruin decoders
         found = tuple(text for text in found if "tensor" not in text)
-        found += ("int8:g32",) if target.runtime == "ort" else ()
+        found += ("int8:g32",) if target.runtime == "ort" and not target.kernels else ()
     return found
 
 
@@ -62,12 +64,6 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
         InputError: budgets that do not go together.
         UnsupportedError: the target has no kernel for a candidate, or cannot be timed here.
     """
-    if target.kernels:
-        raise UnsupportedError(
-            f"mixed precision on '{target}': what formats cost on generated kernels inside ONNX "
-            "Runtime is not measured; leave --kernels out, or give formats by layer "
-            "(--set formats=…)"
-        )
     others = [recipe.bits, recipe.size, recipe.latency]
     if recipe.max_loss is not None and any(value is not None for value in others):
         raise InputError("give max_loss alone: it is what is kept, and size what is minimised")

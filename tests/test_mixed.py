@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import qcompiler
+from qcompiler import costs
 from qcompiler.cli import app
 from qcompiler.compiler import study
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import Format
+from qcompiler.mixed import prepared
 from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
+from qcompiler.target import Target
 
 
 class Tower(nn.Module):
@@ -103,11 +107,32 @@ def test_bfloat16_is_a_format_like_others(tmp_path: Path) -> None:
     assert history["round_products"] == ["1 linears in bfloat16"]
 
 
-def test_generated_kernels_inside_another_runtime_are_refused(tmp_path: Path) -> None:
-    formats = {"weights": "int8:channel", "activations": "int8:token"}
-    recipe = load_recipe("mixed", {"bits": 4.0, **formats})
-    with pytest.raises(UnsupportedError, match=r"on generated kernels inside .* not measured"):
-        qcompiler.compile(tower(), target="ort:cpu+tvm", recipe=recipe, out=tmp_path / "a")
+def test_generated_kernels_inside_another_runtime(tmp_path: Path) -> None:
+    """Their times are measured as any other's, and the plan runs on them."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    target = Target.parse("ort:cpu+tvm")
+    texts = ("int4:g32/int8:token", "int8:channel/int8:token")
+    settings = {"bits": 5.0, "candidates": texts, "rounding": "rtn", "clip": False}
+    recipe = load_recipe("mixed", settings)
+    artifact = qcompiler.compile(tower(), target=target, recipe=recipe, out=tmp_path / "a")
+    chosen = {u["name"]: u["format"] for u in artifact.manifest["mixed"]["units"]}
+    assert chosen == {f"layers.{i}": texts[i == 0] for i in range(4)}
+    assert (tmp_path / "a" / "libqcompiler_ort.so").is_file()
+    assert artifact.manifest["errors"]["lowering"][0]["sqnr_db"] > 60
+    times = costs.micro(target, [(64, 64)], texts, {"prefill": 8}, tmp_path, print)
+    assert all(times[64, 64][text]["prefill"] > 0 for text in ("float", *texts))
+
+
+def test_candidates_of_generated_kernels_quantize_by_token() -> None:
+    target = Target.parse("ort:cpu+tvm")
+    for settings, want in (
+        ({"latency": 0.5}, ("int4:g32/int8:token", "int8:channel/int8:token")),
+        ({"bits": 3.0}, ("int2:g32:affine/int8:token", "int3:g32:affine/int8:token",
+                         "int4:g32/int8:token", "int8:g32/int8:token")),
+    ):  # fmt: skip
+        assert prepared(load_recipe("mixed", settings), target, tower()).candidates == want
 
 
 def test_points_of_the_front_compile(made: Any, tmp_path: Path) -> None:

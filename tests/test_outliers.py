@@ -101,3 +101,8 @@ def test_formats_with_single_weights_print_and_parse() -> None:
         Format.parse("int4:g32+2~4")
     with pytest.raises(InputError, match="beside an integer weight alone"):
         Format.parse("float~3")
+
+
+def test_float16_is_no_format() -> None:
+    with pytest.raises(InputError, match="no kernel multiplies float16 on CPUs"):
+        Format.parse("float16")
