@@ -37,6 +37,7 @@ from qcompiler.qtype import QType
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns
 FLOAT = "float32"
 LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
+SMALL = 300_000_000  # multiplications up to which tiled products take longer than reading twice
 
 # Kernel → how it is built from the name, the arguments and the call's key.
 BUILD: dict[str, Callable[..., Any]] = {
@@ -156,7 +157,17 @@ class CudaCalls(Calls):
         """Whether Hopper's warpgroup products compute it, which read units."""
         count, size = prod(op.out.shape[:-1]), prod(op.args[1].shape)
         many = count > FEW or (count > FEW // 2 and size >= LARGE)
+        many = many and (op in self.integer or not self.small(op))
         return many and self.gpu.capability == HOPPER.capability
+
+    @staticmethod
+    def small(op: Op) -> bool:
+        """Whether the kernel for few tokens takes it, however many there are.
+
+        On an H200 a tiled product of 4-bit weights takes 11 µs, however small it is.
+        """
+        count = prod(op.out.shape[:-1])
+        return count <= FEW or count * prod(op.args[1].shape) <= SMALL
 
     def _group(self, g: Group) -> None:
         op = g.anchor

@@ -1,7 +1,7 @@
 """Linears with quantized weights, for a GPU: which kernel, with which partition.
 
-Up to 64 tokens by `skinny`, more by `gemm` or, on Hopper, by `gemm_hopper` and `matmul_8bit`
-(large weights from 33 tokens on).
+Up to 64 tokens by `skinny`, and more of small weights; else by `gemm` or, on Hopper, by
+`gemm_hopper` and `matmul_8bit` (large weights from 33 tokens on).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
 from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
-from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
+from qcompiler.kernels.cuda_skinny import choose, skinny
 from qcompiler.kernels.cuda_units import units
 from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
 
@@ -49,7 +49,7 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
         arguments.append(scale.storage)
     how: Any
     make: Any
-    if count <= FEW and not tall:
+    if not tall and calls.small(op):
         how = choose(count, form, calls.gpu)
         _multiply(calls, g, op, "skinny", skinny, arguments, count, form, how)
         return
@@ -144,7 +144,7 @@ def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: 
         lambda: pack_nibbles(weight.q, weight.scale.reshape(form.rows, -1).float(), form),
     )
     arguments, room = [x.storage, packed.storage], 0
-    few = count <= FEW
+    few = calls.small(op)
     how: Any = choose(count, form, calls.gpu) if few else choose_blocks(count, form, calls.gpu)
     if not few:
         room = how.workspace(count, form)

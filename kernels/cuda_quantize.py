@@ -38,6 +38,7 @@ from qcompiler.qtype import QType
 
 PIECE = 4  # integers that a thread stores at once
 HELD = 32  # numbers of a row that a thread holds at most
+MANY = 256  # rows from which on a block need not be fast, but several of them together
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def quantize_units(
     width = source.width
     across = -(-width // UNIT_BYTES)
     quads = across * UNIT_BYTES // PIECE
-    threads, held_at_most, shared = min(1024, -(-quads // WARP) * WARP), HELD, SCRATCH
+    each = max(1, min(HELD // PIECE, quads // (4 * WARP))) if source.rows >= MANY else 1
+    threads, held_at_most, shared = min(1024, -(-quads // (each * WARP)) * WARP), HELD, SCRATCH
     if isinstance(before, Rotation):
         threads, held_at_most = before.threads, 2 * HELD  # it leaves no number in registers
         shared += before.shared
@@ -159,11 +161,13 @@ def quantize_units(
                     T.buffer_store(held, given(column + j), [i * PIECE + j])
         if isinstance(before, Norm):
             _normalize(before, buffers, row, held, columns, width, fold)
-        high = fold(0.0, code.maximum, "max")
-        low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")  # of −x
+        low: Any = T.float32(0)  # of −x
         if kind.symmetric:
-            reach = code.maximum(high, low) / code.number(float(kind.qmax - kind.middle), 1)
+            high = fold(0.0, lambda t, x: code.maximum(t, code.maximum(x, T.float32(0) - x)), "max")
+            reach = high / code.number(float(kind.qmax - kind.middle), 1)
         else:
+            high = fold(0.0, code.maximum, "max")
+            low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")
             reach = (high + low) / code.number(float(kind.qmax - kind.qmin), 1)
         reach = T.Bind(reach)
         scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))

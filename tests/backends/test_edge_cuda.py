@@ -16,7 +16,7 @@ pytest.importorskip("tvm", reason="needs the extra [tvm]")
 import qcompiler
 from qcompiler import gpu
 from qcompiler.artifact import Artifact
-from qcompiler.backends import edge_cuda_build, edge_cuda_load
+from qcompiler.backends import edge_cuda_build, edge_cuda_calls, edge_cuda_load
 from qcompiler.backends.edge_artifact import load
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.recipe import load_recipe
@@ -117,14 +117,19 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
     ("recipe", "target", "kernels"),
     [
         ("w4a16", "sm_90", {"half_units", "gemm_hopper"}),
+        ("w4a16", "sm_90", {"skinny"}),
         ("w4a16", "sm_86", {"gemm"}),
         ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
         ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
         ("w4a8", "sm_80", {"quantize_rows", "gemm_int4_int8"}),
     ],
 )
-def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path) -> None:
+def test_many_tokens(
+    recipe: str, target: str, kernels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than 64 tokens read tensor cores' own layouts; norms join what quantizes their rows."""
+    if kernels & {"gemm_hopper", "gemm", "gemm_int4_int8"}:
+        monkeypatch.setattr(edge_cuda_calls, "SMALL", 0)
     torch.manual_seed(0)
     batches = [(torch.randn(100, 64),) for _ in range(2)]
     made = qcompiler.compile(
@@ -137,8 +142,8 @@ def test_many_tokens(recipe: str, target: str, kernels: set[str], tmp_path: Path
     )
     (entry,) = json.loads((tmp_path / "block" / edge_cuda_load.PROGRAM).read_text())["entries"]
     halves = [t for t in entry["tensors"] if t["dtype"] == "float16"]
-    # Rows of float16 are stored by the kernels that make them; Hopper's products read units.
-    assert len(halves) == (2 if kernels == {"gemm"} else 0)
+    # Rows of float16 are stored by the kernels that make them; Hopper's large products read units.
+    assert len(halves) == (2 if kernels & {"gemm", "skinny"} else 0)
 
 
 def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artifact:

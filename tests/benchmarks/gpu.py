@@ -42,7 +42,8 @@ TOLERANCE = 1e-3  # of ‖out − ref‖ / ‖ref‖: float16 output and scales 
 FP8_TOLERANCE = 5e-3  # the tensor cores sum fp8 products with fewer bits than float32 has
 # Family → its cases, how one is read back, and where kernels and trials are made.
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
-    "products": (CASES, Case, gpu_cases),
+    "products": (tuple(c for c in CASES if c.kind != "w4a8"), Case, gpu_cases),
+    "w4a8": (tuple(c for c in CASES if c.kind == "w4a8"), Case, gpu_cases),
     "attention": (ATTENTIONS, Attention, gpu_attention),
     "quantization": (QUANTIZED, Quantized, gpu_quantize),
 }
