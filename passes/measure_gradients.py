@@ -8,13 +8,15 @@ gradient g of every weight; with Ŵ − W of each format, as the study rounded i
                                               the Hessian of the divergence at zero error (HAWQ,
                                               Dong 2019; APTQ, Guan 2024)
 
-Memory: the activations of one batch, and the gradients of all weights.
+Memory: the activations of one batch, and the gradient of one weight: each is used and dropped as
+soon as the backward pass has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ def measure_gradients(
         for name in unit.nodes
     }
 
+    @lru_cache(maxsize=1)  # a unit's layers come one after the other
     def moved(index: int) -> dict[str, list[Tensor]]:
         """Ŵ − W of a unit's layers, by format."""
         exact = [constants[operand(nodes[name], 1).name] for name in units[index].nodes]
@@ -64,7 +67,22 @@ def measure_gradients(
 
     squares = dict.fromkeys(units, 0.0)
     products: dict[tuple[int, str], float] = {}
+    signed: dict[tuple[int, str], float] = {}  # gᵀ(Ŵ − W) of one probe, layer after layer
     total, count = 0, 0
+
+    def take(index: int, place: int, leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        with torch.no_grad():
+            squares[index] += float(gradient.double().square().sum())
+            for text, errors in moved(index).items():
+                part = float((gradient * errors[place]).sum(dtype=torch.float64))
+                signed[index, text] = signed.get((index, text), 0.0) + part
+
+    for index, unit in units.items():
+        for place, name in enumerate(unit.nodes):
+            leaf = leaves[operand(nodes[name], 1).name]
+            leaf.register_post_accumulate_grad_hook(partial(take, index, place))
     for number, batch in enumerate(batches[-settings.trials :]):
         mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
         with torch.enable_grad():
@@ -76,18 +94,10 @@ def measure_gradients(
             seed = number * probes + probe
             loss = torch.stack([sampled_loss(t, mask, settings.logits, seed) for t in used]).sum()
             last = probe == probes - 1
-            gradients = torch.autograd.grad(
-                loss, [*leaves.values()], retain_graph=not last, allow_unused=True
-            )
-            by_name = dict(zip(leaves, gradients, strict=True))
-            for index, unit in units.items():
-                found = [by_name[operand(nodes[name], 1).name] for name in unit.nodes]
-                parts = [torch.zeros(1) if g is None else g for g in found]
-                squares[index] += sum(float(g.double().square().sum()) for g in parts)
-                for text, errors in moved(index).items():
-                    pairs = zip(parts, errors, strict=True)
-                    error = sum(float((g * e).sum(dtype=torch.float64)) for g, e in pairs)
-                    products[index, text] = products.get((index, text), 0.0) + abs(error)
+            torch.autograd.backward(loss, retain_graph=not last, inputs=[*leaves.values()])
+            for key, value in signed.items():
+                products[key] = products.get(key, 0.0) + abs(value)
+            signed.clear()
             total += 1
     measured = {}
     for index, unit in units.items():

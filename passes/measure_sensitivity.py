@@ -117,7 +117,7 @@ def measure_sensitivity(
         masks = [dict(zip(program.inputs, b, strict=True)).get(settings.mask) for b in data]
         first = len(data) - settings.trials
         with Stages(program, data) as stages:
-            reference = Divergence([*stages.outputs(first=first)], masks[first:], settings.logits)
+            reference = Divergence(stages.outputs(first=first), masks[first:], settings.logits)
             for index in sorted(open_, key=lambda i: order[units[i].nodes[0]]):
                 unit = units[index]
                 say(unit.name)
@@ -197,7 +197,7 @@ def _measured(
             if node in got:
                 got[node].append(value)
 
-        divergence = reference(list(stages.outputs(functions, watch, first)))
+        divergence = reference(stages.outputs(functions, watch, first))
         signal = noise = 0.0
         for node, values in got.items():
             for value, want, mask in zip(values, exact[node], masks[first:], strict=True):

@@ -201,7 +201,7 @@ def attribute(
             if node.name in seen:
                 seen[node.name].append(value)
 
-        return reference(list(stages.outputs(functions, watch))), seen
+        return reference(stages.outputs(functions, watch)), seen
 
     own: dict[tuple[str, str], float] = {}  # (layer, kind) → noise of that kind alone
     alone: dict[str, float] = {}
@@ -388,7 +388,7 @@ def _changes(
     weights = {path: source.format for source in kinds for path in source.readers}
     with Stages(quantized, batches) as stages:
         for site in ranked[:CHANGES]:
-            gain = total - reference(list(stages.outputs(site.bypass)))
+            gain = total - reference(stages.outputs(site.bypass))
             gains[site.source.node] = gain
             finer = _finer(site)
             if finer is None:
@@ -399,7 +399,7 @@ def _changes(
                 to = str(kind)
                 settings = {"formats": dict.fromkeys(site.source.readers, to)}
                 changed = {site.start: function}
-                measured = total - reference(list(stages.outputs(changed)))
+                measured = total - reference(stages.outputs(changed))
                 # Noise falls with the square of the step.
                 before = QType.parse(site.source.format).bits
                 predicted = alone[site.source.node] * (1 - 4.0 ** (before - kind.bits))

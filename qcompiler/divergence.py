@@ -10,13 +10,15 @@ that do not interact add up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompiler.program import unpadded
+
+ROWS = 64  # whose probabilities are computed at a time: a row of logits is as long as a vocabulary
 
 
 class Divergence:
@@ -28,11 +30,14 @@ class Divergence:
 
     def __init__(
         self,
-        outputs: Sequence[Sequence[Any]],
+        outputs: Iterable[Sequence[Any]],
         masks: Sequence[Tensor | None],
         logits: bool = False,
     ) -> None:
-        """Keep what the float model gives for each batch; `masks` are 0 at padding."""
+        """Keep what the float model gives for each batch; `masks` are 0 at padding.
+
+        Outputs are read one batch at a time here and below: they need not exist together.
+        """
         self.logits = logits
         self._masks = list(masks)
         self._reference: list[list[Tensor]] = []
@@ -42,14 +47,14 @@ class Divergence:
         count = len(self._reference[0]) if self._reference else 0
         self._power = [sum(_power(r[i]) for r in self._reference) for i in range(count)]
 
-    def __call__(self, outputs: Sequence[Sequence[Any]]) -> float:
+    def __call__(self, outputs: Iterable[Sequence[Any]]) -> float:
         """The divergence of the same batches' outputs, 0 or more; infinite where one is NaN."""
         if self.logits:
             total, rows = 0.0, 0
             for out, (reference,), mask in zip(outputs, self._reference, self._masks, strict=True):
-                got = unpadded(_floats(out)[0], mask).float().flatten(0, -2).log_softmax(-1)
-                part = torch.nn.functional.kl_div(got, reference, log_target=True, reduction="sum")
-                total += float(part)
+                got = unpadded(_floats(out)[0], mask).flatten(0, -2)
+                for g, r in zip(got.split(ROWS), reference.split(ROWS), strict=True):
+                    total += _kl(g, r)
                 rows += len(reference)
             return _finite(total / max(1, rows))
         noise = [0.0] * len(self._power)
@@ -91,6 +96,13 @@ def _floats(outputs: Sequence[Any]) -> list[Tensor]:
 
 def _power(x: Tensor) -> float:
     return float(x.double().square().sum())
+
+
+def _kl(logits: Tensor, reference: Tensor) -> float:
+    """Σ over rows of KL(reference ‖ softmax(logits)); the reference is of logarithms."""
+    got = logits.float().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(got, reference, log_target=True, reduction="sum")
+    return float(kl)
 
 
 def _finite(value: float) -> float:

@@ -275,7 +275,7 @@ class Mixer:
         objective = allocation.measure("kl")
         points = []
         with Stages(self.program, trials) as stages:
-            reference = Divergence(list(stages.outputs()), masks, self.settings.logits)
+            reference = Divergence(stages.outputs(), masks, self.settings.logits)
             for label, choice in choices.items():
                 functions = {}
                 for index, (unit, chosen) in enumerate(zip(self.units, choice, strict=True)):
@@ -287,7 +287,7 @@ class Mixer:
                     reach = self.findings.ranges(index).get(str(wanted.activation))
                     for name, weight in zip(unit.nodes, weights, strict=True):
                         functions[nodes[name]] = simulated(weight, wanted, reach)
-                loss = reference(list(stages.outputs(functions)))
+                loss = reference(stages.outputs(functions))
                 points.append(self.point(label, choice, loss, objective))
         return points
 

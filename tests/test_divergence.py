@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from qcompiler.divergence import Divergence, sampled_loss
+from qcompiler.divergence import ROWS, Divergence, sampled_loss
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -42,6 +44,29 @@ def test_several_batches_count_by_their_rows() -> None:
     whole = Divergence([(r,)], [None], logits=True)([(g,)])
     parts = Divergence([(r[:2],), (r[2:],)], [None, None], logits=True)([(g[:2],), (g[2:],)])
     assert math.isclose(whole, parts, rel_tol=1e-5)
+
+
+def test_more_rows_than_are_computed_at_a_time() -> None:
+    r, g = draw(3 * ROWS + 5, 9), draw(3 * ROWS + 5, 9, seed=1)
+    p, q = (t.double().log_softmax(-1) for t in (r, g))
+    want = float((p.exp() * (p - q)).sum(1).mean())
+    assert math.isclose(Divergence([(r,)], [None], logits=True)([(g,)]), want, rel_tol=1e-5)
+
+
+def test_outputs_are_read_one_after_the_other() -> None:
+    """So that those of all batches need not exist together."""
+    most, alive = 0, []
+
+    def outputs() -> Iterator[tuple[Tensor, ...]]:
+        nonlocal most
+        for seed in range(5):
+            value = draw(4, 6, seed=seed)
+            alive.append(weakref.ref(value))
+            most = max(most, sum(known() is not None for known in alive))
+            yield (value,)
+
+    Divergence(outputs(), [None] * 5, logits=True)(outputs())
+    assert most <= 2
 
 
 def probes(output: Tensor, logits: bool, count: int) -> Tensor:
