@@ -35,7 +35,7 @@ from qcompiler.target import Target
 
 WINDOW = 1024
 LENGTH = 512  # tokens of a calibration batch
-CHECKED = 24  # tokens of the first batches, on which exact passes are proven
+CHECKED = 24  # tokens of a batch on which exact passes are proven
 KEPT = {"keep_float": ("model.lm_head",), "embeddings": None, "correct_bias": False}
 
 FORMATS = {
@@ -127,10 +127,9 @@ def model(text: Path, batches: int, windows: int) -> tuple[ModelSpec, Tensor]:
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     judged, tail = ids[: windows * WINDOW], ids[-batches * LENGTH :]
     assert len(judged) + len(tail) <= len(ids), "the text is too short"
-    short = tail[: 2 * CHECKED].view(2, 1, CHECKED)
     calibration = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in (*short, *tail.view(batches, 1, LENGTH))
+        for part in tail.view(batches, 1, LENGTH)
     ]
     example = {"input_ids": ids[:32].view(2, 16), "attention_mask": torch.ones(2, 16).long()}
     spec = ModelSpec(
@@ -141,6 +140,7 @@ def model(text: Path, batches: int, windows: int) -> tuple[ModelSpec, Tensor]:
         lambda: calibration,
         held_out=lambda: calibration[:2],
         output_names=("logits",),
+        excerpt=lambda batch, index: {name: value[:, :CHECKED] for name, value in batch.items()},
     )
     return spec, judged.view(windows, WINDOW)
 
