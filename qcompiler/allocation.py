@@ -14,8 +14,12 @@ rounded to the nearest bits that there are.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,13 +99,14 @@ def solve(units: Sequence[Unit], objective: Cost, limits: Sequence[Limit]) -> Ch
         most = max(abs(limit.limit), 1e-12)
         constraints.append(LinearConstraint(cost[None] / most, -np.inf, limit.limit / most))
     # Losses span many orders of magnitude; HiGHS works to 1e-7 of the largest coefficient.
-    found = milp(
-        np.minimum(loss / scale, 1e9),
-        constraints=constraints,
-        integrality=np.ones(len(index)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
-    )
+    with _stdout_on_stderr():
+        found = milp(
+            np.minimum(loss / scale, 1e9),
+            constraints=constraints,
+            integrality=np.ones(len(index)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        )
     if found.x is None:
         names = ", ".join(f"{limit.name} ≤ {limit.limit:.4g}" for limit in limits)
         raise InputError(f"no choice of formats keeps {names} together; loosen one of them")
@@ -110,6 +115,24 @@ def solve(units: Sequence[Unit], objective: Cost, limits: Sequence[Limit]) -> Ch
         if found.x[column] > 0.5:
             chosen[i] = j
     return tuple(chosen)
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """HiGHS prints a line now and then, whatever its options say, and stdout may be JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+        ctypes.CDLL(None).fflush(None)  # what C code holds back goes where it was written to
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def greedy(units: Sequence[Unit], objective: Cost, limit: Limit) -> Choice:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +58,24 @@ def test_the_integer_program_finds_the_best(
     choice = allocation.greedy(units, loss, limit)
     assert allocation.total(units, choice, limit.cost) <= bits * (1 + 1e-9)
     assert allocation.total(units, choice, loss) >= best * (1 - 1e-9)
+
+
+def test_what_the_solver_prints_is_not_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = allocation.milp
+
+    def talks(*args: Any, **kwargs: Any) -> Any:
+        ctypes.CDLL(None).puts(b"the solver talks")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(allocation, "milp", talks)
+    units = [unit("a", 10, (1.0, 0.5, 0.2, 0.1))]
+    assert allocation.solve(units, allocation.measure("kl"), []) == (3,)
+    print("afterwards")
+    written = capfd.readouterr()
+    assert written.out == "afterwards\n"
+    assert "the solver talks" in written.err
 
 
 def test_two_limits_at_once() -> None:
