@@ -8,12 +8,13 @@ gradient g of every weight; with Ŵ − W of each format, as the study rounded i
                                               the Hessian of the divergence at zero error (HAWQ,
                                               Dong 2019; APTQ, Guan 2024)
 
-Memory: the activations of one batch, and the gradient of one weight: each is used and dropped as
-soon as the backward pass has it.
+Memory: of the activations of one batch those of about √n of the n calls, the rest being computed
+again; and the gradient of one weight, used and dropped as soon as the backward pass has it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -65,6 +66,7 @@ def measure_gradients(
             for text, rounded in findings.weights(index).items()
         }
 
+    segments = max(1, math.isqrt(len(nodes)))
     squares = dict.fromkeys(units, 0.0)
     products: dict[tuple[int, str], float] = {}
     signed: dict[tuple[int, str], float] = {}  # gᵀ(Ŵ − W) of one probe, layer after layer
@@ -86,7 +88,10 @@ def measure_gradients(
     for number, batch in enumerate(batches[-settings.trials :]):
         mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
         with torch.enable_grad():
-            outputs = [t for t in differentiable(program, batch, leaves) if t.requires_grad]
+            made = differentiable(
+                program, batch, leaves, None, 1 if settings.logits else None, segments
+            )
+            outputs = [t for t in made if t.requires_grad]
         used = outputs[:1] if settings.logits else outputs
         rows = [unpadded(t, mask) for t in used]
         count += rows[0].numel() // rows[0].shape[-1] if settings.logits else rows[0].numel()
