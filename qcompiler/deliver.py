@@ -125,6 +125,7 @@ def deliver(
         artifacts.save_batches(folder, kind, batches, inputs)
         artifacts.save_batches(folder, f"{kind}-captured", captured, list(names))
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
+    known.clear()
     latency = []
     if lowered.run_float is not None:
         say("time")
