@@ -19,6 +19,7 @@ from qcompiler.backends import edge_steps
 from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
+from qcompiler.backends.edge_cuda_products import SMALL, is_tall
 from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_rotate import factors_of
@@ -26,7 +27,7 @@ from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import cuda_attention, cuda_expressions
-from qcompiler.kernels.cuda_code import HOPPER, Gpu
+from qcompiler.kernels.cuda_code import Gpu
 from qcompiler.kernels.cuda_hadamard import Rotation, rotate_rows
 from qcompiler.kernels.cuda_quantize import Norm, half_units, quantize_units
 from qcompiler.kernels.cuda_skinny import FEW
@@ -36,8 +37,6 @@ from qcompiler.qtype import QType
 
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns
 FLOAT = "float32"
-LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
-SMALL = 300_000_000  # multiplications up to which tiled products take longer than reading twice
 
 # Kernel → how it is built from the name, the arguments and the call's key.
 BUILD: dict[str, Callable[..., Any]] = {
@@ -156,16 +155,11 @@ class CudaCalls(Calls):
     def tall(self, op: Op) -> bool:
         """Whether Hopper's warpgroup products compute it, which read units."""
         count, size = prod(op.out.shape[:-1]), prod(op.args[1].shape)
-        many = count > FEW or (count > FEW // 2 and size >= LARGE)
-        many = many and (op in self.integer or not self.small(op))
-        return many and self.gpu.capability == HOPPER.capability
+        return is_tall(count, size, self.gpu) and (op in self.integer or count * size > SMALL)
 
     @staticmethod
     def small(op: Op) -> bool:
-        """Whether the kernel for few tokens takes it, however many there are.
-
-        On an H200 a tiled product of 4-bit weights takes 11 µs, however small it is.
-        """
+        """Whether the kernel for few tokens takes it, however many there are."""
         count = prod(op.out.shape[:-1])
         return count <= FEW or count * prod(op.args[1].shape) <= SMALL
 

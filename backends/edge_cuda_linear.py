@@ -34,17 +34,17 @@ FLOAT = "float32"
 def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
     """A linear with packed weights and float16 activations."""
     weight = op.args[1].storage.weight
-    form = weights_form(weight, op)
+    form = weights_form(weight, op.label)
     count = prod(op.out.shape[:-1])
     tall = calls.tall(op)
     x = calls.units(op.args[0], op.label) if tall else calls.half(op.args[0], op.label)
     calls.constants.held.append(weight)
-    packed = calls.constant((id(weight.q), form), lambda: _packed(weight, form))
+    packed = calls.constant((id(weight.q), form), lambda: packed_weight(weight, form))
     arguments = [x.storage, packed.storage]
     if not form.group:
         scale = calls.constant(
             (id(weight.q), "row scales"),
-            lambda: weight.scale.reshape(-1).float().expand(form.rows).contiguous(),
+            lambda: row_scales(weight, form),
         )
         arguments.append(scale.storage)
     how: Any
@@ -131,7 +131,7 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
 
 def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: int) -> None:
     """A product with 4-bit weights in groups; see `cuda_sums`."""
-    weight, found = op.args[1].storage.weight, weights_form(op.args[1].storage.weight, op)
+    weight, found = op.args[1].storage.weight, weights_form(op.args[1].storage.weight, op.label)
     if found.bits != 4 or source.ref.dtype != torch.int8:
         raise UnsupportedError(
             f"'{op.label}': GPU targets multiply weights in groups by integers where they have 4 "
@@ -160,8 +160,8 @@ def _shared(calls: CudaCalls, room: int, pieces: int) -> list[Storage]:
     return [calls.temporary(torch.float32, (room,)).storage, calls.counters(pieces)]
 
 
-def weights_form(weight: Weight, op: Op) -> Weights:
-    """How a linear's weight is stored.
+def weights_form(weight: Weight, label: str) -> Weights:
+    """How a linear's weight is stored; `label`: the linear's name.
 
     Raises:
         UnsupportedError: if no kernel reads its format.
@@ -177,11 +177,17 @@ def weights_form(weight: Weight, op: Op) -> Weights:
     elif q.shape[1] % 8:
         what = f"{q.shape[1]} inputs, not a multiple of 8"
     if what:
-        raise UnsupportedError(f"'{op.label}': GPU targets have no kernel for {what} as yet")
+        raise UnsupportedError(f"'{label}': GPU targets have no kernel for {what} as yet")
     four = int(q.min()) >= -8 and int(q.max()) <= 7
     return Weights(q.shape[0], q.shape[1], 4 if four else 8, group)
 
 
-def _packed(weight: Weight, form: Weights) -> Tensor:
+def row_scales(weight: Weight, form: Weights) -> Tensor:
+    """float32 (N,): the scales of a weight without groups."""
+    return weight.scale.reshape(-1).float().expand(form.rows).contiguous()
+
+
+def packed_weight(weight: Weight, form: Weights) -> Tensor:
+    """The weight as kernels read it: flat uint8."""
     scale = weight.scale.reshape(form.rows, -1).float() if form.group else None
     return pack(weight.q, scale, form)

@@ -11,21 +11,14 @@
  * first. Loops that kernels share among threads run on the session's. */
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "edge_ort.h"
+#include "edge_ort_call.h"
 
-enum { ALIGNMENT = 64, MAX_DIMENSIONS = 32 };
-
-#define CALL(type, place) ((type)(uintptr_t)api[place])
-#define TRY(call)                   \
-  do {                              \
-    ort_status *found = (call);     \
-    if (found) return found;        \
-  } while (0)
+enum { ALIGNMENT = 64 };
 
 /* What a thread that computes needs: scratch memory, kept from call to call, and where the session's
  * threads are to be had. */
@@ -55,15 +48,6 @@ static struct worker *here(void) {
     if (worker) pthread_setspecific(workers, worker);
   }
   return worker;
-}
-
-static ort_status *refuse(ort_api api, int code, const char *format, ...) {
-  char text[600];
-  va_list values;
-  va_start(values, format);
-  vsnprintf(text, sizeof text, format, values);
-  va_end(values);
-  return CALL(ort_create_status, ORT_CREATE_STATUS)(code, text);
 }
 
 /* The hooks of generated code; see edge_pool.c. */
@@ -147,15 +131,9 @@ struct node {
 
 static ort_status *create(const ort_custom_op *op, ort_api api, const ort_object *info,
                           void **kernel) {
-  int64_t number = 0, made = 0;
+  int64_t number = 0;
   (void)op;
-  TRY(CALL(ort_attribute_int, ORT_KERNEL_INFO_GET_ATTRIBUTE_INT64)(info, "number", &number));
-  TRY(CALL(ort_attribute_int, ORT_KERNEL_INFO_GET_ATTRIBUTE_INT64)(info, "library", &made));
-  if (made != compiled_linears.library || number < 0 || number >= compiled_linears.count)
-    return refuse(api, ORT_INVALID_ARGUMENT,
-                  "libqcompiler_ort.so is not the one that this model was compiled with; take "
-                  "both files from one artifact, and where the folder was compiled again start a "
-                  "new process: a library stays loaded");
+  TRY(find_number(api, info, compiled_linears.library, compiled_linears.count, &number));
   struct node *node = calloc(1, sizeof *node);
   if (!node) return refuse(api, ORT_FAIL, "not enough memory for an operator");
   node->api = api;
@@ -245,23 +223,6 @@ static int run_entry(const struct entry *entry, const uint8_t *weights, uint8_t 
     if (step->run(NULL, arguments + step->first, (int32_t)step->count, &result)) return -1;
   }
   return 0;
-}
-
-/* The numbers in input `index` and, where asked for, the sizes of its dimensions. */
-static ort_status *find_input(ort_api api, const ort_object *context, size_t index, void *data,
-                              size_t *count, int64_t *sizes, size_t *rank) {
-  const ort_object *value;
-  ort_object *shape;
-  TRY(CALL(ort_input, ORT_KERNEL_CONTEXT_GET_INPUT)(context, index, &value));
-  TRY(CALL(ort_tensor_data, ORT_GET_TENSOR_MUTABLE_DATA)((ort_object *)value, (void **)data));
-  TRY(CALL(ort_tensor_shape, ORT_GET_TENSOR_TYPE_AND_SHAPE)(value, &shape));
-  ort_status *status =
-      CALL(ort_element_count, ORT_GET_TENSOR_SHAPE_ELEMENT_COUNT)(shape, count);
-  if (!status && rank) status = CALL(ort_rank, ORT_GET_DIMENSIONS_COUNT)(shape, rank);
-  if (!status && rank && *rank >= 1 && *rank <= MAX_DIMENSIONS)
-    status = CALL(ort_dimensions, ORT_GET_DIMENSIONS)(shape, sizes, *rank);
-  CALL(ort_release_shape, ORT_RELEASE_TENSOR_TYPE_AND_SHAPE_INFO)(shape);
-  return status;
 }
 
 static ort_status *compute(void *given, ort_object *context) {
@@ -422,31 +383,14 @@ static const ort_custom_op operators[] = {
 
 /* What ONNX Runtime calls when the library is given to a session's options. */
 ort_status *RegisterCustomOps(ort_object *options, const ort_base *base) {
-  static ort_object *domain; /* for all sessions, as long as the library is loaded */
-  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
   char lacking[40];
-  ort_api api = base->get_api(ORT_VERSION);
-  if (!api) {
-    api = base->get_api(1);
-    return refuse(api, ORT_NOT_IMPLEMENTED, "libqcompiler_ort.so needs ONNX Runtime 1.%d or later, this is %s",
-                  ORT_VERSION, base->version());
-  }
+  ort_api api = NULL;
+  TRY(find_api(base, &api));
   if (cpu_lacks(compiled_linears.features, lacking, sizeof lacking))
     return refuse(api, ORT_NOT_IMPLEMENTED,
                   "this CPU lacks '%s', which the code for %s needs; compile the model for a "
                   "target that this CPU has",
                   lacking, compiled_linears.target);
   pthread_once(&once, start);
-  ort_status *status = NULL;
-  pthread_mutex_lock(&lock);
-  if (!domain) {
-    ort_object *made = NULL;
-    status = CALL(ort_create_domain, ORT_CREATE_CUSTOM_OP_DOMAIN)("qcompiler", &made);
-    for (size_t i = 0; !status && i < sizeof operators / sizeof *operators; i++)
-      status = CALL(ort_domain_add, ORT_CUSTOM_OP_DOMAIN_ADD)(made, &operators[i]);
-    if (!status) domain = made;
-  }
-  pthread_mutex_unlock(&lock);
-  if (status) return status;
-  return CALL(ort_add_domain, ORT_ADD_CUSTOM_OP_DOMAIN)(options, domain);
+  return join(options, api, operators, sizeof operators / sizeof *operators);
 }

@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 MAX_OUTPUTS = 16  # of edge_ort.h
 COMPILED = ("edge_ort.c", "edge_cpu.c")
-INCLUDED = ("edge_ort.h", "edge_ort_api.h", "edge_program.h")
+INCLUDED = ("edge_ort.h", "edge_ort_api.h", "edge_ort_call.h", "edge_program.h")
 # The code for each of ONNX Runtime's CPU targets.
 CODE = {"": "tvm:native", "vnni": "tvm:x86-64:avx512vnni", "avx2": "tvm:x86-64-v3"}
 

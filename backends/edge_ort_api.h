@@ -13,7 +13,7 @@
 
 enum { ORT_VERSION = 18 }; /* of the interface: ONNX Runtime 1.18 and later */
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7 };               /* ONNXTensorElementDataType */
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7, ORT_FLOAT16 = 10 }; /* ONNXTensorElementDataType */
 enum { ORT_REQUIRED, ORT_OPTIONAL, ORT_VARIADIC };    /* OrtCustomOpInputOutputCharacteristic */
 
 /* Opaque, each its own type in the original. */
@@ -41,6 +41,7 @@ enum {
   ORT_KERNEL_CONTEXT_GET_INPUT = 90,
   ORT_KERNEL_CONTEXT_GET_OUTPUT = 91,
   ORT_RELEASE_TENSOR_TYPE_AND_SHAPE_INFO = 99,
+  ORT_KERNEL_CONTEXT_GET_GPU_COMPUTE_STREAM = 193,
   ORT_KERNEL_CONTEXT_PARALLEL_FOR = 274
 };
 
@@ -61,6 +62,7 @@ typedef ort_status *(*ort_output)(ort_object *context, size_t index, const int64
                                   size_t rank, ort_object **value);
 typedef ort_status *(*ort_parallel_for)(const ort_object *context, void (*run)(void *, size_t),
                                         size_t total, size_t batches, void *data);
+typedef ort_status *(*ort_gpu_stream)(const ort_object *context, void **stream);
 
 /* OrtCustomOp; what is NULL is not asked. */
 typedef struct ort_custom_op {

@@ -72,7 +72,8 @@ def lower(
         fused: allow operators of ONNX Runtime's own domain (com.microsoft).
         external_above: bytes of weights above which they go to `model.onnx.data`.
         generate: compiles linears whose inputs are quantized by token, and rotations, to a library
-            of custom operators beside the model; ONNX Runtime has none.
+            of custom operators beside the model; ONNX Runtime has none. In float16 it compiles
+            linears with quantized weights instead, whose inputs are float.
         half: in float16; see `ort_half`.
         packed: where MatMulNBits multiplies (`ort_phases`): for decode alone, `prefill.onnx` is
             written beside a language model whose cache is shared; what is no such has it nowhere.
@@ -83,11 +84,11 @@ def lower(
     Raises:
         UnsupportedError: if an op has no ONNX form.
     """
-    model, taken = _export(program, generate is not None)
+    model, taken = _export(program, generate is not None and not half)
     graph = gs.import_onnx(model)
     ort_weights.give(graph, taken)
     shared, stores = use_grouped_attention(graph)
-    library = operate(graph, fused, _layer_names(model, program), generate)
+    library = operate(graph, fused, _layer_names(model, program), generate, half)
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):

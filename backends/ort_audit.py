@@ -30,6 +30,7 @@ INTEGER = {
 }  # fmt: skip
 WEIGHTS = {"MatMulNBits"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv"}
+HALF = "its input is float16"
 PAIRS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -53,8 +54,9 @@ def audit(
         node.name = _program_name(node.name)
         path = planned.get(node.name, "")
         if node.domain == INTERNAL:
+            how = ("weights only", HALF) if written else ("integer", "")
             layers += [
-                Layer(name, planned[name], f"{INTERNAL}.{node.op_type}", "integer")
+                Layer(name, planned[name], f"{INTERNAL}.{node.op_type}", *how)
                 for name in node.name.split(JOINED)
                 if name in planned
             ]
@@ -62,7 +64,7 @@ def audit(
             layers.append(Layer(node.name, path, node.op_type, "integer"))
         elif node.op_type in WEIGHTS:
             reason = (
-                "its input is float16"
+                HALF
                 if written
                 else "ONNX Runtime quantizes what it reads to 8 bits in blocks (accuracy level 4)"
             )

@@ -167,7 +167,8 @@ def prune_logits(graph: gs.Graph) -> bool:
     if len(tensor.inputs) != 1 or tensor.inputs[0].op not in PRODUCTS:
         return False
     head = tensor.inputs[0]
-    if len(head.outputs) != 1:  # what it reads is another layer's too
+    read = [t for t in head.outputs if t.outputs or t in graph.outputs]
+    if len(read) != 1:  # what it reads is another layer's too
         return False
     bounds = [
         gs.Constant(FIRST, np.array([0], np.int64)),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompiler.backends.ort_session import MODEL
+from qcompiler.backends.ort_session import CPU, MODEL, open_session, session_options
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.gpu import device, free_memory
 
@@ -48,11 +48,8 @@ def session(path: Path, graphs: bool = False) -> Any:
         )
     onnxruntime.preload_dlls()
     _check_libraries(Path(onnxruntime.__file__).parent)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     settings = {"enable_cuda_graph": "1"} if graphs else {}
-    providers = [(PROVIDER, settings), "CPUExecutionProvider"]
-    made = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    made = open_session(path, session_options(path), [(PROVIDER, settings), CPU])
     if PROVIDER not in made.get_providers():
         raise UnsupportedError(
             f"ONNX Runtime could not start its CUDA provider on {found.name}; its log says why: "

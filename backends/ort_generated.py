@@ -6,10 +6,18 @@
 ONNX has no quantization with a range for each token, and ONNX Runtime no fast product with 4-bit
 weights for more than a few rows. All linears that read one quantized tensor are one operator, with
 the steps before that (`ort_steps`). A rotation that leads to no linear is an operator of its own.
+
+On a GPU it is linears with quantized weights that read float tensors, as they are:
+
+    MatMul(x, Transpose(DequantizeLinear(W))) + bias → qcompiler::QuantizedMatMul(constants, x)
+
+All that read one tensor are one operator; queries, keys and values that attention alone reads are
+one linear, whose result the attention takes as it is (packed QKV).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +47,26 @@ def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
     for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "Rotate"]:
         if node.outputs and (node.outputs[0].outputs or node.outputs[0] in graph.outputs):
             found.append(_rotation(graph, node))
+    return _generated(graph, found, sources, generate)
+
+
+def use_generated_floats(graph: gs.Graph, generate: Generate) -> bytes:
+    """Likewise, linears whose inputs stay float: kernels for a GPU."""
+    found: list[tuple[gs.Node, Operator]] = []
+    read: dict[int, list[gs.Node]] = {}  # by the tensor that they read
+    for node in graph.nodes:
+        if node.op == "MatMul" and _is_linear(node, node.inputs[0]):
+            read.setdefault(id(node.inputs[0]), []).append(node)
+    for products in read.values():
+        found.append(_float_linears(graph, products))
+    return _generated(graph, found, {}, generate)
+
+
+def _generated(
+    graph: gs.Graph, found: Sequence[tuple[gs.Node, Operator]], sources: dict[int, gs.Tensor],
+    generate: Generate,
+) -> bytes:  # fmt: skip
+    """Compile the operators and tell their nodes; the library's content."""
     if not found:
         return b""
     library = generate([operator for _, operator in found])
@@ -62,7 +90,7 @@ def _linears(
     linears, outputs = [], []
     for dequantize in list(quantize.outputs[0].outputs):
         for product in list(dequantize.outputs[0].outputs):
-            if dequantize.op != "DequantizeToken" or not _is_linear(product, dequantize):
+            if dequantize.op != "DequantizeToken" or not _is_linear(product, dequantize.outputs[0]):
                 raise UnsupportedError(
                     f"'{product.name or product.op}' reads a tensor that is quantized by token, "
                     "and generated kernels compute linears with constant weights alone; keep it "
@@ -101,8 +129,79 @@ def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
     return node, Operator(name, depth, "", (), len(before.inputs), steps, tuple(before.kept))
 
 
-def _is_linear(product: gs.Node, source: gs.Node) -> bool:
-    if product.op != "MatMul" or product.inputs[0] is not source.outputs[0]:
+def _float_linears(graph: gs.Graph, products: list[gs.Node]) -> tuple[gs.Node, Operator]:
+    """The operator of products that read one tensor; ONNX Runtime gives it memory to work in."""
+    data = products[0].inputs[0]
+    together = _queries_keys_values(products)
+    parts = [_linear(graph, product)[:2] for product in products]
+    if together is not None:
+        attention, three = together
+        stacked = [parts[products.index(product)] for product in three]
+        if _alike([linear for linear, _ in stacked]):
+            parts = [part for part in parts if part not in stacked]
+            linear = _stacked([linear for linear, _ in stacked])
+            packed = gs.Variable(f"{stacked[0][1].name}_packed_qkv", np.float32)
+            parts.append((linear, packed))
+            empty = gs.Variable.empty()
+            attention.inputs = [packed, empty, empty, *attention.inputs[3:]]
+    name = JOINED.join(linear.name for linear, _ in parts)
+    scratch = gs.Variable(f"{parts[0][1].name}_scratch", np.float32)
+    outputs = [*(output for _, output in parts), scratch]
+    node = gs.Node(PRODUCT, name, {}, [data], outputs, domain=INTERNAL)
+    graph.nodes.append(node)
+    linears = tuple(linear for linear, _ in parts)
+    return node, Operator(name, int(linears[0].q.shape[1]), "", linears)
+
+
+def _queries_keys_values(products: list[gs.Node]) -> tuple[gs.Node, list[gs.Node]] | None:
+    """An attention that reads three of the products and is all that reads them, and the three."""
+    made: dict[int, gs.Node] = {}  # by what is read of them: their sum with a bias, if there is one
+    for product in products:
+        output = product.outputs[0]
+        readers = _readers(output)
+        biased = len(readers) == 1 and readers[0].op == "Add"
+        made[id(readers[0].outputs[0] if biased else output)] = product
+    for product in products:
+        for reader in _readers(product.outputs[0]):
+            ends = [reader, *(n for t in reader.outputs for n in _readers(t))]
+            for attention in (n for n in ends if n.op == "GroupQueryAttention"):
+                three = attention.inputs[:3]
+                alone = all(id(t) in made and len(_readers(t)) == 1 for t in three)
+                if alone and len({id(t) for t in three}) == 3:
+                    return attention, [made[id(t)] for t in three]
+    return None
+
+
+def _readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """Those that were not replaced."""
+    return [node for node in tensor.outputs if node.outputs]
+
+
+def _alike(linears: Sequence[Linear]) -> bool:
+    """Whether the weights may stand below one another."""
+    first = linears[0]
+    return all(
+        (x.q.dtype, x.axis, x.group, x.scale.shape[1:], x.bias is None, x.scale.numel() > 1)
+        == (first.q.dtype, first.axis, first.group, first.scale.shape[1:], first.bias is None, True)
+        and x.zero_point.shape[1:] == first.zero_point.shape[1:]
+        for x in linears
+    )
+
+
+def _stacked(linears: Sequence[Linear]) -> Linear:
+    first = linears[0]
+    q, scale = (torch.cat(parts) for parts in zip(*((x.q, x.scale) for x in linears), strict=True))
+    zeros = [x.zero_point for x in linears]
+    zero = torch.cat(zeros) if first.zero_point.ndim else first.zero_point
+    biases = [x.bias for x in linears if x.bias is not None]
+    name = JOINED.join(x.name for x in linears)
+    bias = torch.cat(biases) if biases else None
+    return Linear(name, q, scale, zero, first.axis, first.group, bias)
+
+
+def _is_linear(product: gs.Node, source: gs.Tensor) -> bool:
+    """Whether it multiplies that tensor with a constant quantized weight."""
+    if product.op != "MatMul" or product.inputs[0] is not source:
         return False
     turn = _maker(product.inputs[1], "Transpose")
     pair = _maker(turn.inputs[0], "DequantizeLinear") if turn is not None else None

@@ -5,12 +5,14 @@ Imports no torch and no onnx: running a compiled model needs neither.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedError
 
 MODEL = "model.onnx"
+CPU = "CPUExecutionProvider"
 LIBRARY = "libqcompiler_ort.so"  # of custom operators, beside a model that has some
 SHARED = "qcompiler.shared_cache"  # metadata of models whose present may be written over their past
 FIRST = "logits_from"  # int64 (1,): the first new token whose logits are computed; default 0
@@ -57,12 +59,12 @@ def session_options(path: Path) -> Any:
     return options
 
 
-def open_session(path: Path, options: Any) -> Any:
+def open_session(path: Path, options: Any, providers: Sequence[Any] = (CPU,)) -> Any:
     """The session; an `InputError` where the library of the model's own operators is missing."""
     import onnxruntime
 
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=[*providers])
     except Exception as error:  # as above
         if "qcompiler" in str(error) and not (path.parent / LIBRARY).is_file():
             missing = path.parent / LIBRARY

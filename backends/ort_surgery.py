@@ -26,7 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
-from qcompiler.backends.ort_generated import use_generated
+from qcompiler.backends.ort_generated import use_generated, use_generated_floats
 from qcompiler.backends.ort_nbits import use_nbits
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.generated import Generate
@@ -40,6 +40,7 @@ def operate(
     fused: bool,
     layers: Mapping[str, str] | None = None,
     generate: Generate | None = None,
+    floats: bool = False,
 ) -> bytes:
     """All steps, in order.
 
@@ -48,6 +49,7 @@ def operate(
         fused: allow operators of ONNX Runtime's own domain.
         layers: the exporter's name of a layer's output → the program's name of the layer.
         generate: compiles linears that ONNX Runtime has no operator for.
+        floats: it compiles those that read float tensors, not those by token.
 
     Returns:
         The library of what was compiled; empty where nothing was.
@@ -59,7 +61,7 @@ def operate(
     library = b""
     if generate is not None:
         name_layers(graph, layers or {})
-        library = use_generated(graph, generate)
+        library = (use_generated_floats if floats else use_generated)(graph, generate)
     if fused:
         name_layers(graph, layers or {})
         use_nbits(graph)

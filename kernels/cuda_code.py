@@ -22,9 +22,10 @@ from typing import Any
 import tvm
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Var
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import GPU, Argument
+from qcompiler.kernels.code import GPU, Argument, Size
 from qcompiler.kernels.cuda_device import DEVICE
 
 WARP = 32
@@ -62,15 +63,17 @@ class CudaKernel:
 
     Attributes:
         name: of the function in CUDA C++.
-        arguments: in the order of the launch.
-        blocks, threads: extents of the grid and of a block, (x, y, z) and x.
+        arguments: in the order of the launch; last, of extents of the grid that are expressions,
+            their values (`blocks_x`, …).
+        blocks, threads: extents of the grid and of a block, (x, y, z) and x; those of the grid are
+            expressions where a call says how many tokens there are.
         shared: bytes of dynamic shared memory.
         resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
     """
 
     def __init__(
-        self, name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
-        shared: int, resident: int = 0,
+        self, name: str, arguments: Sequence[Argument | Size], blocks: tuple[int, ...],
+        threads: int, shared: int, resident: int = 0,
     ) -> None:  # fmt: skip
         self.name, self.arguments = name, tuple(arguments)
         x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
@@ -83,14 +86,14 @@ class CudaKernel:
 
 @contextmanager
 def cuda_kernel(
-    name: str, arguments: Sequence[Argument], blocks: tuple[int, ...], threads: int,
+    name: str, arguments: Sequence[Argument | Size], blocks: tuple[Any, ...], threads: int,
     shared: int = 0, resident: int = 0,
 ) -> Iterator[tuple[CudaKernel, list[Any], list[Any], Any, Any]]:  # fmt: skip
     """Open a kernel; what is written inside runs once in each thread.
 
     Args:
         name: of the function.
-        arguments: flat buffers in global memory.
+        arguments: flat buffers in global memory, then a size that a call gives.
         blocks: extents of the grid.
         threads: of a block.
         shared: bytes of dynamic shared memory.
@@ -109,8 +112,23 @@ def cuda_kernel(
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        buffers = [T.arg(a.name, T.buffer((max(a.size or 1, 1),), a.dtype)) for a in arguments]
-        frames = [T.launch_thread(f"blockIdx.{d}", n) for d, n in zip("xyz", blocks, strict=False)]
+        buffers = [
+            T.arg(a.name, T.buffer((max(a.size or 1, 1),), a.dtype))
+            for a in arguments
+            if isinstance(a, Argument)
+        ]
+        for size in arguments:
+            if isinstance(size, Size):
+                T.arg(size.name, size.variable)
+        # TVM makes parameters of what host and kernel both compute: what is computed of a size is a
+        # size of its own.
+        extents = list(blocks)
+        for place, extent in enumerate(blocks):
+            if not isinstance(extent, int):
+                title = f"blocks_{'xyz'[place]}"
+                extents[place] = T.arg(title, Var(title, "int32"))
+                made.arguments += (Size(title, extents[place]),)
+        frames = [T.launch_thread(f"blockIdx.{d}", n) for d, n in zip("xyz", extents, strict=False)]
         frames.append(T.launch_thread("threadIdx.x", threads))
         indices = [frame.__enter__() for frame in frames]
         memory = T.alloc_buffer((shared,), "uint8", scope="shared.dyn") if shared else None
@@ -120,6 +138,11 @@ def cuda_kernel(
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
     made.function = builder.get()
+
+
+def tokens_of(arguments: Sequence[Argument | Size], tokens: int) -> Any:
+    """How many tokens there are: what the call gives where it does, `tokens` otherwise."""
+    return next((a.variable for a in arguments if isinstance(a, Size)), tokens)
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -167,11 +190,12 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
     source = source.replace("__shared__ __align__(64)", "__shared__ __align__(1024)")
     parameters = dict(_SIGNATURE.findall(source))
     for kernel in kernels:
-        names = re.findall(r"(\w+)_ptr\b", parameters[kernel.name])
+        names = re.findall(r"(\w+?)(?:_ptr)?(?:,|$)", parameters[kernel.name])
         if kernel.resident:  # TVM's attribute for it is lost on the way to the device function
             bounds = f"__launch_bounds__({kernel.threads}"
             found = f"{bounds}) {kernel.name}_kernel("
             source = source.replace(found, f"{bounds}, {kernel.resident}) {kernel.name}_kernel(")
+        assert {*names} <= {a.name for a in kernel.arguments}, names
         order = {name: number for number, name in enumerate(names)}
         kernel.order = tuple(
             sorted((i for i, a in enumerate(kernel.arguments) if a.name in order),

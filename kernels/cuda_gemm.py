@@ -19,7 +19,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -30,6 +30,7 @@ from qcompiler.kernels.cuda_code import (
     cuda_kernel,
     registers,
     sync,
+    tokens_of,
     value,
 )
 from qcompiler.kernels.cuda_sums import Groups, Halves
@@ -79,8 +80,8 @@ class Blocks:
 
 
 def gemm(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights | Nibbles, how: Blocks,
-    expression: Expression,
+    name: str, arguments: Sequence[Argument | Size], tokens: int, form: Weights | Nibbles,
+    how: Blocks, expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
 
@@ -89,7 +90,7 @@ def gemm(
         arguments: x (M·K float16; units where weights are `Nibbles`), packed weights (uint8);
             without groups the rows' scales (N float32); with splits the workspace (float32) and
             counters (int32, one for each piece of the output, zero before and after); then what the
-            expression reads and writes.
+            expression reads and writes. The last may be M, given by the call.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -101,6 +102,7 @@ def gemm(
     wide = warps * tiles * form.stage_bytes
     pieces = form.line // 16
     turns = -(-form.stages // splits)
+    tokens = tokens_of(arguments, tokens)
     grid = how.grid(tokens, form)
     with cuda_kernel(name, arguments, grid, threads, how.shared(form)) as (
         made, buffers, (row_block, token_block, split), thread, memory,

@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -25,6 +25,7 @@ from qcompiler.kernels.cuda_code import (
     call,
     cuda_kernel,
     registers,
+    tokens_of,
     value,
 )
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
@@ -92,7 +93,7 @@ def choose_tall(tokens: int, form: Weights) -> Tall:
 
 
 def gemm_hopper(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Weights, how: Tall,
+    name: str, arguments: Sequence[Argument | Size], tokens: int, form: Weights, how: Tall,
     expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
@@ -102,11 +103,13 @@ def gemm_hopper(
         arguments: x as units (uint8), packed weights (uint8); without groups the rows' scales (N
             float32); with splits the workspace (float32) and counters (int32, one for each piece of
             the output, zero before and after); then what the expression reads and writes.
+            The last may be M, given by the call.
         tokens: M.
         form: of the weights.
         how: the partition.
         expression: over (…, N), with the sums as value 0; it stores them.
     """
+    tokens = tokens_of(arguments, tokens)
     down, across = how.pieces(tokens, form)
     splits = how.splits
     chunks = form.stage // CHUNK

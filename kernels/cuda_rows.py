@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
     WARP,
     CudaKernel,
@@ -24,6 +24,7 @@ from qcompiler.kernels.cuda_code import (
     call,
     cuda_kernel,
     registers,
+    tokens_of,
     value,
 )
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
@@ -56,14 +57,15 @@ class Rows:
         return -(-self.width // size) * size
 
 
-def cuda_rows(name: str, arguments: Sequence[Argument], what: Rows) -> CudaKernel:
+def cuda_rows(name: str, arguments: Sequence[Argument | Size], what: Rows) -> CudaKernel:
     """The kernel.
 
     Args:
         name: of the function.
         arguments: x (float16); with a residual that one, and where the sum goes; with a norm its
             weight (width float16); out (float16, or uint8 for units); for int8 the scales (rows
-            float32).
+            float32). Then may come counters (int32), set to zero for a kernel that follows, and the
+            number of rows, given by the call.
         what: is computed.
     """
     pieces = what.padded // PIECE
@@ -71,10 +73,12 @@ def cuda_rows(name: str, arguments: Sequence[Argument], what: Rows) -> CudaKerne
     threads = -(-pieces // each // WARP) * WARP
     warps = threads // WARP
     scratch = warps * 4 + 16
-    with cuda_kernel(name, arguments, (what.rows,), threads, scratch) as (
+    grid = (tokens_of(arguments, what.rows),)
+    with cuda_kernel(name, arguments, grid, threads, scratch) as (
         made, buffers, (row,), thread, memory,
     ):  # fmt: skip
         left = list(buffers)
+        counters = left.pop() if arguments[len(left) - 1].name == "counters" else None
         x = left.pop(0)
         residual, total = (left.pop(0), left.pop(0)) if what.residual else (None, None)
         weight = left.pop(0) if what.epsilon is not None else None
@@ -84,6 +88,11 @@ def cuda_rows(name: str, arguments: Sequence[Argument], what: Rows) -> CudaKerne
         start = T.Bind(T.cast(row, "int64") * what.width)
         call("qc_after_previous")
         call("qc_let_next")
+        if counters is not None:
+            size = int(counters.shape[0])
+            for first in range(0, size, threads):
+                with T.If(T.And(row == 0, thread + first < size)), T.Then():
+                    T.buffer_store(counters, T.int32(0), [thread + first])
         for i in range(each * PIECE):
             T.buffer_store(held, T.float32(0), [i])
 

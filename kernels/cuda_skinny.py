@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -30,6 +30,7 @@ from qcompiler.kernels.cuda_code import (
     call,
     cuda_kernel,
     sync,
+    tokens_of,
 )
 from qcompiler.kernels.cuda_sums import sums, whole
 from qcompiler.kernels.cuda_weights import ROWS, Form
@@ -96,7 +97,7 @@ def choose(tokens: int, form: Form, gpu: Gpu = HOPPER) -> Skinny:
 
 
 def skinny(
-    name: str, arguments: Sequence[Argument], tokens: int, form: Form, how: Skinny,
+    name: str, arguments: Sequence[Argument | Size], tokens: int, form: Form, how: Skinny,
     expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
@@ -105,15 +106,17 @@ def skinny(
         name: of the function.
         arguments: x, the packed weights (uint8), for float16 activations and rows with one scale
             those scales (N float32), then what the expression reads and writes. x: M·K float16, or
-            int8 or uint8 as units where weights are `Bytes` or `Nibbles`.
-        tokens: M; where there are more than 64, other blocks take the rest and read weights again.
+            int8 or uint8 as units where weights are `Bytes` or `Nibbles`. The last may be M, given
+            by the call.
+        tokens: M, or of a block where the call gives M; where there are more than 64, other blocks
+            take the rest and read weights again.
         form: of the weights.
         how: the partition.
         expression: over (…, N), with the sums as value 0 (float32, of `Bytes` int32); it stores
             them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
-    every, tokens = tokens, min(tokens, FEW)  # of all, and of a block
+    every, tokens = tokens_of(arguments, tokens), min(tokens, FEW)  # of all, and of a block
     columns = whole(tokens) // 8  # fragments of 8 tokens
     slot, wide = how.slot(tokens, form), _aligned(form.stage_bytes)
     turns = -(-form.stages // warps)

@@ -271,8 +271,11 @@ class Emitter:
     def coordinates(self, row: Any) -> list[Any]:
         """The leading coordinates of a row's number."""
         found: list[Any] = []
-        for size in reversed(self.expression.shape[:-1]):
+        leading = self.expression.shape[:-1]
+        for place, size in reversed([*enumerate(leading)]):
             if not code.known(size):
+                if place == 0:  # a row's number is below that of all rows
+                    return [row, *found]
                 found.insert(0, code.remainder_of(row, size))
                 row = code.quotient(row, size)
                 continue

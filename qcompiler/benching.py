@@ -62,7 +62,7 @@ def bench(
     inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
-        on_gpu = artifact.manifest["target"] == "ort:cuda"
+        on_gpu = artifact.manifest["target"].startswith("ort:cuda")
         open_model = (
             ort_cuda.load_model if on_gpu else partial(ort.load_model, threads=threads, rest=True)
         )

@@ -41,8 +41,8 @@ def compile_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="tvm: ort: targets run linears with inputs quantized by token on generated "
-            "kernels, as custom operators.",
+            help="tvm: ort:cpu runs linears with inputs quantized by token, ort:cuda those with "
+            "quantized weights on generated kernels, as custom operators.",
         ),
     ] = "",
     recipe: Annotated[

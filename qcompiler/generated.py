@@ -62,7 +62,8 @@ class Operator:
     Attributes:
         name: for people.
         depth: K.
-        activation: the `QType` of what the linears read, with a range for each token.
+        activation: the `QType` of what the linears read, with a range for each token; empty where
+            they read it as it is: float16, on a GPU.
         linears: may be none, where the last step's value is what is wanted.
         inputs: how many tensors (…, K) it reads.
         steps: the last is what is quantized; without any, the first input is.

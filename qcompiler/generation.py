@@ -279,7 +279,9 @@ def runtime(folder: Path, target: str, threads: int | None = None) -> Runtime:
     from importlib import import_module
 
     backends = {"ort": "ort_decode", "ort:cuda": "ort_cuda_decode", "tvm": "edge_decode"}
-    name = backends.get(target) or backends.get(target.partition(":")[0])
+    runtime, _, rest = target.partition(":")
+    device = rest.partition("+")[0].partition(":")[0]
+    name = backends.get(f"{runtime}:{device}") or backends.get(runtime)
     if name is None:
         raise UnsupportedError(f"target '{target}' writes no text; compile for ort:cpu")
     made: Any = import_module(f"qcompiler.backends.{name}").Decoder(folder, threads)

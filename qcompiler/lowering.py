@@ -181,19 +181,21 @@ def _onnx_cuda(job: Job) -> Lowered:
     from qcompiler.backends.ort_phases import DECODE, NOWHERE, PREFILL, TOKENS
 
     folder, kind = job.folder, job.recipe.weight_type
+    generate = generator(job.target)
     job.say("lower")
     bits = 8 if kind is not None and kind.bits > 4 else 4
     one = job.target.share_of_float(bits, 1, _width(job.quantized, job.planned))
     many = job.target.share_of_float(bits, TOKENS)
     ort.lower(
-        job.quantized, folder, fused=job.recipe.fused, half=True,
-        packed=DECODE if one < 1 else NOWHERE, **job.naming,
+        job.quantized, folder, fused=job.recipe.fused, half=True, generate=generate,
+        packed=DECODE if one < 1 and generate is None else NOWHERE, **job.naming,
     )  # fmt: skip
     reference = _reference(job, half=True)
     job.say("audit")
     writes = (folder / PREFILL).is_file()
-    audit = ort_audit.audit(folder, job.planned if writes else {}, (), written=True)
-    notes = _phases(bits, one, many, writes) if job.planned else []
+    kept = job.planned if writes or generate is not None else {}
+    audit = ort_audit.audit(folder, kept, (), written=True)
+    notes = _phases(bits, one, many, writes) if job.planned and generate is None else []
     run: Run = partial(_in_torch, job.quantized)
     run_float, absent = None, ""
     try:
@@ -255,10 +257,13 @@ def generator(target: Target) -> Generate | None:
     if not target.kernels:
         return None
     try:
-        from qcompiler.backends import edge_ort
+        if target.device == "cuda":
+            from qcompiler.backends.edge_cuda_ort import build
+        else:
+            from qcompiler.backends.edge_ort import build
     except ImportError as error:
         raise _without_tvm(target, error) from error
-    return partial(edge_ort.build, target=target)
+    return partial(build, target=target)
 
 
 def _without_tvm(target: Target, error: ImportError) -> UnsupportedError:

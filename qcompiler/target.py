@@ -6,6 +6,8 @@ ort:cpu:avx2             … on an x86-64 CPU without VNNI: weights keep to 7 bi
 ort:cpu:arm64            … on 64-bit ARM
 ort:cuda                 ONNX Runtime on NVIDIA GPUs, in float16
 ort:cpu+tvm              … with linears by token on kernels generated for this machine
+ort:cuda+tvm             … with quantized weights on kernels generated for GPUs
+ort:cuda:sm_90+tvm       … for those of compute capability 9.0 alone; sm_80, sm_86, sm_89
 tvm:x86-64               machine code for x86-64 with SSE4.2 (x86-64-v2)
 tvm:x86-64:avx512vnni    … with AVX512 F, BW, CD, DQ, VL and VNNI
 tvm:x86-64:avx512bf16    … with AVX512-BF16 too
@@ -44,7 +46,7 @@ CUDA_SHARES = {
 CUDA_WIDE = 8192
 CUDA_NARROW = {4: 0.87, 8: 1.14}
 # Whose kernels a runtime may run beside its own, by runtime and device.
-KERNELS = {("ort", "cpu"): ("tvm",)}
+KERNELS = {("ort", "cpu"): ("tvm",), ("ort", "cuda"): ("tvm",)}
 # Our name of a feature that brings bfloat16 products → Linux's in /proc/cpuinfo.
 BFLOAT16 = {"avx512bf16": "avx512_bf16", "bf16": "bf16"}
 # Runtime → device → feature → what it means, for people. The feature "" is the device as such.
@@ -56,7 +58,13 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
             "avx2": "x86-64 without VNNI: 7-bit weights, so that int16 sums cannot overflow",
             "arm64": "64-bit ARM",
         },
-        "cuda": {"": "NVIDIA GPUs, float16, by ONNX Runtime's CUDA provider"},
+        "cuda": {
+            "": "NVIDIA GPUs, float16, by ONNX Runtime's CUDA provider",
+            **{
+                feature: f"… generated kernels for compute capability {feature[3]}.{feature[4]}"
+                for feature in ("sm_80", "sm_86", "sm_89", "sm_90")
+            },
+        },
     },
     "torch": {"cpu": {"": "simulation in torch: for measuring, writes no artifact"}},
     "tvm": {
@@ -144,7 +152,8 @@ class Target:
         """What this target is, for people."""
         text = DEVICES[self.runtime][self.device][self.feature]
         text = f"{text} ({cpu_feature()})" if str(self).startswith("ort:cpu") else text
-        return f"{text}, linears by token on kernels of {self.kernels}" if self.kernels else text
+        which = "linears by token" if self.device == "cpu" else "quantized weights"
+        return f"{text}, {which} on kernels of {self.kernels}" if self.kernels else text
 
     @property
     def effective_feature(self) -> str:
@@ -219,8 +228,10 @@ class Target:
         if self.quantizes_itself(weight, activation):
             activation = None
         if self.device == "cuda":
-            own = _ort_cuda_refusal if self.runtime == "ort" else _cuda_refusal
-            return own(weight, activation)
+            if self.runtime == "tvm":
+                return _cuda_refusal(weight, activation)
+            reason = _ort_cuda_refusal(weight, activation)
+            return reason or (_cuda_refusal(weight, None) if self.kernels else None)
         if self.kernels:
             if weight is None or activation is None or activation.granularity != "token":
                 return (

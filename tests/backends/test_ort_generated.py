@@ -304,7 +304,7 @@ def test_places_are_those_of_the_official_header(tmp_path: Path) -> None:
         pytest.skip("onnxruntime_c_api.h is not installed (set CPATH to its folder)")
     ours = (edge_folder.SOURCES / "edge_ort_api.h").read_text()
     names = re.findall(r"\n  ORT_([A-Z0-9_]+) = (\d+)", ours.partition("Places in OrtApi")[2])
-    assert len(names) == 14
+    assert len(names) == 15
     by_name = {re.sub("[_]", "", name).lower(): place for name, place in names}
     table = probe.stdout.partition("struct OrtApi {")[2].partition("\n};")[0]
     functions = re.findall(r"\(\s*\*\s*(\w+)\)\s*\(", table)

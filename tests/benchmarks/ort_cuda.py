@@ -27,13 +27,21 @@ from qcompiler.backends.ort_session import FIRST, MODEL, SHARED
 
 PROMPTS, TEXT, TOKENS, ROUNDS = (16, 128, 512), 512, 128, 8
 BLOCK = 32
+SIZES = {"layers": 8, "width": 2048, "inner": 5632, "vocabulary": 32000}
+
+
+def centred(random: Any, shape: tuple[int, ...], bits: int) -> Any:
+    """Random packed integers of 4 or 8 bits, their mean the kernel's zero point."""
+    if bits == 8:
+        return random.integers(1, 256, shape, np.uint8)
+    return random.integers(1, 16, shape, np.uint8) | random.integers(1, 16, shape, np.uint8) << 4
 
 
 class Writer:
     """A random decoder, node by node."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits, self.random = bits, np.random.default_rng(0)
+    def __init__(self, bits: int, own: Any = None) -> None:
+        self.bits, self.own, self.random = bits, own, np.random.default_rng(0)
         self.nodes: list[onnx.NodeProto] = []
         self.held: list[onnx.TensorProto] = []
 
@@ -47,14 +55,25 @@ class Writer:
         self.nodes.append(helper.make_node(op, inputs, list(outputs), domain=domain, **attrs))
         return outputs[0]
 
-    def linear(self, x: str, outputs: int, inputs: int, name: str) -> str:
+    def linears(self, x: str, outputs: int, inputs: int, *names: str) -> tuple[str, ...]:
+        """Linears of one tensor: an operator of `own`, where there is that."""
+        if self.own is None:
+            return tuple(self._linear(x, outputs, inputs, name) for name in names)
+        layers = next(op for op in self.own.known[::-1] if len(op) == len(names)
+                      and (op[0].outputs, op[0].inputs) == (outputs, inputs))  # fmt: skip
+        node, held, _ = self.own.node(layers, x, [*names])
+        self.nodes.append(node)
+        self.held.append(held)
+        return names
+
+    def _linear(self, x: str, outputs: int, inputs: int, name: str) -> str:
         spread = inputs**-0.5
         if self.bits == 16:
             weight = self.random.standard_normal((inputs, outputs), np.float32) * spread
             held = self.constant(f"{name}_weight", weight.astype(np.float16))
             return self.node("MatMul", [x, held], name)
         shape = (outputs, inputs // BLOCK, BLOCK * self.bits // 8)
-        packed = self.constant(f"{name}_weight", self.random.integers(0, 256, shape, np.uint8))
+        packed = self.constant(f"{name}_weight", centred(self.random, shape, self.bits))
         size = spread / (1 << (self.bits - 1)) * 1.7  # the spread of uniform integers
         scales = self.constant(f"{name}_scales", np.full(shape[:2], size, np.float16))
         return self.node(
@@ -63,11 +82,16 @@ class Writer:
         )  # fmt: skip
 
 
-def decoder(bits: int, layers: int, width: int, inner: int, vocabulary: int) -> onnx.ModelProto:
-    """The model with weights of 4, 8 or 16 bits; heads of 128, half as many for the cache."""
+def decoder(
+    bits: int, own: Any = None, *, layers: int, width: int, inner: int, vocabulary: int
+) -> onnx.ModelProto:
+    """The model with weights of 4, 8 or 16 bits; heads of 128, half as many for the cache.
+
+    `own`: operators of `ort_cuda_kernels`, which then multiply.
+    """
     size, context = 128, 4096
     heads, kv_heads = width // size, max(1, width // size // 2)
-    w = Writer(bits)
+    w = Writer(bits, own)
     one = w.constant("one", np.array([1], np.int64))
     w.node("ReduceSum", ["attention_mask", one], "counts", keepdims=0)
     w.node("Cast", [w.node("Sub", ["counts", one], "last")], "seqlens", to=TensorProto.INT32)
@@ -96,25 +120,22 @@ def decoder(bits: int, layers: int, width: int, inner: int, vocabulary: int) -> 
             shape = ["batch", kv_heads, "past" if k < 2 else "all", size]
             ports[k // 2].append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape))
         n = norm(x, f"n{i}")
-        q, k_, v = (
-            w.linear(n, count * size, width, f"{part}{i}")
-            for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
+        (qkv,) = w.linears(n, (heads + 2 * kv_heads) * size, width, f"qkv{i}")
         attended = w.node(
-            "GroupQueryAttention", [q, k_, v, *names[:2], "seqlens", "total", *tables], f"a{i}",
+            "GroupQueryAttention", [qkv, "", "", *names[:2], "seqlens", "total", *tables], f"a{i}",
             *names[2:], domain="com.microsoft", num_heads=heads, kv_num_heads=kv_heads,
             do_rotary=1, scale=size**-0.5,
         )  # fmt: skip
-        x = w.node("Add", [x, w.linear(attended, width, width, f"o{i}")], f"x{i}a")
+        x = w.node("Add", [x, *w.linears(attended, width, width, f"o{i}")], f"x{i}a")
         n = norm(x, f"m{i}")
-        up, gate = (w.linear(n, inner, width, f"{part}{i}") for part in ("up", "gate"))
+        up, gate = w.linears(n, inner, width, f"up{i}", f"gate{i}")
         swish = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"s{i}")], f"g{i}")
-        down = w.linear(w.node("Mul", [swish, up], f"h{i}"), width, inner, f"down{i}")
-        x = w.node("Add", [x, down], f"x{i}b")
+        down = w.linears(w.node("Mul", [swish, up], f"h{i}"), width, inner, f"down{i}")
+        x = w.node("Add", [x, *down], f"x{i}b")
     ends = [w.constant(FIRST, np.zeros(1, np.int64)),
             w.constant("end", np.array([1 << 62], np.int64)), one]  # fmt: skip
     kept = w.node("Slice", [norm(x, "n"), *ends], "kept")
-    w.node("Cast", [w.linear(kept, vocabulary, width, "head")], "logits", to=TensorProto.FLOAT)
+    w.node("Cast", [*w.linears(kept, vocabulary, width, "head")], "logits", to=TensorProto.FLOAT)
     given = [("input_ids", ["batch", "new"]), ("attention_mask", ["batch", "all"]), (FIRST, [1])]
     whole = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in given]
     logits = helper.make_tensor_value_info(
@@ -123,7 +144,8 @@ def decoder(bits: int, layers: int, width: int, inner: int, vocabulary: int) -> 
     graph = helper.make_graph(
         w.nodes, "decoder", [*whole[:2], *ports[0], whole[2]], [logits, *ports[1]], w.held
     )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    domains = (("", 23), ("com.microsoft", 1), ("qcompiler", 1))
+    opsets = [helper.make_opsetid(*domain) for domain in domains]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     helper.set_model_props(model, {SHARED: "1"})
     return model
@@ -173,17 +195,17 @@ def void(_: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=2048, help="a multiple of 256")
-    parser.add_argument("--inner", type=int, default=5632)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--layers", type=int, default=SIZES["layers"])
+    parser.add_argument("--width", type=int, default=SIZES["width"], help="a multiple of 256")
+    parser.add_argument("--inner", type=int, default=SIZES["inner"])
+    parser.add_argument("--vocabulary", type=int, default=SIZES["vocabulary"])
     given = parser.parse_args()
     print("weights      | a token |", " | ".join(f"prompt {n}" for n in PROMPTS), "| graphs' error")
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
         for bits in (16, 4, 8):
             folder = Path(scratch) / str(bits)
             folder.mkdir()
-            model = decoder(bits, given.layers, given.width, given.inner, given.vocabulary)
+            model = decoder(bits, **vars(given))
             onnx.save(model, folder / MODEL)
             forms = ["packed", "both"] if bits < 16 else ["float16"]
             for form in forms:

@@ -1,0 +1,430 @@
+/* A library of custom operators for ONNX Runtime's CUDA provider: linears on generated kernels.
+ *
+ *     qcompiler::QuantizedMatMul(weights, x; number, library) -> y, …, scratch
+ *
+ * x is float16 (…, K); each y float16 (…, N), of one of the linears that read x. `scratch` is memory
+ * that ONNX Runtime owns and the kernels write in between; nothing reads it. `number` says which of
+ * the compiled operators it is, `library` which library its weights are packed for. Kernels are told
+ * how many rows there are; they are launched by the driver on the session's stream, so that a
+ * captured CUDA graph holds them. Nothing is linked but libc: the driver is opened at run time. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "edge_cuda_ort.h"
+#include "edge_ort_call.h"
+
+#ifndef PROVIDER /* tests take the CPU's, with a driver of their own */
+#define PROVIDER "CUDAExecutionProvider"
+#endif
+
+enum { OLDEST = 12000, ALIGNMENT = 256, MAX_PRODUCTS = 16, MAX_CONTEXTS = 64 };
+enum { UNIT_ROWS = 64, UNIT_BYTES = 128 }; /* kernels/cuda_units.py */
+enum { COUNTER_COUNT = 256 };              /* edge_cuda_products.py */
+
+/* The driver API's own numbers and layouts. */
+enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, PROCESSORS = 16, MAX_DYNAMIC_SHARED = 8 };
+enum { COOPERATIVE = 2, PROGRAMMATIC_SERIALIZATION = 6 };
+
+struct attribute {
+  int id, padding;
+  int value[16];
+};
+
+struct config {
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  struct attribute *attributes;
+  unsigned count;
+};
+
+#define FUNCTIONS(F)                                                     \
+  F(cuInit, (unsigned flags))                                            \
+  F(cuDriverGetVersion, (int *version))                                  \
+  F(cuDeviceGetCount, (int *count))                                      \
+  F(cuDeviceGet, (int *device, int number))                              \
+  F(cuDeviceGetAttribute, (int *value, int attribute, int device))       \
+  F(cuDeviceGetName, (char *name, int size, int device))                 \
+  F(cuCtxGetCurrent, (void **context))                                   \
+  F(cuCtxSetCurrent, (void *context))                                    \
+  F(cuCtxGetDevice, (int *device))                                       \
+  F(cuStreamGetCtx, (void *stream, void **context))                      \
+  F(cuModuleLoadData, (void **module, const void *image))                \
+  F(cuModuleGetFunction, (void **function, void *module, const char *))  \
+  F(cuFuncSetAttribute, (void *function, int attribute, int value))      \
+  F(cuLaunchKernelEx,                                                    \
+    (const struct config *config, void *function, void **parameters, void **extra)) \
+  F(cuMemsetD8Async, (uint64_t at, unsigned char value, size_t count, void *stream)) \
+  F(cuGetErrorName, (int code, const char **name))
+
+static struct {
+#define DECLARE(name, parameters) int(*name) parameters;
+  FUNCTIONS(DECLARE)
+} cu;
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static char absent[300]; /* why there is no driver; empty where there is one */
+
+static void open_driver(void) {
+  int version = 0;
+  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    snprintf(absent, sizeof absent, "no GPU: NVIDIA's driver (libcuda.so.1) was not found");
+    return;
+  }
+#define FIND(name, parameters) *(void **)(&cu.name) = dlsym(library, #name);
+  FUNCTIONS(FIND)
+  if (!cu.cuInit || cu.cuInit(0)) {
+    snprintf(absent, sizeof absent, "no GPU: NVIDIA's driver finds no device that it can use");
+    return;
+  }
+  if (!cu.cuDriverGetVersion || cu.cuDriverGetVersion(&version) || version < OLDEST ||
+      !cu.cuLaunchKernelEx)
+    snprintf(absent, sizeof absent,
+             "the GPU's driver is made for CUDA %d.%d; %d.%d or later is needed", version / 1000,
+             version % 1000 / 10, OLDEST / 1000, OLDEST % 1000 / 10);
+}
+
+static ort_status *check(ort_api api, int code, const char *what) {
+  const char *name = NULL;
+  if (!code) return NULL;
+  if (cu.cuGetErrorName(code, &name) || !name) name = "an unknown error";
+  return refuse(api, ORT_FAIL, "%s: the GPU's driver answered %s", what, name);
+}
+
+static int attribute_of(int device, int attribute) {
+  int value = 0;
+  return cu.cuDeviceGetAttribute(&value, attribute, device) ? 0 : value;
+}
+
+static int capability_of(int device) {
+  return attribute_of(device, CAPABILITY_MAJOR) * 10 + attribute_of(device, CAPABILITY_MINOR);
+}
+
+/* The code that a GPU runs: that of its generation, not newer than it; -1 where there is none. */
+static int code_for(int capability) {
+  int found = -1;
+  for (int i = 0; i < compiled_operators.gpu_count; i++) {
+    int have = compiled_operators.gpus[i].capability;
+    if (have <= capability && have / 10 == capability / 10) found = i;
+  }
+  return found;
+}
+
+static ort_status *refuse_device(ort_api api, int device) {
+  char name[100] = "the GPU", held[100] = "";
+  int capability = capability_of(device);
+  cu.cuDeviceGetName(name, sizeof name, device);
+  for (int i = 0; i < compiled_operators.gpu_count; i++) {
+    int have = compiled_operators.gpus[i].capability;
+    size_t used = strlen(held);
+    snprintf(held + used, sizeof held - used, "%s%d.%d", i ? ", " : "", have / 10, have % 10);
+  }
+  return refuse(api, ORT_NOT_IMPLEMENTED,
+                "libqcompiler_ort.so holds code for compute capability %s, and %s has %d.%d; "
+                "compile the model for it (--target ort:cuda:sm_%d)",
+                held, name, capability / 10, capability % 10, capability);
+}
+
+/* Kernels loaded in a context: a device of this process. */
+struct module {
+  void *context;
+  const struct gpu *gpu;
+  int processors;
+  void **functions;
+};
+
+static struct module modules[MAX_CONTEXTS];
+static int module_count;
+
+static ort_status *load(ort_api api, void *context, struct module *made) {
+  int device = 0;
+  void *module = NULL;
+  TRY(check(api, cu.cuCtxGetDevice(&device), "the session's GPU"));
+  int code = code_for(capability_of(device));
+  if (code < 0) return refuse_device(api, device);
+  const struct gpu *gpu = &compiled_operators.gpus[code];
+  TRY(check(api, cu.cuModuleLoadData(&module, gpu->image), "loading the kernels"));
+  void **functions = calloc((size_t)gpu->kernel_count, sizeof *functions);
+  if (!functions) return refuse(api, ORT_FAIL, "not enough memory for the kernels");
+  for (int i = 0; i < gpu->kernel_count; i++) {
+    const struct gpu_kernel *kernel = &gpu->kernels[i];
+    ort_status *status =
+        check(api, cu.cuModuleGetFunction(&functions[i], module, kernel->name), kernel->name);
+    if (!status)
+      status = check(
+          api, cu.cuFuncSetAttribute(functions[i], MAX_DYNAMIC_SHARED, (int)kernel->shared),
+          kernel->name);
+    if (status) {
+      free(functions);
+      return status;
+    }
+  }
+  *made = (struct module){context, gpu, attribute_of(device, PROCESSORS), functions};
+  return NULL;
+}
+
+/* The kernels in the thread's current context, or else that of the stream; none without any. */
+static ort_status *find_module(ort_api api, void *stream, const struct module **found) {
+  void *context = NULL;
+  TRY(check(api, cu.cuCtxGetCurrent(&context), "the session's context"));
+  if (!context && stream) {
+    TRY(check(api, cu.cuStreamGetCtx(stream, &context), "the session's context"));
+    TRY(check(api, cu.cuCtxSetCurrent(context), "the session's context"));
+  }
+  *found = NULL;
+  if (!context) return NULL;
+  ort_status *status = NULL;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < module_count && !*found; i++)
+    if (modules[i].context == context) *found = &modules[i];
+  if (!*found && module_count == MAX_CONTEXTS)
+    status = refuse(api, ORT_FAIL, "more than %d contexts of GPUs in one process", MAX_CONTEXTS);
+  else if (!*found && !(status = load(api, context, &modules[module_count])))
+    *found = &modules[module_count++];
+  pthread_mutex_unlock(&lock);
+  return status;
+}
+
+/* One node of a graph. */
+struct node {
+  ort_api api;
+  const struct operator_of *operator;
+};
+
+static ort_status *create(const ort_custom_op *op, ort_api api, const ort_object *info,
+                          void **kernel) {
+  int64_t number = 0;
+  const struct module *module;
+  (void)op;
+  TRY(find_number(api, info, compiled_operators.library, compiled_operators.count, &number));
+  /* A session starts with its GPU current: what is wrong with the kernels shows now. */
+  TRY(find_module(api, NULL, &module));
+  struct node *node = calloc(1, sizeof *node);
+  if (!node) return refuse(api, ORT_FAIL, "not enough memory for an operator");
+  node->api = api;
+  node->operator= &compiled_operators.list[number];
+  *kernel = node;
+  return NULL;
+}
+
+static void destroy(void *given) { free(given); }
+
+static int64_t up(int64_t size, int64_t by) { return (size + by - 1) / by; }
+
+static int64_t aligned(int64_t size) { return up(size, ALIGNMENT) * ALIGNMENT; }
+
+/* What computes so many rows. Blocks that share a piece may wait for one another: there are no more
+ * of them than run at once. */
+static const struct choice *choose(const struct module *module, int form, int64_t rows) {
+  const struct choices *choices = &module->gpu->choices[form];
+  for (int i = 0; i + 1 < choices->count; i++) {
+    const struct choice *choice = &choices->list[i];
+    int64_t blocks = up(rows, choice->each) * choice->across * choice->splits;
+    if ((!choice->most || rows <= choice->most) &&
+        (choice->splits == 1 || blocks <= module->processors))
+      return choice;
+  }
+  return &choices->list[choices->count - 1];
+}
+
+/* Launches that follow one another on a stream. */
+struct queue {
+  ort_api api;
+  const struct module *module;
+  void *stream;
+  int after_kernel; /* whether what the next one follows is a kernel */
+};
+
+static ort_status *launch(struct queue *queue, int number, int rows, void *const *values) {
+  const struct gpu_kernel *kernel = &queue->module->gpu->kernels[number];
+  void *parameters[ROLES], *held[ROLES];
+  struct config config = {.block = {kernel->threads, 1, 1}, .shared = kernel->shared,
+                          .stream = queue->stream};
+  /* A kernel may start while the one before still runs: it waits itself before it reads what others
+   * write. Not so one whose blocks must all run at once. */
+  struct attribute attribute = {
+      .id = kernel->together ? COOPERATIVE : PROGRAMMATIC_SERIALIZATION, .value = {1}};
+  config.attributes = &attribute;
+  config.count = kernel->together || queue->after_kernel;
+  for (int i = 0; i < 3; i++) {
+    const struct extent *extent = &kernel->grid[i];
+    config.grid[i] =
+        extent->fixed * (extent->each ? (unsigned)up(rows, (int64_t)extent->each) : 1);
+  }
+  for (int i = 0; i < kernel->parameter_count; i++) {
+    uint8_t role = kernel->parameters[i];
+    held[i] = role < TOKENS ? values[role] : NULL;
+    parameters[i] = role < TOKENS ? (void *)&held[i]
+                    : role == TOKENS ? (void *)&rows
+                                     : (void *)&config.grid[role - BLOCKS_X];
+  }
+  queue->after_kernel = 1;
+  return check(queue->api,
+               cu.cuLaunchKernelEx(&config, queue->module->functions[number], parameters, NULL),
+               kernel->name);
+}
+
+/* Memory for a call: units, workspace, counters, one behind the other. */
+struct scratch {
+  int64_t units, room, counters; /* bytes */
+};
+
+static struct scratch measure(const struct module *module, const struct operator_of *op,
+                              int64_t rows) {
+  struct scratch found = {0, 0, 0};
+  for (int i = 0; i < op->count; i++) {
+    const struct choice *choice = choose(module, op->products[i].form, rows);
+    int64_t pieces = up(rows, choice->each) * choice->across;
+    int64_t room = aligned(pieces * choice->splits * choice->room * (int64_t)sizeof(float));
+    if (choice->units >= 0)
+      found.units = up(rows, UNIT_ROWS) * up(op->depth * 2, UNIT_BYTES) * UNIT_ROWS * UNIT_BYTES;
+    if (room > found.room) found.room = room;
+    if (room || choice->units >= 0) found.counters = COUNTER_COUNT * 4;
+  }
+  return found;
+}
+
+static ort_status *multiply(struct queue *queue, const struct operator_of *op, const uint8_t *weights,
+                            void *x, int64_t rows, uint8_t *memory, void *const *ys) {
+  struct scratch scratch = measure(queue->module, op, rows);
+  void *values[ROLES] = {[X] = x, [UNITS] = memory, [ROOM] = memory + scratch.units,
+                         [COUNTERS] = memory + scratch.units + scratch.room};
+  int stored = 0; /* whether x lies there as units */
+  if (scratch.counters && !scratch.units) { /* what makes units clears counters */
+    TRY(check(queue->api,
+              cu.cuMemsetD8Async((uint64_t)(uintptr_t)values[COUNTERS], 0,
+                                 (size_t)scratch.counters, queue->stream),
+              "clearing counters"));
+    queue->after_kernel = 0;
+  }
+  for (int i = 0; i < op->count; i++) {
+    const struct product *product = &op->products[i];
+    const struct choice *choice = choose(queue->module, product->form, rows);
+    if (choice->units >= 0 && !stored) {
+      TRY(launch(queue, choice->units, (int)rows, values));
+      stored = 1;
+    }
+    values[WEIGHT] = (void *)(uintptr_t)(weights + product->weight);
+    values[SCALES] = (void *)(uintptr_t)(weights + product->scales);
+    values[BIAS] = (void *)(uintptr_t)(weights + product->bias);
+    values[OUT] = ys[i];
+    TRY(launch(queue, choice->kernel, (int)rows, values));
+  }
+  return NULL;
+}
+
+static ort_status *output(ort_api api, ort_object *context, size_t index, const int64_t *sizes,
+                          size_t rank, void **data) {
+  ort_object *value;
+  TRY(CALL(ort_output, ORT_KERNEL_CONTEXT_GET_OUTPUT)(context, index, sizes, rank, &value));
+  return CALL(ort_tensor_data, ORT_GET_TENSOR_MUTABLE_DATA)(value, data);
+}
+
+static ort_status *compute(void *given, ort_object *context) {
+  struct node *node = given;
+  const struct operator_of *op = node->operator;
+  ort_api api = node->api;
+  struct queue queue = {.api = api, .after_kernel = 1};
+  uint8_t *weights, *x, *memory, *ys[MAX_PRODUCTS];
+  int64_t sizes[MAX_DIMENSIONS], rows = 1, widest = op->depth;
+  size_t rank, count;
+  TRY(CALL(ort_gpu_stream, ORT_KERNEL_CONTEXT_GET_GPU_COMPUTE_STREAM)(context, &queue.stream));
+  TRY(find_module(api, queue.stream, &queue.module));
+  if (!queue.module) return refuse(api, ORT_FAIL, "%s: no context of a GPU is current", op->name);
+  TRY(find_input(api, context, 0, &weights, &count, NULL, NULL));
+  if (count != op->weights)
+    return refuse(api, ORT_INVALID_ARGUMENT, "%s: %zu bytes of weights, and its kernels read %llu",
+                  op->name, count, (unsigned long long)op->weights);
+  TRY(find_input(api, context, 1, &x, &count, sizes, &rank));
+  if (rank < 1 || rank > MAX_DIMENSIONS || sizes[rank - 1] != op->depth)
+    return refuse(api, ORT_INVALID_ARGUMENT, "%s reads rows of %lld numbers, not of %lld", op->name,
+                  (long long)op->depth,
+                  rank >= 1 && rank <= MAX_DIMENSIONS ? (long long)sizes[rank - 1] : 0LL);
+  if ((uintptr_t)x % 16 || (uintptr_t)weights % 16)
+    return refuse(api, ORT_INVALID_ARGUMENT, "%s reads tensors that start at a multiple of 16 bytes",
+                  op->name);
+  for (size_t i = 0; i + 1 < rank; i++) rows *= sizes[i];
+  for (int i = 0; i < op->count; i++) {
+    sizes[rank - 1] = op->products[i].columns;
+    if (sizes[rank - 1] > widest) widest = sizes[rank - 1];
+    TRY(output(api, context, (size_t)i, sizes, rank, (void **)&ys[i]));
+  }
+  /* Kernels count elements in 32 bits: of more, they take a part at a time. */
+  int64_t step = INT32_MAX / widest / 128 * 128;
+  int64_t halves = 0;
+  for (int64_t done = 0; done < rows; done += step) {
+    struct scratch part = measure(queue.module, op, rows - done < step ? rows - done : step);
+    int64_t size = (part.units + part.room + part.counters + 1) / 2;
+    if (size > halves) halves = size;
+  }
+  TRY(output(api, context, (size_t)op->count, &halves, 1, (void **)&memory));
+  for (int64_t done = 0; done < rows; done += step) {
+    int64_t left = rows - done < step ? rows - done : step;
+    void *to[MAX_PRODUCTS];
+    for (int i = 0; i < op->count; i++) to[i] = ys[i] + done * op->products[i].columns * 2;
+    TRY(multiply(&queue, op, weights, x + done * op->depth * 2, left, memory, to));
+  }
+  return NULL;
+}
+
+static const char *name(const ort_custom_op *op) { return (void)op, "QuantizedMatMul"; }
+static const char *provider(const ort_custom_op *op) { return (void)op, PROVIDER; }
+static int input_type(const ort_custom_op *op, size_t index) {
+  return (void)op, index ? ORT_FLOAT16 : ORT_UINT8;
+}
+static int output_type(const ort_custom_op *op, size_t index) {
+  return (void)op, (void)index, ORT_FLOAT16;
+}
+static size_t two(const ort_custom_op *op) { return (void)op, 2; }
+static size_t one(const ort_custom_op *op) { return (void)op, 1; }
+static int required(const ort_custom_op *op, size_t index) {
+  return (void)op, (void)index, ORT_REQUIRED;
+}
+static int variadic(const ort_custom_op *op, size_t index) {
+  return (void)op, (void)index, ORT_VARIADIC;
+}
+static int yes(const ort_custom_op *op) { return (void)op, 1; }
+static int memory_kind(const ort_custom_op *op, size_t index) { return (void)op, (void)index, 0; }
+static int latest(const ort_custom_op *op) { return (void)op, INT32_MAX; }
+
+static const ort_custom_op product_operator = {
+    .version = ORT_VERSION,
+    .name = name,
+    .provider = provider,
+    .input_type = input_type,
+    .input_count = two,
+    .output_type = output_type,
+    .output_count = one,
+    .compute = compute,
+    .destroy = destroy,
+    .input_kind = required,
+    .output_kind = variadic,
+    .input_memory = memory_kind,
+    .variadic_inputs = yes,
+    .alike_inputs = yes,
+    .variadic_outputs = yes,
+    .alike_outputs = yes,
+    .create_kernel = create,
+    .first_version = yes,
+    .last_version = latest,
+};
+
+/* What ONNX Runtime calls when the library is given to a session's options. */
+ort_status *RegisterCustomOps(ort_object *options, const ort_base *base) {
+  ort_api api = NULL;
+  int count = 0, device = 0, fits = 0;
+  TRY(find_api(base, &api));
+  pthread_once(&once, open_driver);
+  if (absent[0]) return refuse(api, ORT_NOT_IMPLEMENTED, "%s", absent);
+  if (cu.cuDeviceGetCount(&count) || !count)
+    return refuse(api, ORT_NOT_IMPLEMENTED, "no GPU: NVIDIA's driver finds no device that it can use");
+  for (int i = 0; i < count && !fits; i++) {
+    int code = cu.cuDeviceGet(&device, i);
+    fits = !code && code_for(capability_of(device)) >= 0;
+  }
+  if (!fits) return refuse_device(api, device);
+  return join(options, api, &product_operator, 1);
+}

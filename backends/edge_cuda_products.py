@@ -1,0 +1,197 @@
+"""Products of any number of tokens with one weight, for a GPU: kernels, and when each is taken.
+
+Kernels are told the number of tokens by the call. Up to 64 tokens, blocks are made for a few
+numbers and leave what is beyond the call's alone; more go piece by piece, and where those are few,
+the weight's columns are shared out among blocks as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx import Var
+
+from qcompiler.kernels.code import Argument, Size
+from qcompiler.kernels.cuda_code import HOPPER, CudaKernel, Gpu
+from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
+from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
+from qcompiler.kernels.cuda_rows import PIECE, Rows, cuda_rows
+from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
+from qcompiler.kernels.cuda_units import unit_bytes
+from qcompiler.kernels.cuda_weights import Weights
+from qcompiler.kernels.expression import Access, Expression, Step
+
+SIZES = (1, 4, 8, 16, 32, FEW)  # tokens of blocks for few
+LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
+# Multiplications up to which tiled products take longer than reading twice: on an H200 one of 4-bit
+# weights takes 11 µs, however small it is.
+SMALL = 300_000_000
+COUNTERS = 256  # more than there are pieces that blocks share; as in edge_cuda_ort.c
+LONGEST = 32768  # numbers of a row that units are made of
+# What a kernel's argument is, in the order of edge_cuda_ort.h.
+ROLES = (
+    "x", "units", "weight", "scales", "bias", "room", "counters", "out", "tokens", "blocks_x",
+    "blocks_y",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Blocks along one dimension: fixed · ⌈tokens / each⌉, or fixed where `each` is 0."""
+
+    fixed: int
+    each: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What computes a product.
+
+    Attributes:
+        most: tokens that it is for at most; 0: any number.
+        kernel: of the product.
+        grid: its blocks.
+        each, across: tokens of a piece of the output; pieces along the outputs.
+        splits: blocks that share a piece.
+        room: float32 numbers that such a block leaves in the workspace; 0 without splits.
+        units: whether it reads x as units.
+        together: whether blocks wait for one another, so that all must run at once.
+    """
+
+    most: int
+    kernel: CudaKernel
+    grid: tuple[Extent, Extent, Extent]
+    each: int
+    across: int
+    splits: int
+    room: int
+    units: bool
+    together: bool
+
+
+def is_tall(tokens: int, numbers: int, gpu: Gpu) -> bool:
+    """Whether Hopper's warpgroup products, which read units, take so many tokens.
+
+    Args:
+        tokens: of the activations.
+        numbers: of the weight.
+        gpu: that runs them.
+    """
+    many = tokens > FEW or (tokens > FEW // 2 and numbers >= LARGE)
+    return many and gpu.capability == HOPPER.capability
+
+
+def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:
+    """All kernels of a product: for few tokens first, the fewest first, then the most splits first.
+
+    Args:
+        name: that their names start with.
+        form: of the weight.
+        biased: whether a bias (N float32) is added.
+        gpu: that runs them.
+    """
+    numbers = form.rows * form.depth
+    found = [
+        _few(f"{name}_few{n}", form, biased, n, gpu) for n in SIZES if not is_tall(n, numbers, gpu)
+    ]
+    if is_tall(FEW, numbers, gpu):
+        found.append(_many(f"{name}_few", form, biased, FEW, gpu, FEW))
+    pieces, splits = 1, 0
+    while splits != 1:  # the more pieces, the fewer blocks share each
+        now = splits_for(2 * FEW * pieces, form, gpu)
+        if now != splits:
+            found.append(_many(f"{name}_many", form, biased, 2 * FEW * pieces, gpu, 0))
+        pieces, splits = pieces + 1, now
+    return found
+
+
+def splits_for(tokens: int, form: Weights, gpu: Gpu) -> int:
+    """How many blocks share a piece of the output."""
+    if gpu.capability == HOPPER.capability:
+        return choose_tall(tokens, form).splits
+    return choose_blocks(tokens, form, gpu).splits
+
+
+def half_units(name: str, depth: int) -> tuple[CudaKernel, tuple[Extent, Extent, Extent]]:
+    """The kernel that stores x as units and clears counters, and its blocks."""
+    arguments: list[Argument | Size] = [
+        Argument("x", "float16", depth), Argument("units", "uint8", unit_bytes(1, depth, 2)),
+        Argument("counters", "int32", COUNTERS), _tokens(),
+    ]  # fmt: skip
+    made = cuda_rows(name, arguments, Rows(1, depth, False, None, "units"))
+    return made, (Extent(1, 1), Extent(1), Extent(1))
+
+
+def takes(depth: int) -> bool:
+    """Whether rows of that length can be stored as units."""
+    return depth % PIECE == 0 and depth <= LONGEST
+
+
+def _tokens() -> Size:
+    return Size("tokens", Var("tokens", "int32"))
+
+
+def _few(name: str, form: Weights, biased: bool, most: int, gpu: Gpu) -> Choice:
+    how = choose(most, form, gpu)
+    arguments, expression = _described(form, biased, Argument("x", "float16", form.depth))
+    tokens = max(most, SMALL // (form.rows * form.depth)) if most == FEW else most
+    made = skinny(name, arguments, most, form, how, expression)
+    across = -(-form.tiles // how.tiles)
+    grid = (Extent(across), Extent(1, most), Extent(1))
+    return Choice(tokens, made, grid, most, across, 1, 0, False, False)
+
+
+def _many(name: str, form: Weights, biased: bool, tokens: int, gpu: Gpu, most: int) -> Choice:
+    """For about that many tokens."""
+    how: Any
+    if gpu.capability == HOPPER.capability:
+        how = choose_tall(tokens, form)
+        across = how.pieces(1, form)[1]
+        x = Argument("units", "uint8", unit_bytes(1, form.depth, 2))
+        grid = (Extent(across, how.tokens), Extent(how.splits), Extent(1))
+        make: Any = gemm_hopper
+    else:
+        how = choose_blocks(tokens, form, gpu)
+        across = how.grid(1, form)[0]
+        x = Argument("x", "float16", form.depth)
+        grid = (Extent(across), Extent(1, how.tokens), Extent(how.splits))
+        make = gemm
+    shared = how.splits > 1
+    arguments, expression = _described(form, biased, x, shared)
+    made = make(f"{name}{how.tokens}_{how.splits}", arguments, how.tokens, form, how, expression)
+    if make is gemm_hopper:  # none of its blocks is left without work
+        grid = (grid[0], Extent(made.blocks[1]), grid[2])
+    room = how.workspace(1, form) // (across * how.splits)
+    return Choice(
+        most, made, grid, how.tokens, across, how.splits, room, make is gemm_hopper,
+        shared and make is gemm_hopper,
+    )  # fmt: skip
+
+
+def _described(
+    form: Weights, biased: bool, x: Argument, shared: bool = False
+) -> tuple[list[Argument | Size], Expression]:
+    """A product's arguments, and what follows its sums: the bias, and float16 in memory."""
+    given: list[Argument | Size] = [x, Argument("weight", "uint8", form.nbytes)]
+    if form.scaled_after:
+        given.append(Argument("scales", "float32", form.rows))
+    if shared:
+        given += [Argument("room", "float32", 1), Argument("counters", "int32", 1)]
+    steps, last = [Step("anchor", "float32")], 0
+    if biased:
+        held = Access(len(given), "float32", 0, (0, 1))
+        given.append(Argument("bias", "float32", form.rows))
+        steps += [Step("load", "float32", (), held), Step("add", "float32", (0, 1))]
+        last = 2
+    out = Access(len(given), "float16", 0, (form.rows, 1))
+    given.append(Argument("out", "float16", form.rows))
+    tokens = _tokens()
+    given.append(tokens)
+    return given, Expression((tokens.variable, form.rows), tuple(steps), ((last, out),))
+
+
+def roles(kernel: CudaKernel) -> Sequence[str]:
+    """What each parameter of the compiled kernel is: a name of `ROLES`."""
+    return [kernel.arguments[i].name for i in kernel.order]

@@ -1,0 +1,328 @@
+"""Custom operators for ONNX Runtime's CUDA provider: what is written, how it is launched, results.
+
+Without a GPU, a driver made here stands for NVIDIA's: it says what it was asked to launch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+if shutil.which("cc") is None:
+    pytest.skip("no C compiler is installed", allow_module_level=True)
+
+import qcompiler
+from qcompiler.artifact import Artifact
+from qcompiler.backends import (
+    edge_cuda_build,
+    edge_cuda_ort,
+    edge_cuda_products,
+    ort_cuda,
+    ort_cuda_decode,
+)
+from qcompiler.backends.ort_phases import PREFILL
+from qcompiler.backends.ort_session import LIBRARY, MODEL
+from qcompiler.errors import UnsupportedError
+from qcompiler.generated import Library, Linear, Operator
+from qcompiler.kernels.cuda_code import HOPPER as HOPPER_GPU
+from qcompiler.kernels.cuda_code import CudaKernel
+from qcompiler.kernels.cuda_weights import Weights
+from qcompiler.models import find
+from qcompiler.qtype import QType
+from qcompiler.recipe import load_recipe
+from qcompiler.target import Target
+
+CLOSE = 1e-3  # ‖out − ref‖ / ‖ref‖ of one product with float16 outputs
+HOPPER = "ort:cuda:sm_90+tvm"
+nvcc = pytest.mark.skipif(
+    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
+)
+
+
+def linear(outputs: int, inputs: int, text: str, biased: bool) -> Linear:
+    weight, kind = torch.randn(outputs, inputs), QType.parse(text)
+    axis = 1 if kind.group else 0
+    scale, zero = kind.scale_for(*kind.ranges(weight, axis))
+    q = kind.quantize(weight, scale, zero, axis)
+    bias = torch.randn(outputs) if biased else None
+    return Linear(f"l{outputs}", q, scale, zero, axis, kind.group or 0, bias)
+
+
+def operators() -> list[Operator]:
+    torch.manual_seed(0)
+    two = (linear(130, 264, "int8:channel", True), linear(48, 264, "int8:channel", False))
+    return [
+        Operator("two of one tensor", 264, "", two),
+        Operator("4 bits", 576, "", (linear(200, 576, "int4:g32", True),)),
+    ]
+
+
+# Enough of the driver for one process that asks for kernels: each launch is a line on stdout.
+DRIVER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+struct config {
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  int *attributes;
+  unsigned count;
+};
+static int number(const char *name, int other) {
+  char *text = getenv(name);
+  return text ? atoi(text) : other;
+}
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *v) { return *v = number("VERSION", 13000), 0; }
+int cuDeviceGetCount(int *count) { return *count = number("DEVICES", 1), 0; }
+int cuDeviceGet(int *device, int i) { return *device = i, 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  int capability = number("CAPABILITY", 90);
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 132;
+  return 0;
+}
+int cuDeviceGetName(char *name, int size, int device) { return strcpy(name, "a GPU"), 0; }
+int cuCtxGetCurrent(void **context) { return *context = (void *)8, 0; }
+int cuCtxSetCurrent(void *context) { return 0; }
+int cuCtxGetDevice(int *device) { return *device = 0; }
+int cuStreamGetCtx(void *stream, void **context) { return *context = (void *)8, 0; }
+int cuModuleLoadData(void **module, const void *image) {
+  *module = 0;
+  return memcmp(image, "image", 5) ? 200 : number("LOAD", 0);
+}
+int cuModuleGetFunction(void **f, void *module, const char *name) { return *f = strdup(name), 0; }
+int cuFuncSetAttribute(void *f, int attribute, int value) { return 0; }
+int cuMemsetD8Async(unsigned long long at, unsigned char v, size_t count, void *stream) {
+  memset((void *)at, v, count);
+  return printf("[\"clear\", %zu]\n", count), 0;
+}
+int cuLaunchKernelEx(const struct config *c, void *f, void **parameters, void **extra) {
+  printf("[\"%s\", %u, %u, %u, %d]\n", (char *)f, c->grid[0], c->grid[1], c->grid[2],
+         c->count ? c->attributes[0] : 0);
+  fflush(stdout);
+  return 0;
+}
+int cuGetErrorName(int code, const char **name) { return *name = "CUDA_ERROR_SO_AND_SO", 0; }
+"""
+RUN = """
+import sys, numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.register_custom_ops_library(sys.argv[1])
+for model, rows, depth in zip(*[iter(sys.argv[2:])] * 3):
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": np.zeros((1, int(rows), int(depth)), np.float16)})
+    print([list(y.shape) for y in found], flush=True)
+"""
+
+
+def model_of(operator: Operator, made: Library, number: int) -> onnx.ModelProto:
+    outputs = [f"y{i}" for i in range(len(operator.linears))]
+    node = helper.make_node(
+        "QuantizedMatMul", ["w", "x"], [*outputs, "scratch"], domain="qcompiler", number=number,
+        library=made.number,
+    )  # fmt: skip
+    weights = made.weights[number]
+    graph = helper.make_graph(
+        [node], "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT16, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in outputs],
+        [helper.make_tensor("w", TensorProto.UINT8, [len(weights)], weights, raw=True)],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("qcompiler", 1)]
+    made_model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    return made_model
+
+
+class Pretended:
+    """The library of `operators` with images that are none, for the CPU, and a driver for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "driver.c").write_text(DRIVER)
+        subprocess.run(["cc", "-w", "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"],
+                       cwd=folder, check=True)  # fmt: skip
+
+        def images(kernels: Sequence[CudaKernel], which: Sequence[int]) -> tuple[bytes, Any]:
+            for kernel in kernels:
+                kernel.order = tuple(range(len(kernel.arguments)))
+            return b"image", {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(edge_cuda_ort, "build_kernels", images)
+            patch.setattr(edge_cuda_products, "SMALL", 0)  # these are
+            options = (*edge_cuda_ort.OPTIONS, "-DPROVIDER=NULL")
+            patch.setattr(edge_cuda_ort, "OPTIONS", options)
+            made = edge_cuda_ort.build(operators(), Target.parse("ort:cuda+tvm"))
+        (folder / LIBRARY).write_bytes(made.content)
+        for number, operator in enumerate(operators()):
+            onnx.save(model_of(operator, made, number), folder / f"{number}.onnx")
+
+    def run(self, *given: tuple[int, int, int], **environment: str) -> Any:
+        """Lines of what happened for each (operator, rows, depth), or the last line of an error."""
+        words = [str(w) for n, rows, depth in given for w in (f"{n}.onnx", rows, depth)]
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(self.folder / LIBRARY), *words], cwd=self.folder,
+            env=os.environ | {"LD_LIBRARY_PATH": str(self.folder)} | environment, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            return done.stderr.strip().splitlines()[-1]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory: pytest.TempPathFactory) -> Pretended:
+    return Pretended(tmp_path_factory.mktemp("pretended"))
+
+
+EARLY, AT_ONCE = 6, 2  # launch attributes of the driver's: programmatic serialization, cooperative
+
+
+def test_what_is_launched_for_how_many_rows(pretended: Pretended) -> None:
+    """130 + 48 outputs of 264 inputs: 9 tiles of 16 rows and 3; 3 stages of 128 columns."""
+    found = pretended.run((0, 1, 264), (0, 5, 264), (0, 64, 264), (0, 65, 264), (0, 0, 264))
+    assert found[:3] == [
+        ["form0_few1_kernel", 9, 1, 1, EARLY], ["form1_few1_kernel", 3, 1, 1, EARLY],
+        [[1, 1, 130], [1, 1, 48]],
+    ]  # fmt: skip
+    assert [line[0] for line in found[3:5]] == ["form0_few8_kernel", "form1_few8_kernel"]
+    assert [line[0] for line in found[6:8]] == ["form0_few64_kernel", "form1_few64_kernel"]
+    assert found[9:] == [
+        ["units264_kernel", 65, 1, 1, EARLY], ["form0_many128_1_kernel", 1, 1, 1, EARLY],
+        ["form1_many128_1_kernel", 1, 1, 1, EARLY], [[1, 65, 130], [1, 65, 48]],
+        [[1, 0, 130], [1, 0, 48]],
+    ]  # fmt: skip
+
+
+def test_another_generation_has_its_own_code(pretended: Pretended) -> None:
+    found = pretended.run((1, 300, 576), CAPABILITY="89")  # runs what is made for 8.6
+    # Two blocks share a piece; the first launch follows no kernel, but the clearing of counters.
+    assert found == [
+        ["clear", 4 * 256], ["form2_many64_2_kernel", 2, 5, 2, 0], [[1, 300, 200]]
+    ]  # fmt: skip
+
+
+def test_small_products_take_any_number_by_the_kernel_for_few() -> None:
+    form = Weights(192, 576, 4, 32)
+    few = [c for c in edge_cuda_products.choices("p", form, False, HOPPER_GPU) if c.most]
+    assert few[-1].kernel.name == "p_few64"
+    assert few[-1].most == edge_cuda_products.SMALL // (192 * 576)
+    assert few[-1].grid[1] == edge_cuda_products.Extent(1, 64)
+
+
+def test_what_a_machine_lacks_is_said(pretended: Pretended) -> None:
+    def said(**environment: str) -> str:
+        text = pretended.run((0, 1, 264), **environment)
+        assert isinstance(text, str)
+        return text
+
+    assert "made for CUDA 11.8; 12.0 or later is needed" in said(VERSION="11080")
+    assert "finds no device that it can use" in said(DEVICES="0")
+    wanted = "holds code for compute capability 8.0, 8.6, 9.0, and a GPU has 10.0; compile the"
+    assert wanted in said(CAPABILITY="100")
+    assert "loading the kernels: the GPU's driver answered CUDA_ERROR_SO_AND_SO" in said(LOAD="1")
+    assert "reads rows of 264 numbers, not of 263" in pretended.run((0, 2, 263))
+
+
+def test_what_the_target_refuses() -> None:
+    target = Target.parse("ort:cuda+tvm")
+    assert target.refusal(QType.parse("int4:g64"), None) is None
+    assert target.refusal(QType.parse("int8:channel"), None) is None
+    assert "two to six times" in str(
+        target.refusal(QType.parse("int8:channel"), QType.parse("int8:token"))
+    )
+    assert "symmetric weights of 4 or 8 bits" in str(target.refusal(QType.parse("int3:g32"), None))
+    thin = Operator("thin", 12, "", (linear(8, 12, "int8:channel", False),))
+    with pytest.raises(UnsupportedError, match="not a multiple of 8"):
+        edge_cuda_ort.build([thin], target)
+
+
+@pytest.fixture(scope="module")
+def llama(
+    language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
+) -> Artifact:
+    """A language model of its own operators; where there is no nvcc, without machine code."""
+    spec = find(f"hf:{language_folder}")
+    assert not isinstance(spec, Path)
+    recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
+    out = tmp_path_factory.mktemp("cuda") / "llama"
+    return qcompiler.compile(spec, target=HOPPER, recipe=recipe, out=out)
+
+
+@nvcc
+def test_a_language_model_on_its_own_operators(llama: Artifact) -> None:
+    graph = onnx.load(llama.folder / MODEL).graph
+    own = [node for node in graph.node if node.domain == "qcompiler"]
+    # Queries, keys and values are one linear; gate and up share an operator.
+    assert [len(node.output) - 1 for node in own] == [1, 1, 2, 1, 1, 1, 2, 1, 1]
+    assert not {"MatMul", "MatMulNBits"} & {node.op_type for node in graph.node}
+    kept = {name for node in graph.node for name in node.input}
+    assert all(node.output[-1] not in kept for node in own)  # scratch
+    assert not (llama.folder / PREFILL).exists()
+    assert (llama.folder / LIBRARY).is_file()
+    layers = llama.manifest["audit"]["layers"]
+    assert {(x["op"], x["kernel"]) for x in layers} == {
+        ("qcompiler.QuantizedMatMul", "weights only")
+    }
+    assert len(layers) == 15
+    assert llama.manifest["audit"]["broken"] == []
+    assert llama.manifest["target"] == HOPPER
+    options = onnxruntime.SessionOptions()
+    if not torch.cuda.is_available():
+        with pytest.raises(Exception, match="no GPU"):
+            options.register_custom_ops_library(str(llama.folder / LIBRARY))
+
+
+@pytest.mark.gpu
+@nvcc
+@pytest.mark.parametrize("small", [0, edge_cuda_products.SMALL])
+def test_products_on_the_gpu(tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, for numbers of rows at and between those of the kernels' blocks."""
+    monkeypatch.setattr(edge_cuda_products, "SMALL", small)
+    made = edge_cuda_ort.build(operators(), Target.parse(HOPPER))
+    (tmp_path / LIBRARY).write_bytes(made.content)
+    for number, operator in enumerate(operators()):
+        onnx.save(model_of(operator, made, number), tmp_path / MODEL)
+        session = ort_cuda.session(tmp_path / MODEL)
+        for rows in (1, 2, 5, 8, 31, 64, 65, 200, 1000):
+            x = torch.randn(rows, operator.depth).half()
+            found = session.run(None, {"x": x.numpy()})
+            for part, got in zip(operator.linears, found, strict=True):
+                steps = part.scale.reshape(len(part.q), -1)
+                steps = (steps.half() if part.group else steps).double()
+                wide = steps.repeat_interleave(operator.depth // steps.shape[1], 1)
+                want = x.double() @ (part.q.double() * wide).T
+                want += 0 if part.bias is None else part.bias.double()
+                assert np.isfinite(got).all()
+                error = (torch.from_numpy(got).double() - want).norm() / want.norm()
+                assert error < CLOSE
+
+
+@pytest.mark.gpu
+@nvcc
+def test_a_token_as_a_graph(llama: Artifact) -> None:
+    tokens = np.arange(3, 43, dtype=np.int64)
+    decoder = ort_cuda_decode.Decoder(llama.folder)
+    decoder.reset(44)
+    whole = torch.from_numpy(decoder.feed(tokens)).double()
+    for first in (20, 5):
+        decoder.reset(44)
+        parts = [decoder.feed(tokens[:first])]
+        parts += [decoder.feed(tokens[i : i + 1]) for i in range(first, len(tokens))]
+        got = torch.from_numpy(np.concatenate(parts)).double()
+        assert (got - whole).norm() / whole.norm() < 1e-2
+    assert llama.generate("Hello wor", 6).tokens

@@ -1,0 +1,370 @@
+"""Linears inside ONNX Runtime's CUDA provider: generated kernels, MatMulNBits, float16 MatMul.
+
+    python tests/benchmarks/ort_cuda_kernels.py build FOLDER               # TVM, nvcc; no GPU
+    python tests/benchmarks/ort_cuda_kernels.py run FOLDER --out FILE.json # a GPU, onnxruntime-gpu
+
+`build` makes the library of custom operators for random weights. `run` checks each against float64,
+then times chains of square products as ONNX Runtime's captured graphs: each reads another weight
+than the ones before it, more than the L2 cache holds; the median of several runs, divided by the
+chain's length. Then decoders (`ort_cuda.py`), and the texts that a compiled language model writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from ort_cuda import BLOCK, SIZES, centred, decoder, timed
+
+from qcompiler.backends.ort_session import LIBRARY, MODEL
+from qcompiler.kernels.cuda_weights import Weights, pack
+
+TABLE = "kernels.json"
+ALIGN = 256  # of what an operator's constants consist of
+TOKENS = (1, 16, 64, 128, 256, 512, 2048)
+CHECKED = (1, 3, 16, 17, 64, 65, 200, 640, 2048)
+CACHE = 256 << 20  # bytes that a chain's weights take at least: several times the L2 cache
+RUNS = 15
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear: outputs, inputs, bits of a weight, columns that share a scale (0: a row's one)."""
+
+    outputs: int
+    inputs: int
+    bits: int = 4
+    group: int = 128
+
+    @property
+    def form(self) -> Weights:
+        """How its weight is packed."""
+        return Weights(self.outputs, self.inputs, self.bits, self.group)
+
+
+CHAINS = (Layer(4096, 4096), Layer(8192, 8192), Layer(8192, 8192, 8, 0))
+
+
+def decoder_layers(
+    width: int, inner: int, vocabulary: int, **_: int
+) -> tuple[tuple[Layer, ...], ...]:
+    """What each operator of `ort_cuda.decoder` multiplies."""
+
+    def layer(outputs: int, inputs: int) -> Layer:
+        return Layer(outputs, inputs, 4, BLOCK)
+
+    return (
+        (layer(2 * width, width),), (layer(width, width),), (layer(inner, width),) * 2,
+        (layer(width, inner),), (layer(vocabulary, width),),
+    )  # fmt: skip
+
+
+def operators() -> list[tuple[Layer, ...]]:
+    """All that the library has."""
+    return [*((layer,) for layer in CHAINS), *decoder_layers(**SIZES)]
+
+
+def build(folder: Path) -> None:
+    """Compile the library."""
+    from qcompiler.backends import edge_cuda_ort, edge_cuda_products
+    from qcompiler.generated import Linear, Operator
+    from qcompiler.target import Target
+
+    edge_cuda_ort.packed_weight = lambda weight, form: torch.zeros(form.nbytes, dtype=torch.uint8)
+    edge_cuda_products.SIZES = tuple(n for n in edge_cuda_products.SIZES if n in TOKENS)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def linear(layer: Layer) -> Linear:
+        q = torch.zeros(layer.outputs, layer.inputs, dtype=torch.int8)
+        q[0, 0] = (1 << layer.bits - 1) - 1
+        count = layer.inputs // layer.group if layer.group else 1
+        scale = torch.ones(layer.outputs, count)
+        axis = 1 if layer.group else 0
+        scale = scale if layer.group else scale[:, 0]
+        zero = torch.zeros_like(scale, dtype=torch.int8)
+        return Linear(str(layer), q, scale, zero, axis, layer.group, None)
+
+    made = edge_cuda_ort.build(
+        [Operator(str(n), op[0].inputs, "", tuple(map(linear, op)))
+         for n, op in enumerate(operators())],
+        Target.parse("ort:cuda:sm_90+tvm"),
+    )  # fmt: skip
+    (folder / LIBRARY).write_bytes(made.content)
+    sizes = [len(blob) for blob in made.weights]
+    (folder / TABLE).write_text(json.dumps({"number": made.number, "sizes": sizes}))
+
+
+class Own:
+    """The library's operators with random weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.table = json.loads((folder / TABLE).read_text())
+        self.known = operators()
+
+    def weights(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers (N, K) and scales (N, groups), on the GPU; products keep their input's size."""
+        low = 1 << layer.bits - 1
+        shape = (layer.outputs, layer.inputs)
+        # A mean other than zero would grow from product to product.
+        q = torch.randint(1 - low, low, shape, dtype=torch.int8, device="cuda")
+        count = layer.inputs // layer.group if layer.group else 1
+        spread = torch.rand(layer.outputs, count, device="cuda") * 0.4 + 0.8
+        return q, (spread * layer.inputs**-0.5 / low * 1.73).half().float()
+
+    def constants(self, given: list[tuple[Layer, torch.Tensor, torch.Tensor]]) -> bytes:
+        """The operator's constants, as its kernels read them."""
+        parts = []
+        for layer, q, scale in given:
+            packed = pack(q, scale if layer.group else None, layer.form).cpu().numpy().tobytes()
+            rows = b"" if layer.group else scale[:, 0].cpu().numpy().tobytes()
+            parts += [part + b"\0" * (-len(part) % ALIGN) for part in (packed, rows)]
+        return b"".join(parts)
+
+    def node(
+        self, layers: tuple[Layer, ...], x: str, outputs: list[str]
+    ) -> tuple[onnx.NodeProto, onnx.TensorProto, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """An operator's node with new weights, its initializer, and the weights."""
+        number = self.known.index(layers)
+        made = [self.weights(layer) for layer in layers]
+        blob = self.constants([(a, *b) for a, b in zip(layers, made, strict=True)])
+        assert len(blob) == self.table["sizes"][number]
+        name = f"{outputs[0]}_weights"
+        held = helper.make_tensor(name, TensorProto.UINT8, [len(blob)], blob, raw=True)
+        node = helper.make_node(
+            "QuantizedMatMul", [name, x], [*outputs, f"{outputs[0]}_scratch"], domain="qcompiler",
+            number=number, library=self.table["number"],
+        )  # fmt: skip
+        return node, held, made
+
+
+def saved(nodes: list[Any], held: list[Any], layer: Layer, last: str, folder: Path) -> Any:
+    """A session of a model from x to `last`."""
+    from qcompiler.backends.ort_cuda import session
+
+    graph = helper.make_graph(
+        nodes, "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["tokens", layer.inputs])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT16, ["tokens", layer.outputs])],
+        held,
+    )  # fmt: skip
+    opsets = [helper.make_opsetid(*d) for d in (("", 23), ("com.microsoft", 1), ("qcompiler", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    onnx.save(model, folder / MODEL)
+    return session(folder / MODEL, graphs=True)
+
+
+def chain(kind: str, layer: Layer, own: Own, folder: Path) -> tuple[Any, int]:
+    """A session of a chain of products, and its length."""
+    bits = {"own": layer.bits, "nbits": layer.bits, "float16": 16}[kind]
+    different = -(-CACHE // (layer.outputs * layer.inputs * bits // 8))
+    length = max(32, different)
+    nodes, held, x = [], [], "x"
+    random = np.random.default_rng(0)
+    block = layer.group or 128
+    for i in range(length):
+        out, new = f"y{i}", i < different
+        if kind == "own":
+            if new:
+                node, constant, _ = own.node((layer,), x, [out])
+                held.append(constant)
+            else:
+                node = onnx.NodeProto()
+                node.CopyFrom(nodes[i % different])
+                node.input[1], node.output[0], node.output[1] = x, out, f"{out}_scratch"
+        elif kind == "nbits":
+            shape = (layer.outputs, layer.inputs // block, block * bits // 8)
+            if new:
+                size = layer.inputs**-0.5 / (1 << bits - 1) * 1.73
+                held += [
+                    numpy_helper.from_array(centred(random, shape, bits), f"w{i}"),
+                    numpy_helper.from_array(np.full(shape[:2], size, np.float16), f"s{i}"),
+                ]
+            given = [x, f"w{i % different}", f"s{i % different}"]
+            node = helper.make_node(
+                "MatMulNBits", given, [out], domain="com.microsoft", K=layer.inputs,
+                N=layer.outputs, bits=bits, block_size=block,
+            )  # fmt: skip
+        else:
+            if new:
+                weight = random.standard_normal((layer.inputs, layer.outputs), np.float32)
+                weight *= layer.inputs**-0.5
+                held.append(numpy_helper.from_array(weight.astype(np.float16), f"w{i}"))
+            node = helper.make_node("MatMul", [x, f"w{i % different}"], [out])
+        nodes.append(node)
+        x = out
+    return saved(nodes, held, layer, x, folder), length
+
+
+def microseconds(running: Any, layer: Layer, tokens: int, length: int) -> float:
+    """Of one product."""
+    import onnxruntime
+
+    binding = running.io_binding()
+    x = np.random.default_rng(1).standard_normal((tokens, layer.inputs), np.float32)
+    given = onnxruntime.OrtValue.ortvalue_from_numpy(x.astype(np.float16), "cuda", 0)
+    out = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+        [tokens, layer.outputs], np.float16, "cuda", 0
+    )
+    binding.bind_ortvalue_input("x", given)
+    binding.bind_ortvalue_output(running.get_outputs()[0].name, out)
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(tokens))
+    times = []
+    for _ in range(RUNS + 4):
+        since = time.perf_counter()
+        running.run_with_iobinding(binding, options)
+        times.append(time.perf_counter() - since)
+    if not np.isfinite(out.numpy()).all():
+        raise SystemExit(f"{layer} at {tokens} tokens: numbers that are none")
+    return statistics.median(times[4:]) / length * 1e6
+
+
+def check(own: Own, folder: Path) -> list[dict[str, Any]]:
+    """Each operator against float64, twice."""
+    rows = []
+    for layers in own.known:
+        outputs = [f"y{i}" for i in range(len(layers))]
+        node, held, weights = own.node(layers, "x", outputs)
+        running = saved([node], [held], layers[0], outputs[0], folder)
+        q, scale = weights[0]
+        wide = q.double() * scale.double().repeat_interleave(q.shape[1] // scale.shape[1], 1)
+        errors = {}
+        for tokens in CHECKED:
+            x = torch.randn(tokens, layers[0].inputs).half()
+            options = {"gpu_graph_id": "-1"}
+            first, again = (run_plain(running, x.numpy(), options) for _ in range(2))
+            want = x.cuda().double() @ wide.T
+            error = (torch.from_numpy(first).cuda().double() - want).norm() / want.norm()
+            errors[tokens] = float(error)
+            if not error < TOLERANCE or not np.array_equal(first, again):
+                print(f"WRONG {layers[0]} at {tokens} tokens: {float(error):.2e}", flush=True)
+        print(layers[0], "worst", max(errors.values()), flush=True)
+        rows.append({"layer": vars(layers[0]), "errors": errors})
+    return rows
+
+
+def run_plain(running: Any, x: Any, settings: dict[str, str]) -> Any:
+    """Without a captured graph."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    for key, value in settings.items():
+        options.add_run_config_entry(key, value)
+    return running.run(None, {"x": x}, options)[0]
+
+
+def chains(own: Own, folder: Path) -> list[dict[str, Any]]:
+    """Microseconds of each kind at each number of tokens."""
+    rows = []
+    for layer in (*CHAINS, Layer(SIZES["width"], SIZES["width"], 4, BLOCK)):
+        found: dict[str, list[float]] = {}
+        for kind in ("own", "nbits", "float16"):
+            running, length = chain(kind, layer, own, folder)
+            found[kind] = [microseconds(running, layer, tokens, length) for tokens in TOKENS]
+            del running
+            text = " ".join(f"{x:8.2f}" for x in found[kind])
+            print(f"{layer.outputs:6} {layer.bits} bits {kind:8} {text}", flush=True)
+        rows.append({"layer": vars(layer), "tokens": TOKENS, "microseconds": found})
+    return rows
+
+
+def decoders(own: Own) -> list[dict[str, Any]]:
+    """Milliseconds of a token and of prompts, and how far graphs are from one long run."""
+    import shutil
+
+    from qcompiler.backends.ort_phases import PREFILL, widen_products
+
+    rows = []
+    print("weights      | a token | prompts of 16, 128, 512 | graphs' error", flush=True)
+    for kind in ("float16", "own", "nbits", "both"):
+        with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
+            folder = Path(scratch)
+            model = decoder(16 if kind == "float16" else 4, own if kind == "own" else None, **SIZES)
+            onnx.save(model, folder / MODEL)
+            if kind == "own":
+                shutil.copy(own.folder / LIBRARY, folder / LIBRARY)
+            if kind == "both":
+                widen_products(model)
+                onnx.save(model, folder / PREFILL)
+            *times, error = timed(folder, SIZES["vocabulary"])
+        print(
+            f"{kind:12} |", " | ".join(f"{ms:7.3f}" for ms in times), f"| {error:.1e}", flush=True
+        )
+        rows.append({"weights": kind, "milliseconds": times, "error": error})
+    return rows
+
+
+def texts(folder: Path, prompts: Path) -> dict[str, Any]:
+    """What a compiled language model writes greedily, and how long a token takes."""
+    from qcompiler.backends.ort_cuda_decode import Decoder
+
+    running, found = Decoder(folder), {}
+    for name, ids in json.loads(prompts.read_text()).items():
+        running.reset(1100)
+        scores, new = running.feed(np.array(ids, np.int64), last=True), list[int]()
+        times = []
+        for _ in range(48):
+            new.append(int(scores[-1].argmax()))
+            since = time.perf_counter()
+            scores = running.feed(np.array(new[-1:], np.int64), last=True)
+            times.append(time.perf_counter() - since)
+        found[name] = {"tokens": new, "ms": statistics.median(times[4:]) * 1e3}
+        print(name, f"{found[name]['ms']:.3f} ms a token", new[:12], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("build", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", type=Path, help="a compiled language model's folder")
+    parser.add_argument("--prompts", type=Path, help="JSON: name → token ids")
+    given = parser.parse_args()
+    if given.what == "build":
+        build(given.folder)
+        return
+    import onnxruntime
+
+    from qcompiler.gpu import device, driver_version
+
+    own = Own(given.folder)
+    result: dict[str, Any] = {
+        "device": device().name, "driver": driver_version(),
+        "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    print(json.dumps(result), flush=True)
+
+    def keep(name: str, value: Any) -> None:
+        result[name] = value
+        if given.out is not None:
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
+        folder = Path(scratch)
+        (folder / LIBRARY).write_bytes((given.folder / LIBRARY).read_bytes())
+        keep("checks", check(own, folder))
+        if given.model is not None and given.prompts is not None:
+            keep("texts", texts(given.model, given.prompts))
+        keep("decoders", decoders(own))
+        keep("chains", chains(own, folder))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
