@@ -183,7 +183,8 @@ def _bench_language(
 
 
 def _failed(error: Exception) -> str:
-    return f"failed: {str(error).splitlines()[0][:200]}"
+    text = str(error).strip() or type(error).__name__  # a MemoryError says nothing
+    return f"failed: {text.splitlines()[0][:200]}"
 
 
 def _resize(

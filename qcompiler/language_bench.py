@@ -28,8 +28,13 @@ def sizes_of(shape: str | None, room: int) -> tuple[int, int]:
     Raises:
         InputError: no two sizes, or more tokens than there is room for.
     """
+    if room <= STEPS:
+        raise InputError(
+            f"the model holds {room} tokens, and {STEPS} are written after a past of 1 at least: "
+            "it is too small to be timed; compile it with a larger capacity"
+        )
     if shape is None:
-        return max(1, min(PROMPT, room)), max(1, min(PAST, room - STEPS))
+        return min(PROMPT, room), min(PAST, room - STEPS)
     parts = shape.lower().replace("×", "x").split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise InputError(

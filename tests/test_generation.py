@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from qcompiler import language_bench
+from qcompiler import benching, language_bench
 from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError
 from qcompiler.generation import Generated, Sampling, Stream, Tokenizer
@@ -312,6 +312,12 @@ def test_sizes_that_no_model_can_be_timed_at(shape: str) -> None:
     assert language_bench.sizes_of(None, 100) == (100, 84)
 
 
+def test_a_model_that_is_too_small_to_be_timed() -> None:
+    assert language_bench.sizes_of(None, language_bench.STEPS + 1) == (17, 1)
+    with pytest.raises(InputError, match="holds 16 tokens"):
+        language_bench.sizes_of(None, language_bench.STEPS)
+
+
 def test_writing_needs_neither_torch_nor_onnx(language_artifact: Artifact) -> None:
     """They take more memory than a small model."""
     code = f"""
@@ -325,3 +331,9 @@ print("loaded:", *sorted({{"torch", "onnx", "onnxscript", "transformers"}} & set
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+
+
+def test_a_peer_that_runs_out_of_memory_says_so() -> None:
+    """Such an error has no text of its own."""
+    assert benching._failed(MemoryError()) == "failed: MemoryError"
+    assert benching._failed(ValueError("one\ntwo")) == "failed: one"
