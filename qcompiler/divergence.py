@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qcompiler.program import unpadded
 
@@ -81,9 +82,11 @@ def sampled_loss(output: Tensor, mask: Tensor | None, logits: bool, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     rows = unpadded(output, mask)
     if logits:
-        logp = rows.flatten(0, -2).log_softmax(-1)
-        drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-        return -logp.gather(1, drawn).sum()
+        total = rows.new_zeros(())
+        for part in rows.flatten(0, -2).split(ROWS):
+            drawn = torch.multinomial(part.detach().softmax(-1), 1, generator=generator)
+            total = total + checkpoint(_surprise, part, drawn, use_reentrant=False)
+        return total
     deviation = rows.detach().square().mean().sqrt().clamp(min=1e-30)
     noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
     # −log p is ½ ((y − r) / σ)² and y − r = σ ε: its gradient along r is −ε / σ.
@@ -96,6 +99,11 @@ def _floats(outputs: Sequence[Any]) -> list[Tensor]:
 
 def _power(x: Tensor) -> float:
     return float(x.double().square().sum())
+
+
+def _surprise(logits: Tensor, drawn: Tensor) -> Tensor:
+    """−log p of what was drawn, summed; its probabilities are not kept for the way back."""
+    return -logits.log_softmax(-1).gather(1, drawn).sum()
 
 
 def _kl(logits: Tensor, reference: Tensor) -> float:
