@@ -201,9 +201,12 @@ def decoder_spec(
         return lambda: (decoder.prompt(ids, mask) for ids, mask in texts())
 
     def excerpt(batch: Mapping[str, Tensor], index: int) -> Inputs:
-        ids, mask = batch["input_ids"][:1, :SHORT], batch["attention_mask"][:1, :SHORT]
         if batch["attention_mask"].shape != batch["input_ids"].shape:  # there is a past already
             return batch
+        begin = int(batch["attention_mask"][0].argmax())  # padding may stand before the text
+        ids, mask = (
+            batch[name][:1, begin : begin + SHORT] for name in ("input_ids", "attention_mask")
+        )
         prompt = decoder.prompt(ids, mask)
         count = int(mask.sum())
         alone = index % 2 == 0 or not 3 < count == ids.shape[1]

@@ -118,6 +118,11 @@ def test_a_folder_with_a_tokenizer_brings_calibration(tmp_path: Path) -> None:
     parts = [dict(spec.excerpt(dict(batch), n)) for n, batch in enumerate(spec.held_out())]
     assert any(part["past_0_key"].shape[2] for part in parts)
     assert max(part["input_ids"].numel() for part in parts) <= 24
+    given = dict(batch)
+    left = {n: torch.cat([0 * x[1:, :40], x[1:, :40]], 1) for n, x in given.items() if x.ndim == 2}
+    part = dict(spec.excerpt(given | left, 0))  # padding before the text is left out
+    assert torch.equal(part["input_ids"], given["input_ids"][1:, :24])
+    assert part["attention_mask"].sum() == 24
     assert spec.generation is not None
     assert (spec.generation.context, spec.generation.stop) == (64, (2, 1))
     assert "tokenizer.json" in spec.files
