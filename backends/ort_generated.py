@@ -137,7 +137,10 @@ def _float_linears(graph: gs.Graph, products: list[gs.Node]) -> tuple[gs.Node, O
     if together is not None:
         attention, three = together
         stacked = [parts[products.index(product)] for product in three]
-        if _alike([linear for linear, _ in stacked]):
+        # What is added may be more than a bias: then the sum is not the linear's.
+        read = zip(attention.inputs[:3], (output for _, output in stacked), strict=True)
+        whole = all(tensor is output for tensor, output in read)
+        if whole and _alike([linear for linear, _ in stacked]):
             parts = [part for part in parts if part not in stacked]
             linear = _stacked([linear for linear, _ in stacked])
             packed = gs.Variable(f"{stacked[0][1].name}_packed_qkv", np.float32)

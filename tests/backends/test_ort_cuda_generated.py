@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import torch
@@ -34,6 +35,7 @@ from qcompiler.backends import (
     ort_cuda,
     ort_cuda_decode,
 )
+from qcompiler.backends.ort_generated import use_generated_floats
 from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.errors import UnsupportedError
@@ -236,6 +238,35 @@ def test_what_a_machine_lacks_is_said(pretended: Pretended) -> None:
     assert wanted in said(CAPABILITY="100")
     assert "loading the kernels: the GPU's driver answered CUDA_ERROR_SO_AND_SO" in said(LOAD="1")
     assert "reads rows of 264 numbers, not of 263" in pretended.run((0, 2, 263))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_queries_with_something_computed_added_are_no_packed_ones(bias: bool) -> None:
+    """As an adapter adds it to a product."""
+    x, more = (gs.Variable(name, np.float32, (1, 3, 64)) for name in ("x", "more"))
+    graph = gs.Graph(inputs=[x, more], opset=23)
+    made = []
+    for name in "qkv":
+        held = (np.ones((64, 64), np.int8), np.ones(64, np.float32))
+        constants = [gs.Constant(f"{name}{i}", value) for i, value in enumerate(held)]
+        pair, turned, y = (gs.Variable(f"{name}_{role}", np.float32) for role in "dty")
+        graph.nodes += [
+            gs.Node("DequantizeLinear", "", {"axis": 0}, constants, [pair]),
+            gs.Node("Transpose", "", {"perm": [1, 0]}, [pair], [turned]),
+            gs.Node("MatMul", name, {}, [x, turned], [y]),
+        ]
+        added = gs.Constant(f"{name}_bias", np.ones(64, np.float32)) if bias else more
+        if bias or name == "q":
+            y = gs.Variable(f"{name}_sum", np.float32)
+            graph.nodes.append(gs.Node("Add", "", {}, [*graph.nodes[-1].outputs, added], [y]))
+        made.append(y)
+    graph.outputs = [gs.Variable("out", np.float32)]
+    graph.nodes.append(gs.Node("GroupQueryAttention", "attention", {}, made, graph.outputs))
+    use_generated_floats(graph, lambda given: Library(b"x", 1, (b"w",) * len(given), (False,)))
+    attention = next(node for node in graph.nodes if node.op == "GroupQueryAttention")
+    assert [t.name for t in attention.inputs] == (
+        ["q_sum_packed_qkv", "", ""] if bias else ["q_sum", "k_y", "v_y"]
+    )
 
 
 def test_what_the_target_refuses() -> None:
