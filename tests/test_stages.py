@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,57 @@ def test_values_are_those_of_a_whole_run(
             source = linear.args[0]
             for value, seen in zip(stages.values(source), expected, strict=True):
                 torch.testing.assert_close(value, seen[source.name], rtol=0, atol=0)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """However many this machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("budget", [1 << 30, 2000, 0])
+def test_batches_that_run_side_by_side_keep_their_places(
+    budget: int, tiny: Callable[[str], Any]
+) -> None:
+    program = tiny("tiny-mlp").normalized
+    batches = [tuple(t + n for t in tiny("tiny-mlp").batches[0]) for n in range(20)]
+    first, _, last = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
+    ran: set[int] = set()
+
+    def counted(*args: Any) -> Any:
+        ran.add(threading.get_ident())
+        assert torch.get_num_threads() == 1
+        assert not torch.is_grad_enabled()
+        return first.target(*args)
+
+    with Stages(program, batches, budget) as stages:
+        stages.functions = {first: counted}
+        stages.advance(last)
+        assert threading.get_ident() not in ran
+        assert torch.get_num_threads() == 3
+        for value, batch in zip(stages.values(last.args[0]), batches, strict=True):
+            seen: dict[str, Any] = {}
+            program.run(batch, lambda node, value, seen=seen: seen.__setitem__(node.name, value))
+            torch.testing.assert_close(value, seen[last.args[0].name])
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_an_error_in_one_batch_ends_the_stage(tiny: Callable[[str], Any]) -> None:
+    program = tiny("tiny-mlp").normalized
+    first, second, _ = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
+
+    def failing(*args: Any) -> Any:
+        raise ValueError("of one batch")
+
+    with Stages(program, tiny("tiny-mlp").batches * 3) as stages:
+        stages.functions = {first: failing}
+        with pytest.raises(ValueError, match="of one batch"):
+            stages.advance(second)
+        assert torch.get_num_threads() == 3
 
 
 def test_a_replaced_weight_is_used_downstream(tiny: Callable[[str], Any]) -> None:
