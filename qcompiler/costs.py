@@ -64,7 +64,7 @@ def here(target: Target) -> bool:
     """Whether this machine can time code for the target."""
     if target.runtime == "ort":
         return target.device == "cpu" and target.feature in ("", cpu_feature())
-    if target.runtime != "tvm":
+    if target.runtime != "tvm" or target.device == "cuda":
         return False
     from qcompiler.backends import edge_target
 

@@ -80,6 +80,9 @@ def test_only_this_machine_is_timed(tmp_path: Path) -> None:
     assert costs.here(CPU)
     assert not costs.here(Target.parse("tvm:riscv64"))
     assert not costs.here(Target.parse("torch:cpu"))
+    gpu = Target.parse("tvm:cuda:sm_90")
+    assert not costs.here(gpu)
+    assert not costs.counted(gpu)
     recipe = load_recipe("mixed", {"latency": "0.6x"})
     with pytest.raises(UnsupportedError, match=r"this machine is not tvm:riscv64"):
         qcompiler.compile(
