@@ -24,6 +24,7 @@ from qcompiler.kernels.cuda_expressions import THREADS
 from qcompiler.kernels.expression import Access
 
 QUERIES = 64.0  # what queries are multiplied with where scales are: float16 has few small numbers
+HALF = 65504.0  # the largest float16
 SHARERS = 4  # query heads that a block of the attention computes at most
 
 
@@ -169,7 +170,8 @@ def write_cache(
         name: of the function.
         arguments: keys' cache, values' cache (float16 or uint8), position (int64), where the
             queries go (token, head, element; float16), then those of the accesses. Where the cache
-            has scales, queries are multiplied with the keys' and with `QUERIES`.
+            has scales, queries are multiplied with the keys' and with `QUERIES`, up to float16's
+            largest number.
         sizes: of the attention.
         q: access over (token, head, element).
         k, v: keys and values.
@@ -209,6 +211,8 @@ def write_cache(
                         if k.scale is not None:
                             step = k.step(buffers, head // (heads // kv_heads), element + i)
                             x = x * (step * code.number(QUERIES, 1))
+                            # Infinity would make NaN of the whole row.
+                            x = T.max(T.min(x, code.number(HALF, 1)), code.number(-HALF, 1))
                         to = (token * heads + head) * size + element + i
                         T.buffer_store(buffers[3], T.Cast("float16", x), [to])
                 with T.Else(), T.If(head < heads + kv_heads):

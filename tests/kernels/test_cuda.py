@@ -20,9 +20,12 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 from qcompiler import gpu
 from qcompiler.backends import edge_cuda_build, edge_cuda_driver
 from qcompiler.errors import UnsupportedError
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_cache import Decode, Source, write_cache
 from qcompiler.kernels.cuda_code import HOPPER, generate
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
 from qcompiler.kernels.cuda_weights import Nibbles, Weights, pack, pack_nibbles
+from qcompiler.kernels.expression import Access
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -150,6 +153,26 @@ def test_source_is_made_without_a_gpu(cases: ModuleType) -> None:
     assert f"{case.name}_kernel(" in source
     assert "cp.async.cg.shared.global" in source
     assert sorted(made.order) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_queries_with_the_scales_of_keys_stay_finite(bits: int) -> None:
+    """Keys of 200 in 4 bits have steps of 28: 64 times that, a query of 50 is beyond float16."""
+    sizes = Decode(2, 1, 20, 16, 32, 0.25, -1, bits)
+    held = ("uint8", 32 * 16 // 2) if bits == 4 else ("float16", 32 * 16)
+    given = [
+        Argument("keys", *held), Argument("values", *held),
+        Argument("position", "int64", 1), Argument("to", "float16", 20 * 2 * 16),
+        *(Argument(name, "float32", 20 * 2 * 16) for name in "qkv"),
+        *(Argument(name, "float32", 16) for name in ("key_steps", "value_steps") if bits == 4),
+    ]  # fmt: skip
+    q, k, v = (Access(4 + i, "float32", 0, (32, 16, 1)) for i in range(3))
+    sources = [
+        Source(x, Access(7 + i, "float32", 0, (16, 1)) if bits == 4 else None)
+        for i, x in enumerate((k, v))
+    ]
+    source = generate([write_cache("w", given, sizes, q, *sources, None)], "sm_80")
+    assert ("65504" in source.replace("6.550400e+04", "65504")) is (bits == 4)
 
 
 nvcc = pytest.mark.skipif(
