@@ -45,14 +45,21 @@ def candidates(recipe: Recipe, target: Target, spec: ModelSpec) -> tuple[str, ..
     kernels = target.kernels if target.device == "cpu" else ""  # those read integers by token
     if recipe.latency is None and recipe.max_loss is None:
         texts = [f"{text}/int8:token" if kernels else text for text in WEIGHTS_ALONE]
-        known = ((text, Format.parse(text)) for text in texts)
-        return tuple(t for t, f in known if not target.refusal(f.weight, f.activation))
+        return _possible(texts, target)
     found = FAST.get(kernels or target.runtime, WEIGHTS_ALONE)
     found += (NARROW,) if target.runtime == "tvm" and target.multiplies_bfloat16 else ()
     if spec.generation is not None:  # per-tensor ranges of activations ruin decoders
         found = tuple(text for text in found if "tensor" not in text)
         found += ("int8:g32",) if target.runtime == "ort" and not kernels else ()
-    return found
+    return _possible(found, target)
+
+
+def _possible(texts: Sequence[str], target: Target) -> tuple[str, ...]:
+    """Those of our own candidates that the target has kernels for."""
+    known = ((text, Format.parse(text)) for text in texts)
+    return tuple(
+        text for text, f in known if not target.refusal(f.weight, f.activation, products=f.products)
+    )
 
 
 def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:

@@ -125,6 +125,16 @@ def test_generated_kernels_inside_another_runtime(tmp_path: Path) -> None:
     assert all(times[64, 64][text]["prefill"] > 0 for text in ("float", *texts))
 
 
+@pytest.mark.parametrize("target", ["ort:cuda", "ort:cuda+tvm", "tvm:cuda:sm_90", "ort:cpu"])
+def test_a_target_is_not_refused_for_candidates_that_nobody_named(target: str) -> None:
+    spec = ModelSpec("m", nn.Linear(64, 64), (torch.randn(1, 64),))
+    recipe = prepared(load_recipe("mixed", {"max_loss": 0.1}), Target.parse(target), spec)
+    assert any(text.startswith("int4:g32") for text in recipe.candidates)
+    named = load_recipe("mixed", {"max_loss": 0.1, "candidates": ["int8:tensor/uint4:token"]})
+    with pytest.raises(UnsupportedError, match="candidate int8:tensor/uint4:token on target"):
+        prepared(named, Target.parse(target), spec)
+
+
 def test_candidates_of_generated_kernels_quantize_by_token() -> None:
     target = Target.parse("ort:cpu+tvm")
     for settings, want in (
