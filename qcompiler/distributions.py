@@ -66,7 +66,7 @@ def distributions(
 
     def remember(value: Any, sites: list[Site], present: Tensor | None) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            kept.update(dict.fromkeys(sites, _sample(value, present)))
+            kept.update(dict.fromkeys(sites, _sample(value, present).clone()))
 
     def compare(value: Any, sites: list[Site], present: Tensor | None) -> None:
         for site in sites:
@@ -78,8 +78,8 @@ def distributions(
     constants = floating.constants()
     given = dict(zip(floating.inputs, batch, strict=True))
     for name, sites in wanted.items():
-        if name in constants:
-            remember(constants[name], sites, None)
+        if name in constants:  # no copy: it stays where it is
+            kept.update(dict.fromkeys(sites, _sample(constants[name], None)))
         elif name in given:
             remember(given[name], sites, present)
     floating.run(batch, lambda node, value: remember(value, wanted.get(node.name, []), present))
@@ -136,8 +136,9 @@ def _dequantized(node: Node | None, site: Site) -> Node | None:
 
 
 def _sample(value: Tensor, present: Tensor | None) -> Tensor:
+    """At most `SAMPLE` numbers in even strides, in the value's own memory where it is float32."""
     flat = unpadded(value.detach(), present).flatten().float()
-    return flat[:: -(-flat.numel() // SAMPLE)].clone()
+    return flat[:: max(1, -(-flat.numel() // SAMPLE))]
 
 
 def _histograms(before: Tensor, after: Tensor) -> Distribution:

@@ -11,6 +11,7 @@ from torch import nn
 
 import qcompiler
 from qcompiler import charts
+from qcompiler import distributions as module
 from qcompiler.distributions import BINS, described, distributions
 from qcompiler.passes.insert_qdq import insert_qdq
 from qcompiler.passes.normalize import normalize
@@ -51,6 +52,16 @@ def test_counts_are_those_of_numpy() -> None:
     )
     rows = described(found, program, plan)
     assert [row["kind"] for row in rows] == ["activation", "weight"]
+
+
+def test_samples_of_weights_take_no_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 50)
+    assert module._sample(weight, None).data_ptr() == weight.data_ptr()
+    monkeypatch.setattr(module, "SAMPLE", 64)
+    few = module._sample(weight, None)
+    assert few.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    assert torch.equal(few, weight.flatten()[::32])
+    assert not module._sample(weight[:0], None).numel()
 
 
 def test_the_report_draws_them(tmp_path: Path) -> None:
