@@ -72,19 +72,23 @@ def measure_gradients(
     signed: dict[tuple[int, str], float] = {}  # gᵀ(Ŵ − W) of one probe, layer after layer
     total, count = 0, 0
 
-    def take(index: int, place: int, leaf: Tensor) -> None:
+    readers: dict[str, list[tuple[int, int]]] = {}  # by weight: units, and which of their layers
+    for index, unit in units.items():
+        for place, name in enumerate(unit.nodes):
+            readers.setdefault(operand(nodes[name], 1).name, []).append((index, place))
+
+    def take(places: Sequence[tuple[int, int]], leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
         with torch.no_grad():
-            squares[index] += float(gradient.double().square().sum())
-            for text, errors in moved(index).items():
-                part = float((gradient * errors[place]).sum(dtype=torch.float64))
-                signed[index, text] = signed.get((index, text), 0.0) + part
+            for index, place in places:
+                squares[index] += float(gradient.double().square().sum())
+                for text, errors in moved(index).items():
+                    part = float((gradient * errors[place]).sum(dtype=torch.float64))
+                    signed[index, text] = signed.get((index, text), 0.0) + part
 
-    for index, unit in units.items():
-        for place, name in enumerate(unit.nodes):
-            leaf = leaves[operand(nodes[name], 1).name]
-            leaf.register_post_accumulate_grad_hook(partial(take, index, place))
+    for name, places in readers.items():
+        leaves[name].register_post_accumulate_grad_hook(partial(take, places))
     for number, batch in enumerate(batches[-settings.trials :]):
         mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
         with torch.enable_grad():

@@ -180,6 +180,16 @@ def test_gradient_measures(captured: Any, tmp_path: Path) -> None:
     assert unit.option("float").measures == {"error": 0.0, "kl": 0.0, "first": 0.0, "second": 0.0}
 
 
+def test_layers_that_share_a_weight_have_one_gradient(captured: Any, tmp_path: Path) -> None:
+    layer = nn.Linear(32, 32)
+    program, findings, found = study(nn.Sequential(layer, nn.Tanh(), layer), captured, tmp_path)
+    one, two = measure_gradients(program, found, batches(), PLAIN, findings).values()
+    for text in map(str, FORMATS):
+        first, second = one.option(text).measures, two.option(text).measures
+        assert first["second"] == pytest.approx(second["second"], rel=0.5)  # rounded twice
+        assert first["second"] > 0
+
+
 def test_query_key_and_value_move_together(tiny: Any) -> None:
     program = fuse_attention(tiny("tiny-attention-block").normalized)
     units = [unit.paths for unit in find_units(program, lambda node: False)]
