@@ -6,6 +6,22 @@ ISA 8 (cp.async, ldmatrix, mma, griddepcontrol).
 
 from __future__ import annotations
 
+
+def load_matrices(name: str, change: str = "") -> str:
+    """Source of a function that loads four 8 × 8 matrices of 16-bit numbers from shared memory.
+
+    Args:
+        name: of the function (to, row); each lane gives the address of one row.
+        change: ".trans" for each of them transposed.
+    """
+    return f"""__device__ __forceinline__ void {name}(void* to, const void* row) {{
+  unsigned* r = (unsigned*)to;
+  unsigned at = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4{change}.shared.b16 {{%0,%1,%2,%3}}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}}"""
+
+
 # Name → (result, source). PTX ISA 8: cp.async, ldmatrix, mma, griddepcontrol.
 DEVICE: dict[str, tuple[str, str]] = {
     # 16 bytes from global to shared memory, past L1; zeros where `valid` is 0.
@@ -49,15 +65,7 @@ DEVICE: dict[str, tuple[str, str]] = {
 }""",
     ),
     # Four 8 x 8 matrices of 16-bit numbers; each lane gives the address of one row.
-    "qc_ldmatrix": (
-        "void",
-        """__device__ __forceinline__ void qc_ldmatrix(void* to, const void* row) {
-  unsigned* r = (unsigned*)to;
-  unsigned at = (unsigned)__cvta_generic_to_shared(row);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}""",
-    ),
+    "qc_ldmatrix": ("void", load_matrices("qc_ldmatrix")),
     # c[16 x 8] += a[16 x 16] b[16 x 8], float16 with float32 sums.
     "qc_mma_f16": (
         "void",

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from qcompiler.kernels.cuda_device import load_matrices
+
 NEVER = -1.0e30  # a masked score; finite, so that rows that saw nothing as yet stay numbers
 
 # Name → (result, source).
 PROMPT: dict[str, tuple[str, str]] = {
     # As `qc_ldmatrix`, each matrix transposed.
-    "qc_ldmatrix_t": (
-        "void",
-        """__device__ __forceinline__ void qc_ldmatrix_t(void* to, const void* row) {
-  unsigned* r = (unsigned*)to;
-  unsigned at = (unsigned)__cvta_generic_to_shared(row);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}""",
-    ),
+    "qc_ldmatrix_t": ("void", load_matrices("qc_ldmatrix_t", ".trans")),
     # Scores of 16 queries by 8 · columns keys: none of keys after a query's last, nor of those
     # that its window has passed. `key`, `last`: of this lane's first score.
     "qc_mask_scores": (

@@ -22,8 +22,30 @@ from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, unit_bytes
 ROWS = 16  # of a tile
 
 
+class _Tiled:
+    """A weight in tiles of `ROWS` rows, each in stages of some columns."""
+
+    rows: int
+    depth: int
+
+    @property
+    def stage(self) -> int:
+        """Columns of a stage."""
+        return UNIT_BYTES
+
+    @property
+    def stages(self) -> int:
+        """Stages of a tile; the last one is filled up with zeros."""
+        return -(-self.depth // self.stage)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles; the last one is filled up with zeros."""
+        return -(-self.rows // ROWS)
+
+
 @dataclass(frozen=True)
-class Weights:
+class Weights(_Tiled):
     """Form of a packed weight.
 
     Attributes:
@@ -43,16 +65,6 @@ class Weights:
     def stage(self) -> int:
         """Columns of a stage."""
         return 128 if self.group == 128 or self.depth % 128 == 0 or self.depth > 2048 else 64
-
-    @property
-    def stages(self) -> int:
-        """Stages of a tile; the last one is filled up with zeros."""
-        return -(-self.depth // self.stage)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles; the last one is filled up with zeros."""
-        return -(-self.rows // ROWS)
 
     @property
     def weight_bytes(self) -> int:
@@ -86,7 +98,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Bytes:
+class Bytes(_Tiled):
     """Form of an int8 weight that is multiplied as integers: units (`cuda_units`).
 
     Attributes:
@@ -99,20 +111,9 @@ class Bytes:
     depth: int
     signed: bool = True
 
-    stage = UNIT_BYTES  # columns
     line = UNIT_BYTES
     stage_bytes = ROWS * UNIT_BYTES
     scaled_after = False
-
-    @property
-    def stages(self) -> int:
-        """Stages of a tile; the last one is filled up with zeros."""
-        return -(-self.depth // UNIT_BYTES)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles; the last one is filled up with zeros."""
-        return -(-self.rows // ROWS)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +127,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Nibbles:
+class Nibbles(_Tiled):
     """Form of a 4-bit weight that is multiplied as integers, by int8 activations.
 
     A warp multiplies by mma.m16n8k32: lane l = 4g + t holds of A rows g and g + 8, columns 4t to
@@ -144,21 +145,10 @@ class Nibbles:
     depth: int
     group: int
 
-    stage = UNIT_BYTES  # columns
     line = UNIT_BYTES
     weight_bytes = ROWS * UNIT_BYTES // 2
     scaled_after = False
     signed = True
-
-    @property
-    def stages(self) -> int:
-        """Stages of a tile; the last one is filled up with zeros."""
-        return -(-self.depth // UNIT_BYTES)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles; the last one is filled up with zeros."""
-        return -(-self.rows // ROWS)
 
     @property
     def stage_bytes(self) -> int:
