@@ -154,16 +154,19 @@ class Hessian:
 
     @classmethod
     def of(cls, inputs: Iterable[Tensor], masks: list[Tensor | None]) -> Hessian:
-        """Raises an `InputError` where more than `LOST` of the rows are not finite."""
+        """Raises an `InputError` where more than `LOST` of the rows are not finite, or H is not."""
         total: Tensor | None = None
         waiting: list[Tensor] = []
         count = left_out = 0
+        largest = 0.0
         for value, mask in zip(inputs, masks, strict=True):
             rows = unpadded(value, mask).flatten(0, -2)
             finite = rows.isfinite().all(1)
             lost = len(rows) - int(finite.sum())
             count, left_out = count + len(rows), left_out + lost
             waiting.append(rows[finite] if lost else rows)
+            if waiting[-1].numel():
+                largest = max(largest, float(waiting[-1].abs().max()))
             if sum(map(len, waiting)) >= TOGETHER:
                 total = _add_gram(total, torch.cat(waiting))
                 waiting = []
@@ -174,6 +177,11 @@ class Hessian:
             raise InputError(
                 f"calibration: {left_out} of {count} tokens have NaN or Inf here; check the data "
                 "and the model"
+            )
+        if not bool(total.isfinite().all()):
+            raise InputError(
+                f"calibration: the squares of values up to {largest:.2g} overflow here; check the "
+                "data and the model"
             )
         for start in range(0, len(total), STRIP):
             stop = start + STRIP
