@@ -51,6 +51,7 @@ struct config {
   F(cuCtxGetDevice, (int *device))                                       \
   F(cuStreamGetCtx, (void *stream, void **context))                      \
   F(cuModuleLoadData, (void **module, const void *image))                \
+  F(cuModuleUnload, (void *module))                                      \
   F(cuModuleGetFunction, (void **function, void *module, const char *))  \
   F(cuFuncSetAttribute, (void *function, int attribute, int value))      \
   F(cuLaunchKernelEx,                                                    \
@@ -124,7 +125,7 @@ static ort_status *refuse_device(ort_api api, int device) {
   }
   return refuse(api, ORT_NOT_IMPLEMENTED,
                 "libqcompiler_ort.so holds code for compute capability %s, and %s has %d.%d; "
-                "compile the model for it (--target ort:cuda:sm_%d)",
+                "compile the model for it (--target ort:cuda:sm_%d --kernels tvm)",
                 held, name, capability / 10, capability % 10, capability);
 }
 
@@ -148,19 +149,20 @@ static ort_status *load(ort_api api, void *context, struct module *made) {
   const struct gpu *gpu = &compiled_operators.gpus[code];
   TRY(check(api, cu.cuModuleLoadData(&module, gpu->image), "loading the kernels"));
   void **functions = calloc((size_t)gpu->kernel_count, sizeof *functions);
-  if (!functions) return refuse(api, ORT_FAIL, "not enough memory for the kernels");
-  for (int i = 0; i < gpu->kernel_count; i++) {
+  ort_status *status = NULL;
+  if (!functions) status = refuse(api, ORT_FAIL, "not enough memory for the kernels");
+  for (int i = 0; i < gpu->kernel_count && !status; i++) {
     const struct gpu_kernel *kernel = &gpu->kernels[i];
-    ort_status *status =
-        check(api, cu.cuModuleGetFunction(&functions[i], module, kernel->name), kernel->name);
+    status = check(api, cu.cuModuleGetFunction(&functions[i], module, kernel->name), kernel->name);
     if (!status)
       status = check(
           api, cu.cuFuncSetAttribute(functions[i], MAX_DYNAMIC_SHARED, (int)kernel->shared),
           kernel->name);
-    if (status) {
-      free(functions);
-      return status;
-    }
+  }
+  if (status) {
+    free(functions);
+    cu.cuModuleUnload(module);
+    return status;
   }
   *made = (struct module){context, gpu, attribute_of(device, PROCESSORS), functions};
   return NULL;

@@ -208,7 +208,7 @@ def _rename(
             )
         tensor.name = name
     for tensor in [*graph.inputs, *graph.outputs]:
-        if tensor.shape is not None:
+        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
             tensor.shape = [symbols.get(str(s), s) for s in tensor.shape]
 
 

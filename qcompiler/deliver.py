@@ -36,7 +36,7 @@ from qcompiler.regions import LINEAR
 from qcompiler.rewrite import module_path
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target, cpu_feature
-from qcompiler.verify import compare
+from qcompiler.verify import compare, finite
 
 KEPT = 2  # batches of each kind kept with the artifact
 
@@ -113,9 +113,11 @@ def deliver(
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     known: dict[torch.fx.Node, Any] = {}
+    sound = True
     for kind, batches in (("calibration", calibration), ("held-out", held_out)):
         quantized = [lowered.view(integer.run(compiled.quantized, b, known)) for b in batches]
         captured = [lowered.view(compiled.source.run(b)) for b in batches]
+        sound &= all(map(finite, captured))
         actual = [run(*b) for b in batches] if lowered.ran else quantized
         masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None
         errors["quantization"] += [asdict(c) for c in compare(captured, actual, names, kind, masks)]
@@ -176,7 +178,7 @@ def deliver(
     if data.note:
         manifest["warnings"].append(f"calibrated and verified on {data.note}")
     manifest["peak_memory_bytes"] = peak_memory()
-    _judge(manifest, recipe)
+    _judge(manifest, recipe, sound)
     (folder / artifacts.REPORT).write_text(report.render(manifest))
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     manifest["files"] = {p.relative_to(folder).as_posix(): artifacts.sha256(p) for p in files}
@@ -382,8 +384,14 @@ def _warnings(manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _judge(manifest: Mapping[str, Any], recipe: Recipe) -> None:
-    """Fail where the recipe's bounds or promises are broken."""
+def _judge(manifest: Mapping[str, Any], recipe: Recipe, sound: bool) -> None:
+    """Fail where the recipe's bounds or promises are broken.
+
+    Args:
+        manifest: with what was measured.
+        recipe: says what is demanded.
+        sound: whether the float model's outputs have no NaN or infinity.
+    """
     worst = min(
         (
             r["sqnr_db"]
@@ -392,6 +400,11 @@ def _judge(manifest: Mapping[str, Any], recipe: Recipe) -> None:
         ),
         default=200.0,
     )
+    if worst < recipe.min_sqnr and not sound:
+        raise VerifyError(
+            "the float model itself gives NaN or Inf on the data that the result is judged on, so "
+            "there is nothing to compare with: check the model, or remove these samples"
+        )
     if worst < recipe.min_sqnr:
         raise VerifyError(
             f"SQNR on held-out data is {worst:.1f} dB, recipe '{recipe.name}' demands "

@@ -88,6 +88,11 @@ def relative(reference: Sequence[Any], got: Sequence[Any]) -> float:
     return worst
 
 
+def finite(outputs: Iterable[Any]) -> bool:
+    """Whether no output has NaN or infinity."""
+    return all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in outputs)
+
+
 @dataclass(frozen=True)
 class Reference:
     """The captured program's outputs on the batches that exact passes are checked on.

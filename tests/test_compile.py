@@ -639,6 +639,37 @@ def test_a_bound_that_is_not_reached(tmp_path: Path) -> None:
           module, (x,), recipe=recipe)  # fmt: skip
 
 
+class Roots(nn.Module):
+    """NaN for what a linear makes negative, and a constant as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 4)
+        self.table = nn.Buffer(torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x).sqrt(), self.table
+
+
+def test_a_float_model_that_gives_nan(tmp_path: Path) -> None:
+    module, good = Roots(), torch.rand(4, 32) + 1
+    nn.init.ones_(module.linear.weight)
+    batches = [(good,), (-good,), (good,), (-good,)]  # the fourth is held out
+    fails(VerifyError, "the float model itself gives NaN", tmp_path, module, (good,),
+          calibration=batches, recipe="w8")  # fmt: skip
+    made = compile(module, (good,), calibration=batches[:2] + [(good,)] * 2, recipe="w8",
+                   out=tmp_path / "out")  # fmt: skip
+    assert bool(made.load()(-good)[0].isnan().all())
+
+
+def test_a_constant_that_is_returned(tmp_path: Path) -> None:
+    module = Roots()
+    nn.init.ones_(module.linear.weight)
+    x = torch.rand(4, 32) + 1
+    made = compile(module, (x,), recipe="w8", out=tmp_path / "out")
+    torch.testing.assert_close(made.load()(x)[1], module.table)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -106,7 +106,10 @@ int cuModuleLoadData(void **module, const void *image) {
   *module = 0;
   return memcmp(image, "image", 5) ? 200 : number("LOAD", 0);
 }
-int cuModuleGetFunction(void **f, void *module, const char *name) { return *f = strdup(name), 0; }
+int cuModuleUnload(void *module) { return fclose(fopen("unloaded", "w")); }
+int cuModuleGetFunction(void **f, void *module, const char *name) {
+  return *f = strdup(name), number("FUNCTION", 0);
+}
 int cuFuncSetAttribute(void *f, int attribute, int value) { return 0; }
 int cuMemsetD8Async(unsigned long long at, unsigned char v, size_t count, void *stream) {
   memset((void *)at, v, count);
@@ -237,6 +240,9 @@ def test_what_a_machine_lacks_is_said(pretended: Pretended) -> None:
     wanted = "holds code for compute capability 8.0, 8.6, 9.0, and a GPU has 10.0; compile the"
     assert wanted in said(CAPABILITY="100")
     assert "loading the kernels: the GPU's driver answered CUDA_ERROR_SO_AND_SO" in said(LOAD="1")
+    assert not (pretended.folder / "unloaded").exists()
+    assert "the GPU's driver answered CUDA_ERROR_SO_AND_SO" in said(FUNCTION="1")
+    assert (pretended.folder / "unloaded").exists()  # what was loaded is not left behind
     assert "reads rows of 264 numbers, not of 263" in pretended.run((0, 2, 263))
 
 
