@@ -22,6 +22,7 @@ from qcompiler.deliver import Compiled, Progress, deliver, verify
 from qcompiler.distributions import distributions
 from qcompiler.errors import InputError, UnsupportedError, VerifyError
 from qcompiler.journal import Journal, fingerprint
+from qcompiler.memory import release
 from qcompiler.mixer import Mixer
 from qcompiler.observe import Statistics, choose_range, observe
 from qcompiler.passes.allocate import allocate
@@ -152,6 +153,7 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
         self._step, self._since = step, now
+        release()
         if self.progress is not None:
             self.progress(step)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.memory import release
 from qcompiler.program import Batch, Program, Watch
 from qcompiler.rewrite import operand
 
@@ -118,6 +119,7 @@ class Stages:
             self._held[number] = self._spill(number, kept) if spills else kept
 
         _side_by_side(run, len(self._held))
+        release()
         self._position = end
 
     def values(self, node: Node) -> Iterator[Any]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The core, lowest first. A module imports from its own level or below.
 LEVELS = (
     {"errors"},
-    {"qtype", "source", "hadamard", "audit", "generated", "gpu"},
+    {"qtype", "source", "hadamard", "audit", "generated", "gpu", "memory"},
     {"target", "cached", "format"},
     {"ops"},
     {"program"},

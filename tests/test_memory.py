@@ -1,0 +1,31 @@
+"""What is freed goes back to the system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompiler.memory import release
+
+STATUS = Path("/proc/self/status")
+
+
+def resident() -> int:
+    """Bytes of this process in memory that are no file's."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="this system does not say what a process holds")
+def test_freed_memory_goes_back() -> None:
+    kept, size = [], 1 << 16  # small enough for the C library's heap
+    tensors = [torch.ones(size // 4) for _ in range(4096)]
+    kept = tensors[::64]  # so that the heap's end is in use
+    before = resident()
+    del tensors
+    release()
+    freed = before - resident()
+    assert freed > 150e6, f"{freed / 1e6:.0f} of 260 MB"
+    assert len(kept) == 64
