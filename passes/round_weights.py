@@ -161,12 +161,13 @@ class Hessian:
         largest = 0.0
         for value, mask in zip(inputs, masks, strict=True):
             rows = unpadded(value, mask).flatten(0, -2)
-            finite = rows.isfinite().all(1)
+            reach = rows.abs().amax(1)  # NaN where a row has one
+            finite = reach.isfinite()
             lost = len(rows) - int(finite.sum())
             count, left_out = count + len(rows), left_out + lost
             waiting.append(rows[finite] if lost else rows)
-            if waiting[-1].numel():
-                largest = max(largest, float(waiting[-1].abs().max()))
+            if lost < len(rows):
+                largest = max(largest, float(reach[finite].max()))
             if sum(map(len, waiting)) >= TOGETHER:
                 total = _add_gram(total, torch.cat(waiting))
                 waiting = []

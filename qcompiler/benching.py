@@ -6,11 +6,11 @@ A driver: it knows how each runtime opens a model.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from qcompiler.errors import InputError
 from qcompiler.generation import Runtime, runtime, settings_of
 from qcompiler.lowering import Progress, Run, model_size
 from qcompiler.verify import compare
+
+T = TypeVar("T")
 
 
 def bench(
@@ -45,7 +47,7 @@ def bench(
         shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order; of
             language models the tokens of a prompt, and those before the ones that are written.
     """
-    from qcompiler.backends import ort, ort_cuda, ort_peers
+    from qcompiler.backends import ort, ort_cuda
 
     say = progress or (lambda step: None)
     artifact = Artifact.open(folder)
@@ -59,7 +61,6 @@ def bench(
         raise InputError(f"{folder} keeps no data to run; compile it again")
     batch = batches[0] if shape is None else _resize(batches[0], artifact.manifest["inputs"], shape)
     names = [o["name"] for o in artifact.manifest["outputs"]]
-    inputs = [i["name"] for i in artifact.manifest["inputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
         on_gpu = artifact.manifest["target"].startswith("ort:cuda")
@@ -72,24 +73,9 @@ def bench(
             runs["qcompiler"] = open_model(paths["qcompiler"])
         else:
             runs["qcompiler"] = artifact.runner(threads)
-        notes: dict[str, str] = {}
-        for peer in against:
-            if peer == "float":
-                continue
-            say(peer)
-            try:
-                paths[peer] = ort_peers.build(
-                    peer,
-                    base / ort.MODEL,
-                    Path(scratch),
-                    lambda: artifact.batches("calibration"),
-                    inputs,
-                )
-                runs[peer] = open_model(paths[peer])
-            except InputError:
-                raise
-            except Exception as error:  # a peer that fails is a result, not our failure
-                notes[peer] = _failed(error)
+        peers, notes = _open_peers(artifact, against, Path(scratch), open_model, say)
+        runs |= peers
+        paths |= {peer: Path(scratch) / peer / ort.MODEL for peer in peers}
         expected, masks = [runs["float"](*b) for b in batches], artifact.masks(batches)
         quality = {
             name: min(
@@ -136,14 +122,13 @@ def _bench_language(
     say: Progress,
 ) -> dict[str, Any]:
     """Tokens a second of the artifact, of its float model and of the peers."""
-    from qcompiler.backends import ort, ort_peers
+    from qcompiler.backends import ort
 
     target, base = str(artifact.manifest["target"]), artifact.folder / REFERENCE
     settings = settings_of(artifact.folder, artifact.manifest)
     room = int(artifact.manifest.get("capacity") or settings["context"])
     prompt, past = language_bench.sizes_of(shape, room)
     beside = target if target.startswith("ort:") else "ort:cpu"
-    notes: dict[str, str] = {}
     sizes = {
         "float": model_size(base / ort.MODEL),
         "qcompiler": int(artifact.manifest["size"]["model_bytes"]),
@@ -153,22 +138,12 @@ def _bench_language(
             "float": runtime(base, beside, threads),
             "qcompiler": runtime(artifact.folder, target, threads),
         }
-        for peer in (name for name in against if name != "float"):
-            say(peer)
-            folder = Path(scratch) / peer
-            folder.mkdir()
-            try:
-                made = ort_peers.build(
-                    peer, base / ort.MODEL, folder, lambda: artifact.batches("calibration"),
-                    [i["name"] for i in artifact.manifest["inputs"]],
-                )  # fmt: skip
-                made.rename(folder / ort.MODEL)
-                writers[peer] = runtime(folder, beside, threads)
-                sizes[peer] = model_size(folder / ort.MODEL)
-            except InputError:
-                raise
-            except Exception as error:  # a peer that fails is a result, not our failure
-                notes[peer] = _failed(error)
+        peers, notes = _open_peers(
+            artifact, against, Path(scratch), lambda model: runtime(model.parent, beside, threads),
+            say,
+        )  # fmt: skip
+        writers |= peers
+        sizes |= {peer: model_size(Path(scratch) / peer / ort.MODEL) for peer in peers}
         say("time")
         rows = language_bench.time_writers(writers, prompt, past, seconds)
     if target.startswith("tvm:cuda"):
@@ -180,6 +155,37 @@ def _bench_language(
         "rows": rows, "threads": threads, "machine": machine(),
         "shape": f"a prompt of {prompt}, {language_bench.STEPS} after {past}",
     }  # fmt: skip
+
+
+def _open_peers(
+    artifact: Artifact,
+    against: Sequence[str],
+    scratch: Path,
+    open_model: Callable[[Path], T],
+    say: Progress,
+) -> tuple[dict[str, T], dict[str, str]]:
+    """The peers but the float model, each made in a folder of its own; of the others, why not."""
+    from qcompiler.backends import ort, ort_peers
+
+    opened: dict[str, T] = {}
+    notes: dict[str, str] = {}
+    for peer in (name for name in against if name != "float"):
+        say(peer)
+        model = scratch / peer / ort.MODEL
+        model.parent.mkdir(exist_ok=True)
+        try:
+            made = ort_peers.build(
+                peer, artifact.folder / REFERENCE / ort.MODEL, model.parent,
+                lambda: artifact.batches("calibration"),
+                [i["name"] for i in artifact.manifest["inputs"]],
+            )  # fmt: skip
+            made.rename(model)
+            opened[peer] = open_model(model)
+        except InputError:
+            raise
+        except Exception as error:  # a peer that fails is a result, not our failure
+            notes[peer] = _failed(error)
+    return opened, notes
 
 
 def _failed(error: Exception) -> str:
