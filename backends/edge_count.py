@@ -2,9 +2,11 @@
 
 Of each kernel's assembly the loop that does the work is counted, and how often it runs follows from
 the sizes: a product's from its multiply-accumulates, any other kernel's from the bytes that it
-reads and writes. The cycles of a round are the fewest that a Cortex-A76 could take
-(`qcompiler.kernels.assembly`). A weight also has to come from memory, at `STREAM` bytes a cycle:
-the shorter the input, the more that is what takes the time. Neither was timed.
+reads and writes. The cycles of a round are the fewest that a core of that kind could take
+(`qcompiler.kernels.assembly`). A weight also has to come from memory, so many bytes a cycle: the
+shorter the input, the more that is what takes the time. Neither was timed.
+
+Not counted: x86-64 without fused multiply-add, where products of floats call a function.
 """
 
 from __future__ import annotations
@@ -20,18 +22,29 @@ from qcompiler.backends.edge_group import Constants
 from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.backends.edge_trace import trace
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels.assembly import Loop, loops, straight
+from qcompiler.kernels.assembly import Core, Loop, read
+from qcompiler.kernels.cores_arm import A55, A76
+from qcompiler.kernels.cores_riscv import U74
+from qcompiler.kernels.cores_x86 import ZEN4
 from qcompiler.kernels.tiles import Product
 from qcompiler.program import Program
 from qcompiler.target import Target
 
-# Bytes a cycle from memory, one core: an assumption, 10 GB/s at 2.4 GHz.
-STREAM = 4.0
+# Instruction set → the core whose cycles are counted.
+CORES = {"aarch64": A76, "armv7": A55, "riscv64": U74, "x86-64": ZEN4}
 
 
 def countable(target: Target) -> bool:
-    """Whether instructions of code for the target are counted: 64-bit ARM."""
-    return target.runtime == "tvm" and target.device == "aarch64"
+    """Whether instructions of code for the target are counted."""
+    if target.runtime != "tvm" or target.device == "cuda" or target.any_size:
+        return False
+    where = machine(target)
+    return where.family in CORES and choose_isa(where).fused
+
+
+def core(target: Target) -> Core:
+    """The core whose cycles are counted for a target."""
+    return CORES[machine(target).family]
 
 
 def cycles(program: Program, target: Target, sizes: Mapping[str, Sequence[int]]) -> float:
@@ -54,13 +67,15 @@ def cycles(program: Program, target: Target, sizes: Mapping[str, Sequence[int]])
 
 
 def _cycles(call: Call, where: Machine) -> float:
-    text = _assembly(call, where)
-    found = loops(text)
+    counted = CORES[where.family]
+    found, whole = read(_assembly(call, where), counted)
     _, key, _ = call.key
     product = key[0] if isinstance(key, tuple) and key else None
     if isinstance(product, Product):
-        found = [loop for loop in found if loop.products] or [straight(text)]
-        return max(_of_product(found, product), _constant_bytes(call) / STREAM)
+        found = [loop for loop in found if loop.products] or [whole]
+        return max(_of_product(found, product), _constant_bytes(call) / counted.stream)
+    if not any(loop.writes for loop in found):
+        return whole.cycles
     return _of_others(found, call)
 
 
@@ -90,21 +105,16 @@ def _constant_bytes(call: Call) -> int:
 
 
 def _of_others(found: Sequence[Loop], call: Call) -> float:
-    """One loop that writes and, where one only reads, that as well: the widest of each."""
+    """Of the loops that write, and of those that only read, the widest does it all."""
     written = {id(storage) for storage in call.writes}
-    amounts = {
-        kind: sum(
-            storage.size * storage.dtype.itemsize
-            for storage in call.arguments
-            if (id(storage) in written) is (kind == "st")
-        )
-        for kind in ("ld", "st")
-    }
-    writing = [loop for loop in found if loop.moved("st")]
-    reading = [loop for loop in found if loop.moved("ld") and not loop.stores]
+    amounts = [0, 0]  # read, written
+    for storage in call.arguments:
+        amounts[id(storage) in written] += storage.size * storage.dtype.itemsize
+    reading = [loop for loop in found if loop.reads and not loop.writes]
+    writing = [loop for loop in found if loop.writes]
     total = 0.0
-    for kind, group in (("st", writing), ("ld", reading)):
-        if group:
-            main = max(group, key=lambda loop: loop.moved(kind))
-            total += amounts[kind] / main.moved(kind) * main.cycles
-    return total
+    if reading:
+        main = max(reading, key=lambda loop: loop.reads)
+        total += amounts[0] / main.reads * main.cycles
+    main = max(writing, key=lambda loop: loop.writes)
+    return total + amounts[1] / main.writes * main.cycles

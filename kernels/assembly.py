@@ -1,134 +1,188 @@
-"""What the loops of AArch64 assembly are made of, and how fast they could run at best.
+"""What the loops of assembly text are made of, and how fast a core could run them at best.
 
-The bound is that of a Cortex-A76 (Arm's Software Optimization Guide, r4p1): four instructions a
-cycle, two of them vector operations, two loads or stores. (Its integer `mla` runs once a cycle, not
-twice: the bound of int8 without dot products is too kind.) A bound is not a measurement.
+A core has units: so many slots a cycle each, of which an instruction takes some. The bound is
+
+    cycles of a round  ≥  max over units of  Σ over instructions of slots taken ÷ slots a cycle
+
+which leaves out that results take time to arrive, and all waiting for memory. A bound is not a
+measurement.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-CORE = "Cortex-A76"  # the bounds are of
-# Multiply-accumulates of an instruction on whole registers, by its name.
-MULTIPLY = {"sdot": 16, "udot": 16, "smmla": 32, "usmmla": 32, "bfmmla": 16, "mla": 4, "fmla": 4,
-            "smlal": 4, "smlal2": 4, "umlal": 4, "umlal2": 4}  # fmt: skip
-_JUMP = r"(?:b|b\.\w+|blr?|br|cbn?z|tbn?z)\s"
-_REGISTER = re.compile(r"\b(?:v\d+\.(?:(16b|8h|4s|2d)|(8b|4h|2s|1d)|([bhsd]))|([qdshbxw])\d+)\b")
-_BYTES = {"q": 16, "x": 8, "d": 8, "s": 4, "w": 4, "h": 2, "b": 1}
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, as far as bounds need it.
+
+    Attributes:
+        text: its line.
+        kind: its name; one on the upper half of its registers has its partner's.
+        macs: multiply-accumulates.
+        reads, writes: bytes of memory; on the stack none, because that holds no data of its own.
+        loads, stores: whether it reads and writes memory at all.
+        takes: unit → slots.
+    """
+
+    text: str
+    kind: str
+    macs: int = 0
+    reads: int = 0
+    writes: int = 0
+    loads: bool = False
+    stores: bool = False
+    takes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Core:
+    """A core, and how its assembly is written.
+
+    Attributes:
+        name: for people.
+        units: unit → slots a cycle.
+        stream: bytes a cycle from memory, one core: an assumption.
+        jump: pattern of the names of jumps; their target is the last operand.
+        call: pattern of the names of calls and of jumps to what is not known.
+        comment: pattern of where a comment begins.
+        read: line → instruction.
+    """
+
+    name: str
+    units: Mapping[str, float]
+    stream: float
+    jump: str
+    call: str
+    comment: str
+    read: Callable[[str], Instruction]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop.
+    """An innermost loop on a core."""
 
-    Attributes:
-        lines: its instructions.
-        macs: multiply-accumulates of one round.
-        multiplies: instructions that make them.
-        loads: instructions that read memory.
-        stores: that write it.
-    """
+    core: Core
+    instructions: tuple[Instruction, ...]
 
-    lines: tuple[str, ...]
-    macs: int
-    multiplies: int
-    loads: int
-    stores: int
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Its instructions as text."""
+        return tuple(i.text for i in self.instructions)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one round."""
+        return sum(i.macs for i in self.instructions)
+
+    @property
+    def multiplies(self) -> int:
+        """Instructions that make them."""
+        return sum(i.macs > 0 for i in self.instructions)
+
+    @property
+    def loads(self) -> int:
+        """Instructions that read memory."""
+        return sum(i.loads for i in self.instructions)
+
+    @property
+    def stores(self) -> int:
+        """Instructions that write memory."""
+        return sum(i.stores for i in self.instructions)
+
+    @property
+    def reads(self) -> int:
+        """Bytes that a round reads."""
+        return sum(i.reads for i in self.instructions)
+
+    @property
+    def writes(self) -> int:
+        """Bytes that a round writes."""
+        return sum(i.writes for i in self.instructions)
 
     @property
     def cycles(self) -> float:
-        """The fewest of a round on a Cortex-A76."""
-        vectors = sum("v" in line.split(None, 1)[-1][:1] for line in self.lines)
-        return max(vectors / 2, (self.loads + self.stores) / 2, len(self.lines) / 4)
+        """The fewest of a round."""
+        return max(
+            sum(i.takes.get(unit, 0.0) for i in self.instructions) / slots
+            for unit, slots in self.core.units.items()
+        )
 
     @property
     def widest(self) -> str:
-        """The instruction that multiplies most, of equal ones the most frequent; or nothing.
-
-        One on the upper half of its registers (`smlal2`) counts as its partner.
-        """
-        names = [name.removesuffix("2") for name in self._names if name in MULTIPLY]
-        return max(sorted(names), key=lambda n: (MULTIPLY[n], names.count(n)), default="")
+        """The instruction that multiplies most, of equal ones the most frequent; or nothing."""
+        found = [i for i in self.instructions if i.macs]
+        kinds = [i.kind for i in found]
+        best = max(sorted(found, key=_kind), key=lambda i: (i.macs, kinds.count(i.kind)),
+                   default=None)  # fmt: skip
+        return best.kind if best is not None else ""
 
     @property
     def products(self) -> int:
         """Multiply-accumulates of a round by the widest instruction: others unpack and scale."""
-        kinds = [name.removesuffix("2") for name in self._names]
-        return kinds.count(self.widest) * MULTIPLY.get(self.widest, 0)
-
-    @property
-    def _names(self) -> list[str]:
-        return [line.split()[0] for line in self.lines]
-
-    def moved(self, kind: str) -> int:
-        """Bytes of a round that instructions beginning with `ld` or `st` move."""
-        return sum(_width(line) for line in self.lines if line.startswith(kind))
+        return sum(i.macs for i in self.instructions if i.kind == self.widest)
 
 
-def _width(line: str) -> int:
-    name, _, rest = line.partition(" ")
-    if name.endswith(("b", "h")):
-        return 1 if name.endswith("b") else 2
-    total = 0
-    for full, half, lane, plain in _REGISTER.findall(rest.split("[")[0]):
-        total += 16 if full else 8 if half else _BYTES[lane or plain]
-    return total
+def _kind(instruction: Instruction) -> str:
+    return instruction.kind
 
 
-def loops(text: str) -> list[Loop]:
-    """The innermost loops of an AArch64 assembly text."""
-    return _read(text)[0]
+class Text(NamedTuple):
+    """What an assembly text holds.
+
+    Attributes:
+        loops: the innermost loops.
+        whole: all instructions, as a loop of one round: what has none, sizes being small.
+    """
+
+    loops: list[Loop]
+    whole: Loop
 
 
-def straight(text: str) -> Loop:
-    """All instructions of a text, as a loop of one round: what has none, sizes being small."""
-    return _loop(_read(text)[1])
-
-
-def _read(text: str) -> tuple[list[Loop], list[str]]:
-    """The innermost loops, and all instructions."""
+def read(text: str, core: Core) -> Text:
+    """The loops of an assembly text for a core; those that call functions are not among them."""
     found: list[Loop] = []
-    lines: list[str] = []
+    lines: list[Instruction] = []
     labels: dict[str, int] = {}
+    barred: list[int] = []  # calls, and jumps back: places that no innermost loop goes over
     for raw in text.splitlines():
-        line = re.sub(r"\s+", " ", raw.split("//")[0].strip())
+        line = re.sub(r"\s+", " ", re.split(core.comment, raw)[0].strip())
         label = re.fullmatch(r"(\.L\w+):", line)
         if label:
             labels[label[1]] = len(lines)
             continue
         if not line or line.startswith((".", "#")) or line.endswith(":"):
             continue
-        lines.append(line)
-        jump = re.match(_JUMP + r".*?(\.L\w+)$", line)
-        start = labels.get(jump[1]) if jump else None
-        if start is None:
+        name, _, operands = line.partition(" ")
+        if re.fullmatch(core.call, name):
+            barred.append(len(lines))
+        lines.append(core.read(line))
+        target = re.search(r"(\.L\w+)$", operands)
+        if target is None or target[1] not in labels or not re.fullmatch(core.jump, name):
             continue
-        body = lines[start:]
-        if any(re.match(_JUMP, other) for other in body[:-1]):
-            continue  # not an innermost one
-        found.append(_loop(body))
-    return found, lines
+        start = labels[target[1]]
+        if not any(place >= start for place in barred):
+            found.append(Loop(core, tuple(lines[start:])))
+        barred.append(len(lines) - 1)
+    return Text(found, Loop(core, tuple(lines)))
 
 
-def _loop(body: list[str]) -> Loop:
-    names = [line.split()[0] for line in body]
-    return Loop(
-        tuple(body), sum(MULTIPLY.get(name, 0) for name in names),
-        sum(name in MULTIPLY for name in names),
-        sum(name.startswith("ld") for name in names),
-        sum(name.startswith("st") for name in names),
-    )  # fmt: skip
+def loops(text: str, core: Core) -> list[Loop]:
+    """The innermost loops of an assembly text."""
+    return read(text, core).loops
 
 
-def inner_loop(text: str) -> Loop:
+def inner_loop(text: str, core: Core) -> Loop:
     """The innermost loop that multiplies most.
 
     Raises:
         ValueError: the text has no loop.
     """
-    found = loops(text)
+    found = loops(text, core)
     if not found:
         raise ValueError("the text has no loop")
     return max(found, key=lambda loop: loop.macs)

@@ -8,7 +8,7 @@ Anchors: the whole model in each format, and in float, end to end. Kernels alone
 fused or converted between layers, so the micro-benchmarks' differences are scaled, format by
 format, until they sum up to what the whole model gains.
 
-Counted: for 64-bit ARM from another machine, the instructions of the code that would be generated
+Counted: for a machine that is not this one, the instructions of the code that would be generated
 (`qcompiler.backends.edge_count`), for the layers alone. That is an estimate, and is called one.
 """
 
@@ -52,8 +52,8 @@ SECONDS = 0.6  # for all formats of one shape
 RANGE = 4.0  # of static activations: time does not depend on it
 WHOLE = 4.0  # seconds for the anchors
 ESTIMATE = (
-    "instructions counted, not timed: cycles that a Cortex-A76 would need at least for the layers "
-    "alone, weights read at 4 bytes a cycle"
+    "instructions counted, not timed: cycles that a {} would need at least for the layers alone, "
+    "weights read at {:g} bytes a cycle"
 )
 
 Say = Callable[[str], None]
@@ -73,11 +73,19 @@ def here(target: Target) -> bool:
 
 def counted(target: Target) -> bool:
     """Whether time stands for instructions counted: code for another machine that can be."""
-    if here(target) or target.runtime != "tvm" or target.device != "aarch64":
+    if here(target) or target.runtime != "tvm":
         return False
     from qcompiler.backends import edge_count
 
     return edge_count.countable(target)
+
+
+def estimate_of(target: Target) -> str:
+    """What the time of a target that is `counted` means."""
+    from qcompiler.backends import edge_count
+
+    core = edge_count.core(target)
+    return ESTIMATE.format(core.name, core.stream)
 
 
 class _Layers(nn.Module):
@@ -148,7 +156,7 @@ def micro(
 
 def _key(target: Target, estimate: bool) -> str:
     about = {"versions": artifacts.versions(), "target": str(target)}
-    about |= {"estimate": ESTIMATE} if estimate else {"machine": machine()}
+    about |= {"estimate": estimate_of(target)} if estimate else {"machine": machine()}
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -163,7 +171,7 @@ def _timed(
     found: dict[str, float | None] = dict.fromkeys(formats)
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
         for index, text in enumerate(["float", *formats]):
-            made = _in_format(program, text, target)
+            made = in_format(program, text, target)
             if made is None:
                 continue
             run = _lowered(made, target, Path(scratch) / str(index), {}, "")
@@ -184,14 +192,14 @@ def _counted(
     program = normalize(capture(_Layers(outputs, inputs, 1), (x,)))
     found: dict[str, float | None] = {}
     for text in ["float", *formats]:
-        made = _in_format(program, text, target)
+        made = in_format(program, text, target)
         sizes = {program.inputs[0]: [*x.shape]}
         found[text] = edge_count.cycles(made, target, sizes) / 1e6 if made is not None else None
     return found
 
 
-def _in_format(program: Program, text: str, target: Target) -> Program | None:
-    """The program with all of its linears in one format; None where it has no kernel for it."""
+def in_format(program: Program, text: str, target: Target) -> Program | None:
+    """The program with all of its linears in one format; None where the target has no kernel."""
     if text == "float":
         return program
     wanted = Format.parse(text)

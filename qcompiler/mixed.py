@@ -78,7 +78,8 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     if recipe.latency is not None and not (costs.here(target) or costs.counted(target)):
         raise UnsupportedError(
             f"--latency: this machine is not {target}, so nothing can be timed, and instructions "
-            "are counted for tvm:aarch64 targets alone; give a budget of --bits or --size"
+            "are counted for tvm: targets of CPUs with fused multiply-add alone; give a budget of "
+            "--bits or --size"
         )
     texts = candidates(recipe, target, spec)
     if not texts:
@@ -150,8 +151,8 @@ def _finish(
     described["front_of_time"] = [_row(point) for point in of_time]
     described["timed"] = mixer.timed or {}
     if mixer.timed is not None and costs.counted(mixer.target):
-        described["estimate"] = costs.ESTIMATE
-        described["notes"].append(f"time is an estimate: {costs.ESTIMATE}")
+        described["estimate"] = costs.estimate_of(mixer.target)
+        described["notes"].append(f"time is an estimate: {described['estimate']}")
     figures.write(described, mixer.folder)
     return described
 

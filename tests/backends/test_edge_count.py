@@ -62,7 +62,21 @@ def test_single_weights_beside_the_grid_are_counted() -> None:
     assert kept > plain + 64 * 192 * 4 / 8
 
 
-def test_only_64_bit_arm_is_counted() -> None:
-    assert edge_count.countable(NEON)
-    for text in ("tvm:armv7", "tvm:riscv64", "tvm:x86-64", "ort:cpu:arm64"):
+def test_what_is_counted() -> None:
+    for text in ("tvm:aarch64", "tvm:armv7", "tvm:riscv64", "tvm:x86-64-v3"):
+        assert edge_count.countable(Target.parse(text))
+    for text in ("tvm:x86-64", "ort:cpu:arm64", "tvm:cuda:sm_90", "tvm:native:dynamic"):
         assert not edge_count.countable(Target.parse(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "floats", "integers"),
+    [("tvm:x86-64:avx512vnni", 16, 64), ("tvm:x86-64-v3", 16, 32), ("tvm:armv7", 4, 4),
+     ("tvm:riscv64", 1, 1)],
+)  # fmt: skip
+def test_other_cores_run_at_most_at_their_peak(text: str, floats: int, integers: int) -> None:
+    """Products a cycle: Zen 4's two pipes of 256 bits, a Cortex-A55's of 64, one of a U74."""
+    target = Target.parse(text)
+    macs = 64 * 192 * 256
+    assert 0.75 * floats < macs / cycles(target, 64) <= floats
+    assert 0.25 * integers < macs / cycles(target, 64, INT8) <= integers

@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/instructions.py
 
 Each kernel is compiled for the target; of its innermost loops the one with most multiplications is
-counted. The bound is that of a Cortex-A76, see `qcompiler.kernels.assembly`; it is no measurement.
+counted. The bound is that of a Cortex-A76, see `qcompiler.kernels.cores_arm`; it is no measurement.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tvm
 
 from qcompiler.backends.edge_target import machine
 from qcompiler.kernels import isa as isas
-from qcompiler.kernels.assembly import MULTIPLY, inner_loop
+from qcompiler.kernels.assembly import inner_loop
 from qcompiler.kernels.code import Argument, Kernel
+from qcompiler.kernels.cores_arm import A76
 from qcompiler.kernels.expression import Access, Expression, Step
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.matmul_float import matmul_float
@@ -91,10 +92,9 @@ def main() -> None:
     print("|---|" + "---:|" * 9)
     for target, isa, dtype in CASES:
         for shape in SHAPES:
-            loop = inner_loop(assembly(target, isa, dtype, shape))
+            loop = inner_loop(assembly(target, isa, dtype, shape), A76)
             count = len(loop.lines)
-            names = {line.split()[0] for line in loop.lines}
-            widest = max(MULTIPLY.get(name, 0) for name in names)
+            widest = max(instruction.macs for instruction in loop.instructions)
             rate = loop.macs / loop.cycles
             print(
                 f"| {target} {dtype} | {shape[0]} | {loop.multiplies} | {loop.loads} "

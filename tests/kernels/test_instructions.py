@@ -10,7 +10,10 @@ from types import ModuleType
 import pytest
 
 from qcompiler.kernels import isa as isas
-from qcompiler.kernels.assembly import loops
+from qcompiler.kernels.assembly import inner_loop, loops
+from qcompiler.kernels.cores_arm import A55, A76
+from qcompiler.kernels.cores_riscv import U74
+from qcompiler.kernels.cores_x86 import ZEN4
 from qcompiler.kernels.isa import Isa
 
 
@@ -29,7 +32,7 @@ def instructions() -> ModuleType:
 @pytest.mark.parametrize("rows", [1, 128])
 def test_the_dot_product_is_sdot(instructions: ModuleType, rows: int) -> None:
     text = instructions.assembly("tvm:aarch64:dotprod", isas.DOTPROD, "int8", (rows, 384, 384))
-    loop = instructions.inner_loop(text)
+    loop = inner_loop(text, A76)
     names = {line.split()[0] for line in loop.lines}
     assert "sdot" in names
     assert not names & {"mul", "mla", "smull", "smlal", "smlal2", "sshll"}
@@ -42,7 +45,7 @@ def test_the_dot_product_is_sdot(instructions: ModuleType, rows: int) -> None:
 def test_matrix_instructions(instructions: ModuleType, rows: int) -> None:
     """Two rows by two columns: for one row half of it is lost, and no more."""
     text = instructions.assembly("tvm:aarch64:i8mm", isas.I8MM, "int8", (rows, 384, 384))
-    loop = instructions.inner_loop(text)
+    loop = inner_loop(text, A76)
     assert "smmla" in {line.split()[0] for line in loop.lines}
     assert loop.macs == 32 * loop.multiplies
     assert loop.stores == 0
@@ -60,7 +63,7 @@ def test_few_bits_are_unpacked_in_registers(
 ) -> None:
     target = f"tvm:aarch64:{'i8mm' if isa is isas.I8MM else 'dotprod'}"
     text = instructions.assembly(target, isa, f"{bits}-bit × int8", (rows, 384, 384))
-    loop = instructions.inner_loop(text)
+    loop = inner_loop(text, A76)
     names = {line.split()[0] for line in loop.lines}
     assert instruction in names
     assert not names & {"mul", "mla", "smull", "smlal"}
@@ -69,12 +72,12 @@ def test_few_bits_are_unpacked_in_registers(
 def test_without_it_there_is_none(instructions: ModuleType) -> None:
     text = instructions.assembly("tvm:aarch64", isas.NEON, "int8", (128, 384, 384))
     assert "sdot" not in text
-    assert instructions.inner_loop(text).stores == 0
+    assert inner_loop(text, A76).stores == 0
 
 
 def test_floats_are_fused(instructions: ModuleType) -> None:
     text = instructions.assembly("tvm:aarch64", isas.NEON, "float32", (128, 384, 384))
-    loop = instructions.inner_loop(text)
+    loop = inner_loop(text, A76)
     assert {line.split()[0] for line in loop.lines} >= {"fmla"}
     assert loop.stores == 0
 
@@ -91,16 +94,17 @@ def test_the_innermost_loop_is_found(instructions: ModuleType) -> None:
         str q0, [x3]
         cbnz x4, .LBB0_1
     """
-    loop = instructions.inner_loop(text)
+    loop = inner_loop(text, A76)
     assert (loop.macs, loop.loads, loop.stores, len(loop.lines)) == (16, 1, 0, 4)
-    assert (loop.widest, loop.products, loop.moved("ld"), loop.moved("st")) == ("sdot", 16, 16, 0)
+    assert (loop.widest, loop.products, loop.reads, loop.writes) == ("sdot", 16, 16, 0)
     with pytest.raises(ValueError, match="no loop"):
-        instructions.inner_loop("ret")
+        inner_loop("ret", A76)
 
 
 def test_bytes_and_products_of_a_loop() -> None:
     """What unpacks and scales is no product, and each way of moving registers has its width."""
-    (loop,) = loops("""
+    (loop,) = loops(
+        """
     .LBB0_2:
         ldp q1, q2, [x2], #32
         ldrb w9, [x3]
@@ -112,8 +116,89 @@ def test_bytes_and_products_of_a_loop() -> None:
         fmla v5.4s, v6.4s, v0.4s
         stp x8, x9, [x6]
         str q5, [x7]
+        str q5, [sp, #16]              // a register that was short: no data
         cbnz x1, .LBB0_2
-    """)
+    """,
+        A76,
+    )
     assert (loop.widest, loop.products, loop.macs) == ("smlal", 8, 12)
-    assert loop.moved("ld") == 32 + 1 + 32 + 4
-    assert loop.moved("st") == 16 + 16
+    assert loop.reads == 32 + 1 + 32 + 4
+    assert loop.writes == 16 + 16
+    assert (loop.loads, loop.stores) == (4, 3)
+
+
+def test_loops_for_x86() -> None:
+    """By the optimisation guide: a pipe of 256 bits works on a register of 512 for two cycles."""
+    (loop,) = loops(
+        """
+    .LBB2_4:
+        vmovdqa64 -64(%r11), %zmm22        # a comment
+        vpdpbusd -2716(%r15,%r8){1to16}, %zmm22, %zmm11
+        vpdpbusd %zmm22, %zmm23, %zmm12
+        vpbroadcastd %r10d, %zmm23
+        vpmovsxbw (%r11), %ymm4
+        vmovups %zmm3, 128(%rsp)
+        vmovups %ymm4, (%rax)
+        vpmovdb %zmm5, (%rax,%rcx)
+        jb .LBB2_9
+        addq $4, %rbp
+        jne .LBB2_4
+    .LBB2_9:
+        retq
+    """,
+        ZEN4,
+    )
+    assert (loop.widest, loop.products, loop.multiplies) == ("pdpbusd", 128, 2)
+    assert loop.reads == 64 + 4 + 16
+    assert loop.writes == 32 + 16
+    assert loop.cycles == pytest.approx(2 + 1 + 0.5)  # the stores: two, one and half a cycle
+    (products,) = loops(".L1:\nvpmaddubsw %ymm1, %ymm2, %ymm3\nvpmaddwd %ymm3, %ymm4, %ymm5\n"
+                        "vfmadd231ps %ymm1, %ymm2, %ymm6\nja .L1\n", ZEN4)  # fmt: skip
+    assert [i.macs for i in products.instructions] == [32, 16, 8, 0]
+    assert products.cycles == 1.5
+
+
+def test_loops_for_riscv() -> None:
+    """One multiplication, one access to memory a cycle; jumps forward stay inside, calls do not."""
+    (loop,) = loops(
+        """
+    .LBB0_2:
+        flw fa3, 0(a3)
+        lb a5, 3(a4)
+        beqz a5, .LBB0_3
+        fmadd.s ft10, fa3, fa2, ft10
+    .LBB0_3:
+        fmadd.s ft9, fa3, fa1, ft9
+        sd a0, 400(sp)
+        fsw ft9, 0(a2)
+        bne a3, a0, .LBB0_2
+    .LBB0_4:
+        call fmaf
+        bnez a1, .LBB0_4
+    """,
+        U74,
+    )
+    assert (loop.widest, loop.products, loop.reads, loop.writes) == ("fmadd.s", 2, 5, 4)
+    assert loop.cycles == 4
+
+
+def test_loops_for_32_bit_arm() -> None:
+    """Two vector pipes of 64 bits; one element that is spread over a register is 4 bytes."""
+    (loop,) = loops(
+        """
+    .LBB2_4:
+        vld1.32 {d10, d11}, [r1:128]!      @ a comment
+        vld1.32 {d8[], d9[]}, [r6:32]!
+        ldrsb r9, [r6, -lr]!
+        vfma.f32 q12, q4, q5
+        vmla.i32 d1, d2, d3
+        vst1.32 {d16, d17}, [r7:128]!
+        vstmia r2, {d16, d17}
+        cmp r5, #24576
+        bne .LBB2_4
+    """,
+        A55,
+    )
+    assert (loop.widest, loop.products, loop.macs) == ("vfma.f32", 4, 6)
+    assert (loop.reads, loop.writes) == (16 + 4 + 1, 16 + 16)
+    assert loop.cycles == 4.5  # nine instructions, two a cycle
