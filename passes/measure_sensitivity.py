@@ -24,7 +24,7 @@ from qcompiler import ops
 from qcompiler.divergence import Divergence
 from qcompiler.format import Format
 from qcompiler.observe import Statistics, choose_range
-from qcompiler.outliers import round_weight
+from qcompiler.outliers import bytes_beside, round_weight
 from qcompiler.plan import Rounded
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
@@ -91,7 +91,7 @@ def measure_sensitivity(
     stored: Callable[[QType], int],
     mine: Iterable[int] | None = None,
     say: Callable[[str], None] = lambda text: None,
-    outlier_bytes: int = 4,
+    outlier_bytes: int = 2,
 ) -> dict[int, Unit]:
     """The units with an option for each format: `error` and `kl`.
 
@@ -106,7 +106,7 @@ def measure_sensitivity(
         stored: bits that a weight of a type takes on the target.
         mine: indices of the units to measure; all when not given.
         say: told of each unit.
-        outlier_bytes: that a weight beside the grid takes on the target, its column's number too.
+        outlier_bytes: of the value of a weight beside the grid on the target.
     """
     found = {i: findings.get(i) for i in (range(len(units)) if mine is None else mine)}
     open_ = [i for i, unit in found.items() if unit is None]
@@ -206,13 +206,13 @@ def _measured(
         size = sum(
             _bytes(w, kind, r, stored) for w, kind, r in zip(matrices, kinds, rounded, strict=True)
         )
-        floats = sum(values.numel() for _, values in kept)
         if wanted.outliers:
-            size += outlier_bytes * floats
-            bits = wanted.bits + 8 * outlier_bytes * floats / unit.weights
+            beside = sum(bytes_beside(*k, outlier_bytes) for k in kept)
+            size += beside
+            bits = wanted.bits + 8 * beside / unit.weights
         else:
             size += sum(part.numel() * part.element_size() for k in kept for part in k)
-            bits = wanted.bits + 32 * floats / unit.weights
+            bits = wanted.bits + 32 * sum(v.numel() for _, v in kept) / unit.weights
         measures = {"error": noise / max(signal, 1e-300), "kl": divergence}
         options.append(Option(str(wanted), bits, size, measures))
     return with_options(unit, options), weights, ranges, columns

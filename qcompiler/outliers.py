@@ -43,6 +43,17 @@ def importance(inputs: int, hessian: Tensor | None, factor: Factor | None) -> Te
     return torch.ones(inputs, dtype=torch.float64)
 
 
+def bytes_beside(columns: Tensor, values: Tensor, each: int) -> int:
+    """Of weights beside a grid, as a target stores them.
+
+    Args:
+        columns: (outputs, count) int16 or int32, stored as they are.
+        values: of the same shape.
+        each: bytes of a value.
+    """
+    return columns.nbytes + values.numel() * each
+
+
 def outlier_weights(weight: Tensor, power: Tensor, kind: QType, count: int) -> Tensor:
     """The columns at which each row keeps a weight, (outputs, count), ascending in each row.
 

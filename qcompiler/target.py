@@ -279,11 +279,11 @@ class Target:
 
     @property
     def outlier_bytes(self) -> int:
-        """Of a weight beside the grid: float16 and the column's number in ONNX.
+        """Of the value of a weight beside the grid: float16 in ONNX, float32 in generated code.
 
-        Generated code reads float32, because not every CPU has float16.
+        That reads float32, because not every CPU has float16. The column's number comes on top.
         """
-        return 6 if self.runtime == "tvm" else 4
+        return 4 if self.runtime == "tvm" else 2
 
     def stored_bits(self, weight: QType) -> int:
         """Bits that one weight takes there: ONNX Runtime's own kernels read 4 and 8."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from qcompiler import ops
 from qcompiler.errors import InputError
 from qcompiler.format import Format
-from qcompiler.outliers import importance, outlier_weights, round_weight
+from qcompiler.outliers import bytes_beside, importance, outlier_weights, round_weight
 from qcompiler.qtype import QType
 from qcompiler.rounding import Factor
 
@@ -72,6 +72,15 @@ def test_a_single_weight_is_chosen_by_exhaustive_search() -> None:
 
     trials = torch.stack([loss(weight.index_fill(1, torch.tensor(j), 0.0)) for j in range(32)], 1)
     assert torch.equal(trials.gather(1, columns.long()).flatten(), trials.amin(1))
+
+
+@pytest.mark.parametrize(("inputs", "number"), [(32768, 2), (32800, 4)])
+def test_numbers_of_columns_take_two_bytes_or_four(inputs: int, number: int) -> None:
+    weight, power = torch.randn(3, inputs), torch.ones(inputs, dtype=torch.float64)
+    weight[:, -1] = 100.0
+    columns = outlier_weights(weight, power, QType.parse("int4:g32"), 2)
+    assert bytes_beside(columns, torch.zeros(3, 2), 4) == 3 * 2 * (number + 4)
+    assert (columns[:, -1] == inputs - 1).all()  # the last one is in reach
 
 
 def test_the_op_is_a_sparse_product() -> None:

@@ -101,7 +101,7 @@ def test_single_weights_are_an_option_with_their_cost(captured: Any, tmp_path: P
     findings = Findings(tmp_path, "a")
     found = measure_sensitivity(
         program, units, [Format.parse(t) for t in texts], data, settings, findings,
-        lambda kind: kind.bits, outlier_bytes=4,
+        lambda kind: kind.bits, outlier_bytes=2,
     )  # fmt: skip
     unit = found[0]
     assert "int4:g32~64" not in [o.format for o in unit.options]  # its rows have 64 weights
