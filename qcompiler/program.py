@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
@@ -351,13 +352,32 @@ def load_pt2(path: Path) -> Program:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        return Program(torch.export.load(path))
+        exported = torch.export.load(path)
+        _forget_strides(exported)
+        return Program(exported)
     except Exception as error:
         raise InputError(
             f"{path}: not a program that torch {torch.__version__} can read "
             f"({_first_line(error)}); save it again with torch.export.save of this or an older "
             "version"
         ) from error
+
+
+def _forget_strides(exported: ExportedProgram) -> None:
+    """Let inputs be contiguous, as whoever runs a program gives them.
+
+    Strides of an example that was no whole tensor are symbols, for which a saved program keeps no
+    range: exporting it to ONNX fails.
+    """
+    for node in exported.graph.nodes:
+        held = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(held, FakeTensor):
+            continue
+        if any(isinstance(step, torch.SymInt) for step in held.stride()):
+            with held.fake_mode:
+                node.meta["val"] = torch.empty(held.shape, dtype=held.dtype)
+    kept = [guard for guard in exported._guards_code if ".stride()" not in guard]
+    exported._guards_code = kept
 
 
 def _forward_names(module: torch.nn.Module) -> list[str]:
@@ -377,7 +397,9 @@ def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
             )
         if value.shape[dim] == 1:
             widened = widened.repeat_interleave(2, dim)
-    return widened.detach()  # torch marks the tensor itself as dynamic, and leaves it so
+    # torch marks the tensor itself as dynamic, and leaves it so; of a part of a tensor it would
+    # keep the strides.
+    return widened.detach().contiguous()
 
 
 _REMEDIES = (

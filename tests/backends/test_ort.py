@@ -26,7 +26,7 @@ from qcompiler.lowering import integer_layers
 from qcompiler.models import ZOO
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.normalize import normalize
-from qcompiler.program import Program, capture
+from qcompiler.program import Program, capture, load_pt2
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
 from qcompiler.verify import Sqnr
@@ -572,3 +572,17 @@ def test_rotations_run_as_products_with_kronecker_factors(tmp_path: Path) -> Non
     for value in (x, torch.randn(1, 1, 48)):
         (got,) = ort.load(tmp_path)(value)
         torch.testing.assert_close(got.double(), rotation.apply(value), rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_program_whose_example_was_part_of_a_tensor(tmp_path: Path) -> None:
+    """Of such an input torch saves strides as symbols, without their ranges."""
+    sizes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    part = torch.arange(24).reshape(3, 8)[:, :5]
+    module = nn.Embedding(24, 4)
+    exported = torch.export.export(module, (part,), dynamic_shapes=sizes, strict=False)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    ort.lower(load_pt2(tmp_path / "model.pt2"), tmp_path)
+    x = torch.arange(8).reshape(2, 4)
+    assert torch.equal(ort.load(tmp_path)(x)[0], module(x))
+    captured = capture(module, (part,), {"input": {0: "batch", 1: "sequence"}})
+    assert not [guard for guard in captured.exported._guards_code if "stride" in guard]
