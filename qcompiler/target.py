@@ -61,7 +61,7 @@ DEVICES: dict[str, dict[str, dict[str, str]]] = {
         "cuda": {
             "": "NVIDIA GPUs, float16, by ONNX Runtime's CUDA provider",
             **{
-                feature: f"… generated kernels for compute capability {feature[3]}.{feature[4]}"
+                feature: f"NVIDIA GPUs of compute capability {feature[3]}.{feature[4]}, float16"
                 for feature in ("sm_80", "sm_86", "sm_89", "sm_90")
             },
         },
@@ -161,6 +161,13 @@ class Target:
         return self.feature or cpu_feature()
 
     @property
+    def _is_half_named(self) -> bool:
+        """Whether it names the GPU generation of kernels that it has not."""
+        return (self.runtime, self.device) == ("ort", "cuda") and bool(
+            self.feature and not self.kernels
+        )
+
+    @property
     def any_size(self) -> bool:
         """Whether generated code takes any size, and not those alone that it is compiled for."""
         return self.runtime == "tvm" and self.feature == "dynamic"
@@ -203,6 +210,11 @@ class Target:
             products: arithmetic of products that stay float: float32 or bfloat16.
             outliers: weights of each row that stay beside the grid.
         """
+        if self._is_half_named:
+            return (
+                f"ONNX Runtime's own kernels run on any NVIDIA GPU: use --target ort:cuda, or add "
+                f"--kernels tvm for kernels made for {self.feature}"
+            )
         if outliers and (self.device == "cuda" or self.any_size):
             return (
                 f"no kernel of '{self}' reads single weights beside the grid (~{outliers}); it has "
@@ -406,12 +418,17 @@ def cpu_feature() -> str:
 
 
 def known_targets() -> list[str]:
-    """All target strings, those with another generator's kernels for devices alone."""
+    """All target strings, those with another generator's kernels for CPUs without a feature."""
     own = [
         Target(runtime, device, feature)
         for runtime, devices in DEVICES.items()
         for device, features in devices.items()
         for feature in features
     ]
-    more = [Target(*place, "", kernels) for place, known in KERNELS.items() for kernels in known]
-    return [str(target) for target in (*own, *more)]
+    more = [
+        replace(target, kernels=kernels)
+        for target in own
+        for kernels in KERNELS.get((target.runtime, target.device), ())
+        if target.device == "cuda" or not target.feature
+    ]
+    return [str(target) for target in (*own, *more) if not target._is_half_named]

@@ -50,6 +50,14 @@ def test_unknown_names(text: str, message: str) -> None:
         Target.parse(text)
 
 
+def test_a_gpu_generation_is_of_generated_kernels() -> None:
+    bare = Target.parse("ort:cuda:sm_90")
+    assert "use --target ort:cuda, or add --kernels tvm" in str(bare.refusal(None, None))
+    assert bare.with_kernels("tvm").refusal(None, None) is None
+    assert str(bare) not in known_targets()
+    assert f"{bare}+tvm" in known_targets()
+
+
 def test_saturation_is_said() -> None:
     assert Target.parse("ort:cpu:avx2").saturates
     assert not Target.parse("ort:cpu:vnni").saturates
