@@ -106,16 +106,13 @@ def lower(
     properties = ({SHARED: "1"} if shared else {}) | ({KEY: write_metadata(kept)} if kept else {})
     if properties:
         onnx.helper.set_model_props(result, properties)
-    if half or packed != EVERYWHERE:  # these change weights
-        ort_weights.fill(result, held)
-        held = {}
     if half:
         caches = [n.outputs[1:] for n in graph.nodes if n.op == "GroupQueryAttention"]
-        halve(result, {tensor.name for tensors in caches for tensor in tensors})
+        halve(result, {tensor.name for tensors in caches for tensor in tensors}, held)
     if packed == NOWHERE or (packed == DECODE and not shared):
-        widen_products(result)
+        widen_products(result, held)
     _save(result, held, folder / MODEL, external_above)
-    if packed == DECODE and widen_products(result):
+    if packed == DECODE and widen_products(result, held):
         _save(result, held, folder / PREFILL, external_above)
     return folder / MODEL
 
@@ -123,8 +120,6 @@ def lower(
 def _save(
     model: onnx.ModelProto, held: dict[str, NDArray[Any]], path: Path, external_above: int
 ) -> None:
-    if not held:
-        model, held = ort_weights.emptied(model)
     size = sum(values.nbytes for values in held.values())
     ort_weights.save(model, held, path, size > external_above)
 

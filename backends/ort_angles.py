@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto, helper
 
+from qcompiler.backends.ort_weights import Array
+
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 INTEGERS = (
     TensorProto.INT64, TensorProto.INT32, TensorProto.INT16,
@@ -21,13 +23,14 @@ TURNS = ("Sin", "Cos")
 LOOK_UPS = ("Gather", "GatherElements", "GatherND")
 
 
-def keep_angles(model: onnx.ModelProto) -> tuple[set[int], set[str]]:
+def keep_angles(model: onnx.ModelProto, contents: dict[str, Array]) -> tuple[set[int], set[str]]:
     """Prepare a float32 graph whose other nodes will read and make float16.
 
     Results that those read go through a Cast to float16; constants that both read are doubled.
 
     Args:
         model: changed in place.
+        contents: values of the initializers that have none in the message; changed too.
 
     Returns:
         The indices of the nodes that stay as they are, and the initializers that stay float32.
@@ -45,6 +48,8 @@ def keep_angles(model: onnx.ModelProto) -> tuple[set[int], set[str]]:
         made = graph.initializer.add()
         made.CopyFrom(held[name])
         made.name = other
+        if name in contents:
+            contents[other] = contents[name]
     narrow = {name: f"{name}_float16" for name in inside & outside & floats}
     nodes: list[onnx.NodeProto] = []
     indices = set()

@@ -20,22 +20,26 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.backends.ort_angles import keep_angles
+from qcompiler.backends.ort_weights import Array
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 # Operator → its inputs that stay float32.
 WIDE = {"GroupQueryAttention": (12, 13), "Resize": (1, 2)}
 
 
-def halve(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
+def halve(
+    model: onnx.ModelProto, kept: Collection[str] = (), held: dict[str, Array] | None = None
+) -> None:
     """Change the model in place.
 
     Args:
         model: with float32 as its only float type.
         kept: the outputs that become float16 (caches); the others stay float32. Float inputs all
             become float16.
+        held: values of the initializers that have no content in the message; changed too.
     """
-    graph = model.graph
-    angles, constants = keep_angles(model)
+    graph, contents = model.graph, {} if held is None else held
+    angles, constants = keep_angles(model, contents)
     made = {name for i in angles for name in graph.node[i].output}
     wide = constants | {
         node.input[i]
@@ -44,7 +48,11 @@ def halve(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
         if i < len(node.input) and node.input[i]
     }
     for tensor in graph.initializer:
-        if tensor.data_type == FLOAT and tensor.name not in wide:
+        if tensor.data_type != FLOAT or tensor.name in wide:
+            continue
+        if tensor.name in contents:
+            contents[tensor.name], tensor.data_type = _clipped(contents[tensor.name]), HALF
+        else:
             tensor.CopyFrom(_half(tensor))
     for value in graph.input:
         if value.type.tensor_type.elem_type == FLOAT:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
@@ -93,22 +94,9 @@ def export(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
     return model, held
 
 
-def fill(model: onnx.ModelProto, held: Mapping[str, Array]) -> None:
-    """Give the initializers their content, for who wants the whole message."""
-    for tensor in model.graph.initializer:
-        if tensor.name in held:
-            tensor.raw_data = held[tensor.name].tobytes()
-
-
-def emptied(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """A copy of the message whose large initializers have no content, and that by name."""
-    held = {}
-    message = copy.deepcopy(model)
-    for tensor in message.graph.initializer:
-        if len(tensor.raw_data) >= LARGE:
-            held[tensor.name] = np.frombuffer(tensor.raw_data, np.uint8)
-            tensor.ClearField("raw_data")
-    return message, held
+def content(tensor: onnx.TensorProto, held: Mapping[str, Array]) -> Array:
+    """Values of an initializer, which may be held outside of the message."""
+    return held[tensor.name] if tensor.name in held else onnx.numpy_helper.to_array(tensor)
 
 
 def save(model: onnx.ModelProto, held: Mapping[str, Array], path: Path, external: bool) -> None:

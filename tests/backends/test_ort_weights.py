@@ -75,14 +75,6 @@ def test_external_files_hold_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx.data").stat().st_size == TURNED.nbytes + NIBBLES.size // 2
 
 
-def test_a_whole_message_is_written_the_same(tmp_path: Path) -> None:
-    model, held = ort_weights.export(graph())
-    ort_weights.fill(model, held)
-    assert model == expected()
-    ort_weights.save(*ort_weights.emptied(model), tmp_path / "model.onnx", external=False)
-    assert (tmp_path / "model.onnx").read_bytes() == expected().SerializeToString()
-
-
 def test_a_broken_model_leaves_no_second_file(tmp_path: Path) -> None:
     model, held = ort_weights.export(graph())
     model.graph.node[0].op_type = "NoSuchOperator"
