@@ -1,4 +1,4 @@
-"""For tests of passes: the contract that every rewrite keeps, and a program as short text.
+"""For tests: the contract that every rewrite keeps, a program as short text, random linears.
 
 A rewrite is pure (the program that it is given stays as it was, down to the tensors), leaves a
 valid program without dead code, gives the same result each time, changes nothing when it runs on
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.generated import Linear
 from qcompiler.program import Batch, Program
+from qcompiler.qtype import QType
 from qcompiler.rewrite import Rewrite
 from qcompiler.verify import Reference, check_exact
 
@@ -190,3 +192,13 @@ def _operand(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_operand, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def random_linear(outputs: int, inputs: int, weights: str, biased: bool) -> Linear:
+    """A linear with random weights rounded to nearest; `weights`: their format."""
+    weight, kind = torch.randn(outputs, inputs), QType.parse(weights)
+    axis = 1 if kind.group else 0
+    scale, zero = kind.scale_for(*kind.ranges(weight, axis))
+    q = kind.quantize(weight, scale, zero, axis)
+    bias = torch.randn(outputs) if biased else None
+    return Linear(f"l{outputs}", q, scale, zero, axis, kind.group or 0, bias)

@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import nn
 
+import qcompiler
+from qcompiler.artifact import Artifact
 from qcompiler.backends import edge_folder
 from qcompiler.backends.edge_model import EdgeModel, Entry, Port, Step, Tensor
 from qcompiler.backends.edge_target import host_family, machine
 from qcompiler.compiler import quantize
 from qcompiler.data import Data
+from qcompiler.models import find
 from qcompiler.program import capture
 from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
@@ -205,5 +208,21 @@ def compiled(tmp_path: Path) -> Callable[..., tuple[Any, Any, Any, int]]:
         audit = edge.lower(made.quantized, target, folder, planned=layers)
         held = (folder / "weights.bin").stat().st_size
         return made.quantized, edge.load(folder, 1), audit, held
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled_llama(
+    language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
+) -> Callable[[str], Artifact]:
+    """`compiled_llama(target)`: the random Llama with 4-bit weights, rounded to nearest."""
+
+    def make(target: str) -> Artifact:
+        spec = find(f"hf:{language_folder}")
+        assert not isinstance(spec, Path)
+        recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
+        out = tmp_path_factory.mktemp("language") / "llama"
+        return qcompiler.compile(spec, target=target, recipe=recipe, out=out)
 
     return make

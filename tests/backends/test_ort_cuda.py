@@ -5,6 +5,7 @@ The CPU provider runs float16 graphs too, slowly: without a GPU it stands for th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,18 @@ from qcompiler.backends import ort, ort_cuda, ort_cuda_decode
 from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import MODEL
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.models import ZOO, find
+from qcompiler.models import ZOO
 from qcompiler.passes.normalize import normalize
 from qcompiler.program import Program, capture
 from qcompiler.qtype import QType
-from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
 
 CLOSE = 5e-3  # ‖out − ref‖ / ‖ref‖ of float16 arithmetic in two layers
 
 
 @pytest.fixture(scope="module")
-def llama(
-    language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
-) -> Artifact:
-    spec = find(f"hf:{language_folder}")
-    assert not isinstance(spec, Path)
-    recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
-    out = tmp_path_factory.mktemp("cuda") / "llama"
-    return qcompiler.compile(spec, target="ort:cuda", recipe=recipe, out=out)
+def llama(compiled_llama: Callable[[str], Artifact]) -> Artifact:
+    return compiled_llama("ort:cuda")
 
 
 def expected(artifact: Artifact) -> tuple[Any, tuple[Any, ...]]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 if shutil.which("cc") is None:
     pytest.skip("no C compiler is installed", allow_module_level=True)
 
-import qcompiler
 from qcompiler.artifact import Artifact
 from qcompiler.backends import (
     edge_cuda_build,
@@ -39,14 +38,13 @@ from qcompiler.backends.ort_generated import use_generated_floats
 from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.errors import UnsupportedError
-from qcompiler.generated import Library, Linear, Operator
+from qcompiler.generated import Library, Operator
 from qcompiler.kernels.cuda_code import HOPPER as HOPPER_GPU
 from qcompiler.kernels.cuda_code import CudaKernel
 from qcompiler.kernels.cuda_weights import Weights
-from qcompiler.models import find
 from qcompiler.qtype import QType
-from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
+from qcompiler.testing import random_linear
 
 CLOSE = 1e-3  # ‖out − ref‖ / ‖ref‖ of one product with float16 outputs
 HOPPER = "ort:cuda:sm_90+tvm"
@@ -55,21 +53,15 @@ nvcc = pytest.mark.skipif(
 )
 
 
-def linear(outputs: int, inputs: int, text: str, biased: bool) -> Linear:
-    weight, kind = torch.randn(outputs, inputs), QType.parse(text)
-    axis = 1 if kind.group else 0
-    scale, zero = kind.scale_for(*kind.ranges(weight, axis))
-    q = kind.quantize(weight, scale, zero, axis)
-    bias = torch.randn(outputs) if biased else None
-    return Linear(f"l{outputs}", q, scale, zero, axis, kind.group or 0, bias)
-
-
 def operators() -> list[Operator]:
     torch.manual_seed(0)
-    two = (linear(130, 264, "int8:channel", True), linear(48, 264, "int8:channel", False))
+    two = (
+        random_linear(130, 264, "int8:channel", True),
+        random_linear(48, 264, "int8:channel", False),
+    )
     return [
         Operator("two of one tensor", 264, "", two),
-        Operator("4 bits", 576, "", (linear(200, 576, "int4:g32", True),)),
+        Operator("4 bits", 576, "", (random_linear(200, 576, "int4:g32", True),)),
     ]
 
 
@@ -283,23 +275,17 @@ def test_what_the_target_refuses() -> None:
         target.refusal(QType.parse("int8:channel"), QType.parse("int8:token"))
     )
     assert "symmetric weights of 4 or 8 bits" in str(target.refusal(QType.parse("int3:g32"), None))
-    thin = Operator("thin", 12, "", (linear(8, 12, "int8:channel", False),))
+    thin = Operator("thin", 12, "", (random_linear(8, 12, "int8:channel", False),))
     with pytest.raises(UnsupportedError, match="not a multiple of 8"):
         edge_cuda_ort.build([thin], target)
 
 
 @pytest.fixture(scope="module")
-def llama(
-    language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
-) -> Artifact:
+def llama(compiled_llama: Callable[[str], Artifact]) -> Artifact:
     """A language model of its own operators, with few kernels: nvcc takes a second for each."""
-    spec = find(f"hf:{language_folder}")
-    assert not isinstance(spec, Path)
-    recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
-    out = tmp_path_factory.mktemp("cuda") / "llama"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edge_cuda_products, "SIZES", (1, 64))
-        return qcompiler.compile(spec, target=HOPPER, recipe=recipe, out=out)
+        return compiled_llama(HOPPER)
 
 
 @nvcc

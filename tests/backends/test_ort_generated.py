@@ -27,58 +27,50 @@ from qcompiler.backends import edge_folder, edge_ort, edge_target
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.generated import Library, Linear, Operator, Step
+from qcompiler.generated import Library, Operator, Step
 from qcompiler.hadamard import sylvester
 from qcompiler.models import ZOO, find
 from qcompiler.models.tiny_blocks import VOCABULARY, WIDTH
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
+from qcompiler.testing import random_linear
 
 SIZES = (1, 4, 16)  # rows that there is code for; the calls below have others
 SHAPES = [(1,), (3, 7), (1, 37)]
-
-
-def linear(outputs: int, inputs: int, text: str, biased: bool) -> Linear:
-    weight, kind = torch.randn(outputs, inputs), QType.parse(text)
-    axis = 1 if kind.group else 0
-    scale, zero = kind.scale_for(*kind.ranges(weight, axis))
-    q = kind.quantize(weight, scale, zero, axis)
-    bias = torch.randn(outputs) if biased else None
-    return Linear(f"l{outputs}", q, scale, zero, axis, kind.group or 0, bias)
 
 
 def operators() -> dict[str, Operator]:
     torch.manual_seed(0)
     factors = (torch.linalg.qr(torch.randn(3, 3))[0].contiguous(), sylvester(16).float())
     turn = (Step("rotate", (0,), factors),)
-    two = (linear(48, 64, "int4:g32", True), linear(33, 64, "int4:g32", False))
+    two = (random_linear(48, 64, "int4:g32", True), random_linear(33, 64, "int4:g32", False))
     return {
         "4 bits, two linears of one tensor": Operator("a", 64, "int8:token", two),
         "8 bits, affine activations, odd sizes": Operator(
-            "b", 60, "uint8:token:affine", (linear(33, 60, "int8:channel", True),)
+            "b", 60, "uint8:token:affine", (random_linear(33, 60, "int8:channel", True),)
         ),
         "rotated before": Operator(
-            "c", 48, "int8:token", (linear(20, 48, "int8:channel", False),), 1, turn
+            "c", 48, "int8:token", (random_linear(20, 48, "int8:channel", False),), 1, turn
         ),
         "a rotation alone": Operator("d", 48, "", (), 1, turn),
         "the norm of a sum, both kept": Operator(
-            "e", 40, "int8:token", (linear(24, 40, "int8:channel", False),), 2,
+            "e", 40, "int8:token", (random_linear(24, 40, "int8:channel", False),), 2,
             (Step("add", (0, 1)), Step("rms_norm", (2,), (torch.rand(40) + 0.5,), 1e-5)), (2, 3),
         ),
         "a gated product, rotated, then scaled": Operator(
-            "f", 48, "int8:token", (linear(20, 48, "int8:channel", True),), 2,
+            "f", 48, "int8:token", (random_linear(20, 48, "int8:channel", True),), 2,
             (Step("silu", (1,)), Step("mul", (0, 2)), Step("rotate", (3,), factors),
              Step("mul", (4,), (torch.rand(48) + 0.5,))),
         ),
         "a norm, a shift and GELU": Operator(
-            "g", 40, "int8:token", (linear(24, 40, "int8:channel", False),), 1,
+            "g", 40, "int8:token", (random_linear(24, 40, "int8:channel", False),), 1,
             (Step("layer_norm", (0,), (torch.rand(40) + 0.5, torch.randn(40)), 1e-12),
              Step("add", (1,), (torch.randn(1),)), Step("gelu", (2,)), Step("gelu_tanh", (2,)),
              Step("add", (3, 4))), (1, 5),
         ),
         "a norm without a shift": Operator(
-            "h", 40, "int8:token", (linear(24, 40, "int8:channel", False),), 1,
+            "h", 40, "int8:token", (random_linear(24, 40, "int8:channel", False),), 1,
             (Step("layer_norm", (0,), (torch.rand(40) + 0.5,), 0.1),), (1,),
         ),
     }  # fmt: skip
