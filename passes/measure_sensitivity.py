@@ -116,7 +116,7 @@ def measure_sensitivity(
         data = list(batches)
         masks = [dict(zip(program.inputs, b, strict=True)).get(settings.mask) for b in data]
         first = len(data) - settings.trials
-        with Stages(program, data) as stages:
+        with Stages(program, data, outputs=1 if settings.logits else None) as stages:
             reference = Divergence(stages.outputs(first=first), masks[first:], settings.logits)
             for index in sorted(open_, key=lambda i: order[units[i].nodes[0]]):
                 unit = units[index]

@@ -84,7 +84,7 @@ def round_weights(
         _foresee([tuple(constants[operand(n, 1).name].shape) for n in wanted])
     data = list(batches)
     masks = [dict(zip(program.inputs, b, strict=True)).get(mask) for b in data]
-    with Stages(program, data, outputs=False) as stages:
+    with Stages(program, data, outputs=0) as stages:
         for first in wanted:
             if sites[first.name] in found:
                 continue

@@ -205,7 +205,7 @@ def attribute(
 
     own: dict[tuple[str, str], float] = {}  # (layer, kind) → noise of that kind alone
     alone: dict[str, float] = {}
-    with Stages(quantized, batches) as stages:
+    with Stages(quantized, batches, outputs=1 if logits else None) as stages:
         total, seen = run(stages, {}, names)
         totals = {name: noise(seen, name) for name in names}
         uncorrected, _ = run(stages, biases)
@@ -386,7 +386,7 @@ def _changes(
     found, gains = [], {}
     kinds = (s.source for s in ranked if s.source.kind == "weight")
     weights = {path: source.format for source in kinds for path in source.readers}
-    with Stages(quantized, batches) as stages:
+    with Stages(quantized, batches, outputs=1 if reference.logits else None) as stages:
         for site in ranked[:CHANGES]:
             gain = total - reference(stages.outputs(site.bypass))
             gains[site.source.node] = gain

@@ -274,7 +274,7 @@ class Mixer:
         nodes = {n.name: n for n in self.program.exported.graph.nodes}
         objective = allocation.measure("kl")
         points = []
-        with Stages(self.program, trials) as stages:
+        with Stages(self.program, trials, outputs=1 if self.settings.logits else None) as stages:
             reference = Divergence(stages.outputs(), masks, self.settings.logits)
             for label, choice in choices.items():
                 functions = {}

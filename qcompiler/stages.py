@@ -44,7 +44,7 @@ class Stages:
         program: Program,
         batches: Iterable[Batch],
         budget: int = BUDGET,
-        outputs: bool = True,
+        outputs: int | None = None,
     ) -> None:
         """Read the batches once; nothing runs before `advance`.
 
@@ -52,19 +52,16 @@ class Stages:
             program: what runs.
             batches: its inputs.
             budget: bytes of held values in memory; more go to files.
-            outputs: hold what the program returns, for `outputs`; a decoder returns the keys and
-                values of all its layers.
+            outputs: how many of the program's outputs are held for `outputs`; all when not given.
+                A decoder returns the keys and values of all its layers beside the logits.
         """
         self.replaced: dict[Node, Callable[[], Tensor]] = {}
         self.functions: dict[Node, Function] = {}
         self._nodes = list(program.exported.graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
-        self._last = {
-            s: self._index[n]
-            for n in self._nodes
-            if outputs or n.op != "output"
-            for s in n.all_input_nodes
-        }
+        self._outputs = operand(self._nodes[-1], 0)[:outputs]
+        self._last = {s: self._index[n] for n in self._nodes[:-1] for s in n.all_input_nodes}
+        self._last |= {n: len(self._nodes) - 1 for n in self._outputs if isinstance(n, Node)}
         known = program.constants()
         self._shared: dict[Node, Any] = {}
         inputs = []
@@ -137,15 +134,13 @@ class Stages:
     ) -> Iterator[tuple[Any, ...]]:
         """Run each batch on to the end, as a trial: the program stays where it stands.
 
-        The outputs must be held, see `__init__`.
-
         Args:
             functions: call → what is computed in place of its op, beside `self.functions`.
             watch: called with every computed node and its value.
             first: batches before this one are left out.
 
         Yields:
-            The flat outputs of a batch.
+            The flat outputs of a batch, as many as are held.
         """
         trial = self.functions | dict(functions or {})
         end = len(self._nodes) - 1  # the output node
@@ -154,10 +149,7 @@ class Stages:
             values = self._load(number)
             for index in range(self._position, end):
                 self._step(index, values, trial, weights, watch)
-            yield tuple(
-                self._value(values, n) if isinstance(n, Node) else n
-                for n in operand(self._nodes[end], 0)
-            )
+            yield tuple(self._value(values, n) if isinstance(n, Node) else n for n in self._outputs)
 
     def constant(self, node: Node) -> Any:
         """A parameter's or buffer's value."""

@@ -128,6 +128,18 @@ def test_outputs_are_not_held(tiny: Callable[[str], Any]) -> None:
     program = tiny("tiny-gqa-decoder").normalized
     *_, last = (n for n in program.exported.graph.nodes if n.target is aten.linear.default)
     outputs = set(program.exported.graph.output_node().all_input_nodes)
-    with Stages(program, tiny("tiny-gqa-decoder").batches[:2], outputs=False) as stages:
+    with Stages(program, tiny("tiny-gqa-decoder").batches[:2], outputs=0) as stages:
         stages.advance(last)
         assert all(not outputs & set(held) for held in stages._held)
+
+
+def test_the_first_output_alone(tiny: Callable[[str], Any]) -> None:
+    """Of a decoder the logits: what a divergence counts."""
+    model = tiny("tiny-gqa-decoder")
+    program, batches = model.normalized, model.batches[:2]
+    linears = [n for n in program.exported.graph.nodes if n.target is aten.linear.default]
+    with Stages(program, batches, outputs=1) as stages:
+        stages.advance(linears[-2])
+        for made, batch in zip(stages.outputs(), batches, strict=True):
+            (logits,) = made
+            torch.testing.assert_close(logits, program.run(batch)[0], rtol=0, atol=0)
