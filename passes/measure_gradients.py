@@ -1,6 +1,6 @@
 """Measure what each format's error costs to first and second order: an analysis of a study's units.
 
-One backward pass for each batch and draw of the output (see `divergence.sampled_loss`) gives the
+One backward pass for each batch and draw of the output (`divergence.sampled_gradient`) gives the
 gradient g of every weight; with Ŵ − W of each format, as the study rounded it,
 
     first  = mean |gᵀ(Ŵ − W)|                 (LLM-MQ, Li 2023)
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.differentiable import differentiable
-from qcompiler.divergence import sampled_loss
+from qcompiler.divergence import sampled_gradient
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.rewrite import operand
 from qcompiler.study import Findings, Settings, Unit, with_options
@@ -95,15 +95,14 @@ def measure_gradients(
             made = differentiable(
                 program, batch, leaves, None, 1 if settings.logits else None, segments
             )
-            outputs = [t for t in made if t.requires_grad]
-        used = outputs[:1] if settings.logits else outputs
-        rows = [unpadded(t, mask) for t in used]
-        count += rows[0].numel() // rows[0].shape[-1] if settings.logits else rows[0].numel()
+        used = [t for t in made if t.requires_grad]
+        rows = unpadded(used[0].detach()[..., :1], mask).numel()
+        count += rows if settings.logits else rows * used[0].shape[-1]
         for probe in range(probes):
             seed = number * probes + probe
-            loss = torch.stack([sampled_loss(t, mask, settings.logits, seed) for t in used]).sum()
+            drawn = [sampled_gradient(t, mask, settings.logits, seed) for t in used]
             last = probe == probes - 1
-            torch.autograd.backward(loss, retain_graph=not last, inputs=[*leaves.values()])
+            torch.autograd.backward(used, drawn, retain_graph=not last, inputs=[*leaves.values()])
             for key, value in signed.items():
                 products[key] = products.get(key, 0.0) + abs(value)
             signed.clear()

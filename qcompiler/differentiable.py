@@ -63,7 +63,8 @@ def differentiable(
                  if s not in own]  # fmt: skip
         run = partial(_part, part, reads, kept, change)
         found = [values[node] for node in reads]
-        made = run(*found) if segments == 1 else checkpoint(
+        # The last part would be computed again at once.
+        made = run(*found) if start + size >= len(calls) else checkpoint(
             run, *found, use_reentrant=False, preserve_rng_state=False
         )  # fmt: skip
         values = {n: v for n, v in values.items() if n in later}

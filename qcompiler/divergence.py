@@ -10,16 +10,15 @@ that do not interact add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from qcompiler.program import unpadded
 
-ROWS = 64  # whose probabilities are computed at a time: a row of logits is as long as a vocabulary
+ROWS = 8  # whose probabilities are computed at a time, in the cache: a row is a vocabulary long
 
 
 class Divergence:
@@ -43,20 +42,23 @@ class Divergence:
         self._masks = list(masks)
         self._reference: list[list[Tensor]] = []
         for out, mask in zip(outputs, masks, strict=True):
-            kept = [unpadded(t, mask).float() for t in _floats(out)]
-            self._reference.append([kept[0].flatten(0, -2).log_softmax(-1)] if logits else kept)
-        count = len(self._reference[0]) if self._reference else 0
+            values = _floats(out)
+            self._reference.append(
+                [part.float().log_softmax(-1) for part in _parts(values[0], mask)]
+                if logits
+                else [unpadded(t, mask).float() for t in values]
+            )
+        count = len(self._reference[0]) if self._reference and not logits else 0
         self._power = [sum(_power(r[i]) for r in self._reference) for i in range(count)]
 
     def __call__(self, outputs: Iterable[Sequence[Any]]) -> float:
         """The divergence of the same batches' outputs, 0 or more; infinite where one is NaN."""
         if self.logits:
             total, rows = 0.0, 0
-            for out, (reference,), mask in zip(outputs, self._reference, self._masks, strict=True):
-                got = unpadded(_floats(out)[0], mask).flatten(0, -2)
-                for g, r in zip(got.split(ROWS), reference.split(ROWS), strict=True):
+            for out, reference, mask in zip(outputs, self._reference, self._masks, strict=True):
+                for g, r in zip(_parts(_floats(out)[0], mask), reference, strict=True):
                     total += _kl(g, r)
-                rows += len(reference)
+                    rows += len(r)
             return _finite(total / max(1, rows))
         noise = [0.0] * len(self._power)
         for out, references, mask in zip(outputs, self._reference, self._masks, strict=True):
@@ -66,31 +68,56 @@ class Divergence:
         return _finite(0.5 * sum(shares) / max(1, len(shares)))
 
 
-def sampled_loss(output: Tensor, mask: Tensor | None, logits: bool, seed: int) -> Tensor:
-    """−log p(y), summed over the rows, with y drawn from what the model itself predicts.
+def sampled_gradient(output: Tensor, mask: Tensor | None, logits: bool, seed: int) -> Tensor:
+    """∇ of −log p(y) along the output, with y drawn from what the model itself predicts.
 
-    Its gradient g has E[g] = 0 and E[g gᵀ] = F, the Fisher information, which is the Hessian of
-    `Divergence` at zero error (times the number of rows): one backward pass is one probe of it, as
-    Hutchinson's estimator wants (Yao 2020, "PyHessian"; HAWQ, Dong 2019).
+    E[g] = 0 and E[g gᵀ] = F, the Fisher information, which is the Hessian of `Divergence` at zero
+    error (times the number of rows): one backward pass is one probe of it, as Hutchinson's
+    estimator wants (Yao 2020, "PyHessian"; HAWQ, Dong 2019).
+
+        logits:    softmax(z) − onehot(y)                 anything else:   −ε / σ,  y = r + σ ε
 
     Args:
-        output: the model's output, with a graph behind it.
-        mask: 0 at padding.
+        output: the model's output.
+        mask: 0 at padding, whose gradient is 0.
         logits: whether the last axis is logits; else a Gaussian with the variance mean(output²).
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = unpadded(output, mask)
+    output = output.detach()
+    found = torch.zeros_like(output)
     if logits:
-        total = rows.new_zeros(())
-        for part in rows.flatten(0, -2).split(ROWS):
-            drawn = torch.multinomial(part.detach().softmax(-1), 1, generator=generator)
-            total = total + checkpoint(_surprise, part, drawn, use_reentrant=False)
-        return total
-    deviation = rows.detach().square().mean().sqrt().clamp(min=1e-30)
+        rows, flat = output.flatten(0, -2), found.flatten(0, -2)
+        for places in _places(output, mask):
+            share = rows[places].softmax(-1)
+            drawn = torch.multinomial(share, 1, generator=generator)
+            flat[places] = share.scatter_add_(1, drawn, -torch.ones_like(share[:, :1]))
+        return found
+    rows = unpadded(output, mask)
+    deviation = rows.square().mean().sqrt().clamp(min=1e-30)
     noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-    # −log p is ½ ((y − r) / σ)² and y − r = σ ε: its gradient along r is −ε / σ.
-    return -(rows * noise).sum() / deviation
+    if rows is output:
+        return -noise / deviation
+    assert mask is not None
+    found[mask != 0] = -noise / deviation
+    return found
+
+
+def _places(value: Tensor, mask: Tensor | None) -> Iterator[Tensor | slice]:
+    """Which rows of a flattened output are looked at together: `ROWS` of them, less padding."""
+    count = value.numel() // value.shape[-1]
+    kept = unpadded(torch.arange(count).view(*value.shape[:-1], 1), mask).flatten()
+    if len(kept) < count:
+        yield from kept.split(ROWS)
+    else:
+        for start in range(0, count, ROWS):
+            yield slice(start, start + ROWS)
+
+
+def _parts(value: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Some rows of an output at a time, without padding; copies only where there is some."""
+    flat = value.flatten(0, -2)
+    return (flat[places] for places in _places(value, mask))
 
 
 def _floats(outputs: Sequence[Any]) -> list[Tensor]:
@@ -99,11 +126,6 @@ def _floats(outputs: Sequence[Any]) -> list[Tensor]:
 
 def _power(x: Tensor) -> float:
     return float(x.double().square().sum())
-
-
-def _surprise(logits: Tensor, drawn: Tensor) -> Tensor:
-    """−log p of what was drawn, summed; its probabilities are not kept for the way back."""
-    return -logits.log_softmax(-1).gather(1, drawn).sum()
 
 
 def _kl(logits: Tensor, reference: Tensor) -> float:

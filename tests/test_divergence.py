@@ -1,4 +1,4 @@
-"""Divergence against scipy and its definition; the sampled loss as a probe of its Hessian."""
+"""Divergence against scipy and its definition; sampled gradients as probes of its Hessian."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from qcompiler.divergence import ROWS, Divergence, sampled_loss
+from qcompiler.divergence import ROWS, Divergence, sampled_gradient
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -26,6 +27,15 @@ def test_logits_are_compared_as_predictions() -> None:
     # Outputs after the first are a state and do not count.
     found = Divergence([(r, draw(3))], [mask], logits=True)([(g, draw(3, seed=2))])
     assert math.isclose(found, want, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_padding_has_no_gradient(logits: bool) -> None:
+    output, mask = draw(3, 2 * ROWS, 7), torch.ones(3, 2 * ROWS)
+    mask[1, 5:], mask[2] = 0, 0
+    found = sampled_gradient(output, mask, logits, 1)
+    assert (found[mask == 0] == 0).all()
+    assert torch.equal(found[mask != 0], sampled_gradient(output[mask != 0], None, logits, 1))
 
 
 def test_other_outputs_are_compared_by_their_power() -> None:
@@ -71,15 +81,14 @@ def test_outputs_are_read_one_after_the_other() -> None:
 
 def probes(output: Tensor, logits: bool, count: int) -> Tensor:
     """Mean of g gᵀ over draws, with respect to a flat output."""
-    leaf = output.clone().requires_grad_()
-    total = torch.zeros(leaf.numel(), leaf.numel(), dtype=torch.float64)
+    total = torch.zeros(output.numel(), output.numel(), dtype=torch.float64)
     for seed in range(count):
-        (g,) = torch.autograd.grad(sampled_loss(leaf, None, logits, seed), [leaf])
+        g = sampled_gradient(output, None, logits, seed)
         total += torch.outer(g.flatten().double(), g.flatten().double())
     return total / count
 
 
-def test_the_sampled_loss_probes_the_hessian_of_the_divergence() -> None:
+def test_the_sampled_gradient_probes_the_hessian_of_the_divergence() -> None:
     """Softmax: diag(p) − p pᵀ. Gaussian: 1 / mean(output²)."""
     logits = draw(1, 4)
     p = logits[0].double().softmax(-1)
