@@ -62,8 +62,8 @@ def measure_gradients(
         """Ŵ − W of a unit's layers, by format."""
         exact = [constants[operand(nodes[name], 1).name] for name in units[index].nodes]
         return {
-            text: [r - w for r, w in zip(rounded, exact, strict=True)]
-            for text, rounded in findings.weights(index).items()
+            text: [make() - w for make, w in zip(makers, exact, strict=True)]
+            for text, makers in findings.weights(index).items()
         }
 
     segments = max(1, math.isqrt(len(nodes)))

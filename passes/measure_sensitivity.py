@@ -22,14 +22,16 @@ from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.divergence import Divergence
+from qcompiler.errors import InputError
 from qcompiler.format import Format
+from qcompiler.hessian import Hessian
 from qcompiler.observe import Statistics, choose_range
 from qcompiler.outliers import bytes_beside, round_weight
 from qcompiler.plan import Rounded
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
 from qcompiler.regions import LINEAR, MOVES
-from qcompiler.rewrite import module_path, operand
+from qcompiler.rewrite import module_path, operand, place
 from qcompiler.rounding import Factor, outlier_columns
 from qcompiler.stages import Function, Stages
 from qcompiler.study import Columns, Findings, Option, Settings, Unit, added, with_options
@@ -149,16 +151,14 @@ def _measured(
     constants = program.constants()
     source = operand(layers[0], 0)
     matrices = [constants[operand(n, 1).name] for n in layers]
-    hessian: Tensor | None = None
     seen = Statistics(source.name, -1)
-    ranged = any(f.activation is not None and not f.activation.dynamic for f in formats)
-    for value, mask in zip(stages.values(source), masks, strict=True):
-        rows = unpadded(value, mask).flatten(0, -2)
-        part = 2 * (rows.T @ rows).double()
-        hessian = part if hessian is None else hessian + part
-        if ranged:
-            seen.update(rows)
-    assert hessian is not None
+    if any(f.activation is not None and not f.activation.dynamic for f in formats):
+        for value, mask in zip(stages.values(source), masks, strict=True):
+            seen.update(unpadded(value, mask).flatten(0, -2))
+    try:
+        hessian = Hessian.of(stages.values(source), masks).matrix
+    except InputError as error:
+        raise InputError(f"{place(layers[0])}: {error}") from error
     factor = Factor.of(hessian) if settings.gptq else None
     first = len(masks) - settings.trials
     exact = _signal(stages, layers, first, masks)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qcompiler import allocation, costs
 from qcompiler.allocation import Choice, Limit
@@ -29,7 +30,7 @@ from qcompiler.plan import Plan
 from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import module_path, operand
-from qcompiler.stages import Stages
+from qcompiler.stages import Function, Stages
 from qcompiler.study import MEASURES, Findings, Settings, Study
 from qcompiler.target import Target
 from qcompiler.workers import Task, measure_in_processes
@@ -282,11 +283,13 @@ class Mixer:
                     option = unit.options[chosen]
                     if option.format == "float":
                         continue
-                    weights = self.findings.weights(index, [option.format])[option.format]
+                    weights = self.findings.weights(index)[option.format]
                     wanted = Format.parse(option.format)
-                    reach = self.findings.ranges(index).get(str(wanted.activation))
+                    fixed = wanted.activation is not None and not wanted.activation.dynamic
+                    ranges = self.findings.ranges(index) if fixed else {}
+                    reach = ranges.get(str(wanted.activation))
                     for name, weight in zip(unit.nodes, weights, strict=True):
-                        functions[nodes[name]] = simulated(weight, wanted, reach)
+                        functions[nodes[name]] = _late(weight, wanted, reach)
                 loss = reference(stages.outputs(functions))
                 points.append(self.point(label, choice, loss, objective))
         return points
@@ -425,6 +428,17 @@ class Mixer:
                 self.units, allocation.measure("kl"), [self.latency_limit(wanted * (1 + 1e-9))]
             )
         return self.measure(choices)
+
+
+def _late(
+    weight: Callable[[], Tensor], wanted: Format, reach: tuple[float, float] | None
+) -> Function:
+    """A linear whose weight is there only while it runs: a plan's are as large as the model."""
+
+    def run(x: Tensor, own: Tensor, bias: Tensor | None = None) -> Any:
+        return simulated(weight(), wanted, reach)(x, own, bias)
+
+    return run
 
 
 def _matches(pattern: str, node: torch.fx.Node) -> bool:

@@ -15,8 +15,9 @@ it costs: the bytes of its weights, and four measures of how much it disturbs th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,28 +242,19 @@ class Findings:
         unfinished.write_text(json.dumps({"fingerprint": self.fingerprint, **asdict(unit)}))
         unfinished.replace(path)
 
-    def weights(self, index: int, wanted: Sequence[str] = ()) -> dict[str, list[torch.Tensor]]:
-        """The rounded weights of a unit by format, float32, one for each of its layers.
+    def weights(self, index: int) -> dict[str, list[Callable[[], torch.Tensor]]]:
+        """What gives the rounded weights of a unit's layers, float32, by format.
 
-        Args:
-            index: of the unit.
-            wanted: formats to read; all when not given.
+        The file is mapped into memory: of the integers only those are read that are asked for.
         """
-        found: dict[str, list[torch.Tensor]] = {}
         loaded = self._load(index)
-        columns = loaded["columns"]
+        found: dict[str, list[Callable[[], torch.Tensor]]] = {}
         for text, rows in loaded["weights"].items():
-            if wanted and text not in wanted:
-                continue
-            found[text] = []
-            for q, s, z in rows:
-                if Format.parse(text).narrow:
-                    found[text].append(q.float())
-                    continue
-                kind = _fitted(text, q.shape[1])
-                found[text].append(dequantize(q, s, z, weight_axis(kind), kind.group or 0))
-            pairs = zip(found[text], columns.get(text, ()), strict=False)
-            found[text][: len(columns.get(text, ()))] = [added(*pair) for pair in pairs]
+            beside = loaded["columns"].get(text) or [None] * len(rows)
+            found[text] = [
+                partial(_dequantized, text, q, s, z, columns)
+                for (q, s, z), columns in zip(rows, beside, strict=True)
+            ]
         return found
 
     def ranges(self, index: int) -> dict[str, tuple[float, float]]:
@@ -285,6 +277,18 @@ def added(weight: torch.Tensor, kept: Columns) -> torch.Tensor:
     if index.ndim == 1:
         return weight.index_add(1, index, values)
     return weight.scatter_add(1, index.long(), values.float())
+
+
+def _dequantized(
+    text: str, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor, columns: Columns | None
+) -> torch.Tensor:
+    """A weight that was rounded in a format, with what stayed in float, float32."""
+    if Format.parse(text).narrow:
+        weight = q.float()
+    else:
+        kind = _fitted(text, q.shape[1])
+        weight = dequantize(q, s, z, weight_axis(kind), kind.group or 0)
+    return weight if columns is None else added(weight, columns)
 
 
 def _fitted(text: str, inputs: int) -> QType:

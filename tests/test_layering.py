@@ -21,7 +21,7 @@ LEVELS = (
     {"program"},
     {"rewrite"},
     {"integer", "regions", "rotatable", "plan", "recipe", "spec"},
-    {"calibration", "rounding", "stages", "journal", "divergence", "differentiable"},
+    {"calibration", "hessian", "rounding", "stages", "journal", "divergence", "differentiable"},
     {"outliers"},
     {"data", "bench", "study"},
     {"allocation"},

@@ -236,7 +236,7 @@ def test_columns_in_float_are_an_option_with_their_cost(captured: Any, tmp_path:
     assert split.bytes == plain.bytes + 2 * 48 * 4 + 2 * 8
     assert split.measures["error"] < 0.05 * plain.measures["error"]
     # What is kept on disk is the weight that was measured.
-    weight = findings.weights(0)["int2:g16:affine+2"][0]
+    weight = findings.weights(0)["int2:g16:affine+2"][0]()
     layer = module[0]
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
@@ -255,4 +255,4 @@ def test_groups_that_were_made_smaller_are_kept_as_they_are(captured: Any, tmp_p
     measure_sensitivity(program, units, formats, batches(), PLAIN, findings, stored)
     weight = program.constants()["p_second_weight"]
     want = QType.parse("int4:g16").round_trip(weight, 1)
-    assert torch.equal(findings.weights(1)["int4:g32"][0], want)
+    assert torch.equal(findings.weights(1)["int4:g32"][0](), want)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompiler import hessian
 from qcompiler.errors import InputError
 from qcompiler.passes import round_weights as module
 from qcompiler.passes.insert_qdq import insert_qdq
@@ -216,6 +217,6 @@ def test_notes_name_singular_layers_and_silent_inputs() -> None:
 
 def test_a_hessian_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(50, 37)
-    monkeypatch.setattr(module, "STRIP", 8)
-    got = module.Hessian.of([x], [None]).matrix
+    monkeypatch.setattr(hessian, "STRIP", 8)
+    got = hessian.Hessian.of([x], [None]).matrix
     torch.testing.assert_close(got, hessian_of(x), rtol=1e-5, atol=1e-5)

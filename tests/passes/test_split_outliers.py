@@ -110,7 +110,7 @@ def test_single_weights_are_an_option_with_their_cost(captured: Any, tmp_path: P
     assert kept.bits == 3 + 32 * 2 / 64
     assert kept.measures["error"] < finer.measures["error"] < plain.measures["error"]
     # What is kept on disk is the weight that was measured.
-    weight, layer = findings.weights(0)[texts[1]][0], program.constants()["p_down_weight"]
+    weight, layer = findings.weights(0)[texts[1]][0](), program.constants()["p_down_weight"]
     noise = sum(float(((weight - layer) @ x.T).double().square().sum()) for (x,) in data[2:])
     bias = program.constants()["p_down_bias"]
     exact = sum(float((x @ layer.T + bias).double().square().sum()) for (x,) in data[2:])
