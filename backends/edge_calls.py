@@ -11,6 +11,7 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_bf16, edge_steps
+from qcompiler.backends.edge_attention import ATTENTION, attended
 from qcompiler.backends.edge_cache import attention_over_cache
 from qcompiler.backends.edge_convolution import bordered, convolution
 from qcompiler.backends.edge_decoder import Decoding
@@ -48,13 +49,11 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention, matmul_float
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.expression import Access
-from qcompiler.kernels.heads import Heads
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.rows import reduction, rows
 from qcompiler.kernels.tiles import Product
 
 aten = torch.ops.aten
-ATTENTION = frozenset({ops.attention, aten.scaled_dot_product_attention.default})
 
 
 @dataclass(eq=False)
@@ -380,56 +379,12 @@ class Calls:
         self.float_product(g, op, a.storage, packed.storage, product, bias)
 
     def _attention(self, g: Group, op: Op) -> None:
-        merged = op.target is ops.attention
-        if merged:
-            q, k, v, mask, heads, kv_heads, scale, causal = op.args
-            batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-            size, value_size = q.shape[2] // heads, v.shape[2] // kv_heads
-            narrow = self.isa.narrow and size % self.isa.narrow_depth == 0
-            if q.dtype == torch.bfloat16 and not narrow:
-                q, k, v = (self._widened(ref, op.label) for ref in (q, k, v))
-
-            def split(ref: Ref, count: int, width: int) -> tuple[int, ...]:
-                return (ref.strides[0], width * ref.strides[2], ref.strides[1], ref.strides[2])
-
-            strides = (
-                split(q, heads, size), split(k, kv_heads, size), split(v, kv_heads, value_size)
-            )  # fmt: skip
-        else:
-            schema = op.target._schema.arguments
-            given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
-            given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
-            q, k, v, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
-            if len(q.shape) != 4:
-                raise UnsupportedError("attention over other than 4 dimensions")
-            batch, heads, queries, size = q.shape
-            kv_heads, keys, value_size = k.shape[1], k.shape[2], v.shape[3]
-            causal = given["is_causal"]
-            scale = given["scale"] if given["scale"] is not None else size**-0.5
-            strides = (q.strides, k.strides, v.strides)
-        rolled = []
-        for ref, step in zip((q, k, v), strides, strict=True):
-            if step[3] != 1 and ref.shape[-1] > 1:
-                raise UnsupportedError("attention over heads that do not lie side by side")
-            rolled.append((ref, (*step[:3], 1)))
+        found = attended(op)
+        narrow = self.isa.narrow and found.size % self.isa.narrow_depth == 0
+        if found.q.dtype == torch.bfloat16 and found.merged and not narrow:
+            found = found.over(*(self._widened(ref, op.label) for ref in found.tensors))
         writer = self.writer(op.out.shape, [])
-        reads_q, reads_k, reads_v = (
-            Access(writer.argument(ref.storage), edge_steps.NAMES[ref.dtype], ref.offset, step)
-            for ref, step in rolled
-        )
-        hidden = None
-        if mask is not None:
-            missing = 4 - len(mask.shape)
-            steps = (0,) * missing + tuple(
-                0 if n == 1 else s for n, s in zip(mask.shape, mask.strides, strict=True)
-            )
-            hidden = Access(
-                writer.argument(mask.storage), edge_steps.NAMES[mask.dtype], mask.offset, steps
-            )
-        sizes = Heads(
-            batch, heads, kv_heads, queries, keys, size, value_size, reads_q, reads_k, reads_v,
-            hidden, float(scale), bool(causal), merged,
-        )  # fmt: skip
+        sizes = found.heads_of(writer)
         writer.keep(op.out, writer.step("anchor", "float32"))
         writer.members(g, self.stored)
         expression, isa = writer.expression(), self.isa

@@ -70,9 +70,6 @@ def build(
             raise UnsupportedError(f"nvcc refused the kernels: {first}")
         data = image.read_bytes()
     launches = {
-        k.name: Launch(
-            f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order, together=k.together
-        )
-        for k in kernels
+        k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order) for k in kernels
     }
     return data, launches

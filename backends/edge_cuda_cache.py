@@ -13,7 +13,8 @@ from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.kernels.cache import cache_elements
 from qcompiler.kernels.cuda_cache import Decode, Rotary, Source, write_cache
 from qcompiler.kernels.cuda_decode import attend
-from qcompiler.kernels.cuda_prompt import choose_tiles, prompt_attention
+from qcompiler.kernels.cuda_flash import choose_tiles
+from qcompiler.kernels.cuda_prompt import prompt_attention
 from qcompiler.kernels.expression import Access
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
             written=2, also=(3, 4),
         )  # fmt: skip
         return
-    tiles = choose_tiles(sizes, calls.gpu)
+    tiles = choose_tiles(heads, new, size, bits, calls.gpu)
     calls.launch(
         "prompt_attention", op.label, (sizes, tiles, values_of, expression),
         lambda name: prompt_attention(

@@ -16,7 +16,9 @@ import torch
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_attention import ATTENTION, attended
 from qcompiler.backends.edge_calls import Calls
+from qcompiler.backends.edge_cuda_attention import attention_by_tiles, by_tiles, rows_aligned
 from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
 from qcompiler.backends.edge_cuda_products import SMALL, is_tall
@@ -78,7 +80,8 @@ class CudaCalls(Calls):
         self.gpu = gpu
         self.rounded: dict[Any, Ref] = {}  # tensors that were rounded to float16
         self.halves: dict[int, tuple[Ref, bool]] | None = None  # by storage; whether it alone
-        self.quantized: dict[int, Ref] = {}  # units by the storage of the integers
+        # Units of quantized rows, by the storage of the integers and whether they are float16.
+        self.quantized: dict[tuple[int, bool], Ref] = {}
         self.norms: dict[int, Group] = {}  # and rotations, computed where they are quantized
         self.counting: list[Storage] = []  # one at most
         super().__init__(*given)
@@ -133,29 +136,38 @@ class CudaCalls(Calls):
     def _stored_as_halves(self) -> dict[int, tuple[Ref, bool]]:
         found: dict[int, tuple[Ref, bool]] = {}
         final = {id(ref.storage) for ref in self.trace.outputs}
-        for op in self.trace.ops:
-            x = op.args[0] if op.target is LINEAR else None
-            if x is None or not self._reads_half(op) or id(x.storage) in found:
-                continue
+        for x in [x for op in self.trace.ops for x in self._as_halves(op)]:
             maker, storage = x.storage.maker, x.storage
             if maker is None or maker in self.grouping.inlined or not maker.out.contiguous:
                 continue
             made = edge_steps.writes(maker) or maker.target in ANCHORS
-            if made and x.contiguous and x.numel == maker.out.numel == storage.size:
-                alone = all(self._reads_half(r) for r in storage.readers)
+            if id(storage) not in found and made and maker.out.numel == storage.size:
+                alone = all(
+                    any(read.storage is storage for read in self._as_halves(r))
+                    for r in storage.readers
+                )
                 half = self.temporary(torch.float16, maker.out.shape)
                 found[id(storage)] = half, alone and id(storage) not in final
         return found
 
-    def _reads_half(self, op: Op) -> bool:
-        """Whether it is a product that reads float16 rows."""
-        quantized = op.target is LINEAR and op.args[1].storage.weight is not None
-        return quantized and op not in self.integer and not self.tall(op)
+    def _as_halves(self, op: Op) -> list[Ref]:
+        """What it reads as it lies in memory, but in float16."""
+        if op.target is LINEAR:
+            x, weight = op.args[0], op.args[1].storage.weight
+            plain = weight is not None and op not in self.integer and not self.tall(op)
+            return [x] if plain and x.contiguous and x.numel == x.storage.size else []
+        if op.target in ATTENTION and by_tiles(attended(op)):
+            return [x for x in attended(op).tensors if rows_aligned(x)]
+        return []
 
     def tall(self, op: Op) -> bool:
         """Whether Hopper's warpgroup products compute it, which read units."""
         count, size = prod(op.out.shape[:-1]), prod(op.args[1].shape)
         return is_tall(count, size, self.gpu) and (op in self.integer or count * size > SMALL)
+
+    def widened(self, op: Op) -> bool:
+        """Whether integers and weights of 4 bits are multiplied in float16."""
+        return op in self.integer and op.args[1].storage.weight.group > 0 and not self.small(op)
 
     @staticmethod
     def small(op: Op) -> bool:
@@ -197,10 +209,14 @@ class CudaCalls(Calls):
             raise UnsupportedError(
                 f"'{op.label}': GPU targets quantize activations by token, for linears alone"
             )
-        width = x.shape[-1]
-        made = self.temporary(torch.uint8, (unit_bytes(x.numel // width, width, 1),))
-        self.quantized[id(q.storage)] = made
-        arguments = [made.storage, scale.storage]
+        width, rows = x.shape[-1], x.numel // x.shape[-1]
+        arguments = []
+        kinds = tuple(sorted({self.widened(layer) for layer in layers}))
+        for wide in kinds:
+            made = self.temporary(torch.uint8, (unit_bytes(rows, width, 1 + wide),))
+            self.quantized[id(q.storage), wide] = made
+            arguments.append(made.storage)
+        arguments.append(scale.storage)
         if kind.symmetric:
             zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
         else:
@@ -216,9 +232,10 @@ class CudaCalls(Calls):
         elif joined is not None:
             before = self._norm(joined, arguments)
         self.launch(
-            "quantize_rows", op.label, (source, kind, before),
-            lambda name: quantize_units(name, writer.kernel_arguments(), source, kind, before),
-            writer, written=2 if kind.symmetric else 3,
+            "quantize_rows", op.label, (source, kind, before, kinds),
+            lambda name: quantize_units(
+                name, writer.kernel_arguments(), source, kind, before, kinds
+            ), writer, written=len(kinds) + (1 if kind.symmetric else 2),
         )  # fmt: skip
 
     def _norm(self, g: Group, arguments: list[Storage]) -> Norm:
@@ -234,6 +251,19 @@ class CudaCalls(Calls):
             writer.step("add", FLOAT, value, writer.value(shift, FLOAT))
         return Norm(ROWS[op.target] == "layer_norm", epsilon, writer.expression())
 
+    def _attention(self, g: Group, op: Op) -> None:
+        if by_tiles(attended(op)):
+            attention_by_tiles(self, g, op)
+        else:
+            super()._attention(g, op)
+
+    def stored_half(self, x: Ref) -> Ref | None:
+        """The same view of what is stored in float16, where it is."""
+        found = self._halves().get(id(x.storage))
+        if found is None:
+            return None
+        return Ref(found[0].storage, torch.float16, x.offset, x.shape, x.strides)
+
     def _linear(self, g: Group, op: Op) -> None:
         if op in self.integer:
             integer_linear(self, g, op, self.integer[op])
@@ -244,9 +274,9 @@ class CudaCalls(Calls):
 
     def half(self, x: Ref, label: str) -> Ref:
         """The tensor in float16, contiguous."""
-        found = self._halves().get(id(x.storage))
-        if found is not None:
-            return found[0]
+        found = self.stored_half(x)
+        if found is not None and x.contiguous and x.numel == x.storage.size:
+            return found
         key = (id(x.storage), x.offset, x.shape, x.strides)
         if key not in self.rounded:
             made = self.temporary(torch.float16, x.shape)

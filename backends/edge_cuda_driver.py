@@ -31,7 +31,6 @@ class Launch:
         order: which of the call's arguments each parameter is.
         early: whether it may start while the kernel before still runs: it waits itself before it
             touches what others write.
-        together: blocks, one a processor, that wait for one another and so must all run at once.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Launch:
     shared: int
     order: tuple[int, ...]
     early: bool = True
-    together: int = 0
 
 
 class _Attribute(ctypes.Structure):
@@ -80,18 +78,8 @@ class Module:
         self._functions: dict[str, Any] = {}
 
     def prepare(self, launch: Launch) -> Any:
-        """The function of a launch, given the shared memory that it needs.
-
-        Raises:
-            UnsupportedError: if the GPU is too small for it.
-        """
+        """The function of a launch, given the shared memory that it needs."""
         if launch.name not in self._functions:
-            have = device().processors
-            if launch.together > have:  # they would wait for ever
-                raise UnsupportedError(
-                    f"the artifact's products of many tokens need {launch.together} processors at "
-                    f"once, and the GPU has {have}; compile for fewer (--bucket tokens=1,16,32)"
-                )
             function = ctypes.c_void_p()
             name = launch.name.encode()
             check(self._library.cuModuleGetFunction(ctypes.byref(function), self._handle, name),

@@ -1,7 +1,8 @@
 """Linears with quantized weights, for a GPU: which kernel, with which partition.
 
 Up to 64 tokens by `skinny`, and more of small weights; else by `gemm` or, on Hopper, by
-`gemm_hopper` and `matmul_8bit` (large weights from 33 tokens on).
+`gemm_hopper` and `matmul_8bit` (large weights from 33 tokens on). Integers by weights of 4 bits are
+multiplied as such up to there, and as float16 beyond.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import choose, skinny
 from qcompiler.kernels.cuda_units import units
-from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
+from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, Widened, pack, pack_nibbles
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_cuda_calls import CudaCalls
@@ -47,35 +48,43 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
             lambda: row_scales(weight, form),
         )
         arguments.append(scale.storage)
-    how: Any
-    make: Any
     if not tall and calls.small(op):
         how = choose(count, form, calls.gpu)
         _multiply(calls, g, op, "skinny", skinny, arguments, count, form, how)
         return
+    _many(calls, g, op, arguments, count, form, tall)
+
+
+def _many(
+    calls: CudaCalls, g: Group, op: Op, arguments: list[Storage], count: int,
+    form: Weights | Widened, tall: bool, scale: Ref | None = None,
+) -> None:  # fmt: skip
+    """A product of many tokens; `tall`: by Hopper's warpgroup products."""
     if tall:
         how = choose_tall(count, form)
-        kind, make, pieces = "gemm_hopper", gemm_hopper, prod(how.pieces(count, form))
-    else:
-        how = choose_blocks(count, form, calls.gpu)
-        kind, make, pieces = "gemm", gemm, prod(how.grid(count, form)[:2])
-    room = how.workspace(count, form)
-    arguments += _shared(calls, room, pieces)
-    _multiply(calls, g, op, kind, make, arguments, count, form, how, room > 0)
+        _multiply(calls, g, op, "gemm_hopper", gemm_hopper, arguments, count, form, how, 0, scale)
+        return
+    blocks = choose_blocks(count, form, calls.gpu)
+    shared = 0
+    if room := blocks.workspace(count, form):
+        pieces = prod(blocks.grid(count, form)[:2])
+        held = [calls.temporary(torch.float32, (room,)).storage, calls.counters(pieces)]
+        arguments, shared = [*arguments, *held], len(held)
+    _multiply(calls, g, op, "gemm", gemm, arguments, count, form, blocks, shared, scale)
 
 
 def _multiply(
     calls: CudaCalls, g: Group, op: Op, kind: str, make: Callable[..., Any],
-    arguments: list[Storage], count: int, form: Weights | Nibbles, how: Any, shared: bool = False,
+    arguments: list[Storage], count: int, form: Weights | Nibbles, how: Any, shared: int = 0,
     scale: Ref | None = None,
 ) -> None:  # fmt: skip
     """A product and what follows it.
 
-    `shared`: the last two arguments are written too. `scale`: of each token, what sums are
+    `shared`: how many of the last arguments are written too. `scale`: of each token, what sums are
     multiplied with.
     """
     bias = op.args[2] if len(op.args) > 2 else None
-    also = (len(arguments) - 2, len(arguments) - 1) if shared else ()
+    also = tuple(range(len(arguments) - shared, len(arguments)))
     writer = calls.writer(op.out.shape, arguments)
     value = writer.step("anchor", FLOAT)
     if scale is not None:
@@ -95,7 +104,7 @@ def _multiply(
 def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     """A linear with an input quantized by token: int8 weights by channel, or 4 bits in groups."""
     weight, bias = op.args[1].storage.weight, op.args[2] if len(op.args) > 2 else None
-    x = calls.quantized.get(id(source.ref.storage))
+    x = calls.quantized.get((id(source.ref.storage), calls.widened(op)))
     if x is None:
         raise UnsupportedError(
             f"'{op.label}': GPU targets multiply integers where a token has a scale of its own"
@@ -130,7 +139,7 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
 
 
 def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: int) -> None:
-    """A product with 4-bit weights in groups; see `cuda_sums`."""
+    """A product with 4-bit weights in groups: see `cuda_sums`, and of many tokens `Widened`."""
     weight, found = op.args[1].storage.weight, weights_form(op.args[1].storage.weight, op.label)
     if found.bits != 4 or source.ref.dtype != torch.int8:
         raise UnsupportedError(
@@ -143,21 +152,19 @@ def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: 
         (id(weight.q), form),
         lambda: pack_nibbles(weight.q, weight.scale.reshape(form.rows, -1).float(), form),
     )
-    arguments, room = [x.storage, packed.storage], 0
-    few = calls.small(op)
-    how: Any = choose(count, form, calls.gpu) if few else choose_blocks(count, form, calls.gpu)
-    if not few:
-        room = how.workspace(count, form)
-        arguments += _shared(calls, room, prod(how.grid(count, form)[:2]))
-    kind, make = ("skinny_int4_int8", skinny) if few else ("gemm_int4_int8", gemm)
-    _multiply(calls, g, op, kind, make, arguments, count, form, how, room > 0, source.scale)
-
-
-def _shared(calls: CudaCalls, room: int, pieces: int) -> list[Storage]:
-    """The workspace and counters of blocks that share out columns, where they do."""
-    if not room:
-        return []
-    return [calls.temporary(torch.float32, (room,)).storage, calls.counters(pieces)]
+    arguments = [x.storage, packed.storage]
+    if calls.small(op):
+        how = choose(count, form, calls.gpu)
+        _multiply(calls, g, op, "skinny_int4_int8", skinny, arguments, count, form, how,
+                  scale=source.scale)  # fmt: skip
+        return
+    wide = Widened(found.rows, found.depth, found.group)
+    if float(weight.scale.max()) > wide.largest:
+        raise UnsupportedError(
+            f"'{op.label}': steps of weights above {wide.largest:.0f} have no room in float16; "
+            "compile for 64 tokens at most (--bucket tokens=1,16,64)"
+        )
+    _many(calls, g, op, arguments, count, wide, calls.tall(op), source.scale)
 
 
 def weights_form(weight: Weight, label: str) -> Weights:

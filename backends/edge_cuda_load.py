@@ -208,7 +208,7 @@ class CudaModel:
             raw = launches[step["symbol"]]
             launch = Launch(
                 raw["name"], tuple(raw["blocks"]), raw["threads"], raw["shared"],
-                tuple(raw["order"]), together=raw.get("together", 0),
+                tuple(raw["order"]),
             )  # fmt: skip
             self._module.run(launch, self._addresses(entry, at), self._stream.handle)
 

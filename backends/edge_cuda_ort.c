@@ -25,7 +25,7 @@ enum { COUNTER_COUNT = 256 };              /* edge_cuda_products.py */
 
 /* The driver API's own numbers and layouts. */
 enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, PROCESSORS = 16, MAX_DYNAMIC_SHARED = 8 };
-enum { COOPERATIVE = 2, PROGRAMMATIC_SERIALIZATION = 6 };
+enum { PROGRAMMATIC_SERIALIZATION = 6 };
 
 struct attribute {
   int id, padding;
@@ -218,8 +218,8 @@ static int64_t up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
 static int64_t aligned(int64_t size) { return up(size, ALIGNMENT) * ALIGNMENT; }
 
-/* What computes so many rows. Blocks that share a piece may wait for one another: there are no more
- * of them than run at once. */
+/* What computes so many rows. Where blocks share a piece there are no more of them than processors:
+ * counters are few, and clusters that wait for a processor gain nothing. */
 static const struct choice *choose(const struct module *module, int form, int64_t rows) {
   const struct choices *choices = &module->gpu->choices[form];
   for (int i = 0; i + 1 < choices->count; i++) {
@@ -246,11 +246,10 @@ static ort_status *launch(struct queue *queue, int number, int rows, void *const
   struct config config = {.block = {kernel->threads, 1, 1}, .shared = kernel->shared,
                           .stream = queue->stream};
   /* A kernel may start while the one before still runs: it waits itself before it reads what others
-   * write. Not so one whose blocks must all run at once. */
-  struct attribute attribute = {
-      .id = kernel->together ? COOPERATIVE : PROGRAMMATIC_SERIALIZATION, .value = {1}};
+   * write. */
+  struct attribute attribute = {.id = PROGRAMMATIC_SERIALIZATION, .value = {1}};
   config.attributes = &attribute;
-  config.count = kernel->together || queue->after_kernel;
+  config.count = queue->after_kernel;
   for (int i = 0; i < 3; i++) {
     const struct extent *extent = &kernel->grid[i];
     config.grid[i] =
@@ -284,7 +283,7 @@ static struct scratch measure(const struct module *module, const struct operator
     if (choice->units >= 0)
       found.units = up(rows, UNIT_ROWS) * up(op->depth * 2, UNIT_BYTES) * UNIT_ROWS * UNIT_BYTES;
     if (room > found.room) found.room = room;
-    if (room || choice->units >= 0) found.counters = COUNTER_COUNT * 4;
+    if (room) found.counters = COUNTER_COUNT * 4;
   }
   return found;
 }
@@ -295,7 +294,7 @@ static ort_status *multiply(struct queue *queue, const struct operator_of *op, c
   void *values[ROLES] = {[X] = x, [UNITS] = memory, [ROOM] = memory + scratch.units,
                          [COUNTERS] = memory + scratch.units + scratch.room};
   int stored = 0; /* whether x lies there as units */
-  if (scratch.counters && !scratch.units) { /* what makes units clears counters */
+  if (scratch.counters) {
     TRY(check(queue->api,
               cu.cuMemsetD8Async((uint64_t)(uintptr_t)values[COUNTERS], 0,
                                  (size_t)scratch.counters, queue->stream),

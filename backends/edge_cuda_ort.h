@@ -15,7 +15,6 @@ struct gpu_kernel {
   const char *name;
   unsigned threads, shared; /* of a block; bytes of dynamic shared memory */
   struct extent grid[3];
-  int together; /* whether blocks wait for one another, so that all must run at once */
   int parameter_count;
   const uint8_t *parameters; /* roles */
 };

@@ -154,23 +154,21 @@ class _Kernels:
         self.name = name
         self.kernels: list[CudaKernel] = []
         self.grids: list[tuple[Extent, ...]] = []
-        self.together: list[bool] = []
         self.found = [choices(f"form{n}", *form, gpu) for form, n in forms.items()]
         self.forms = [*forms]
         self.units: dict[int, int] = {}
         tall = any(choice.units for found in self.found for choice in found)
         for depth in depths if tall else ():
-            self.units[depth] = self._add(*half_units(f"units{depth}", depth), False)
+            self.units[depth] = self._add(*half_units(f"units{depth}", depth))
         self.numbers = {
-            id(choice): self._add(choice.kernel, choice.grid, choice.together)
+            id(choice): self._add(choice.kernel, choice.grid)
             for found in self.found
             for choice in found
         }
 
-    def _add(self, kernel: CudaKernel, grid: tuple[Extent, ...], together: bool) -> int:
+    def _add(self, kernel: CudaKernel, grid: tuple[Extent, ...]) -> int:
         self.kernels.append(kernel)
         self.grids.append(grid)
-        self.together.append(together)
         return len(self.kernels) - 1
 
     def lines(self) -> list[str]:
@@ -183,7 +181,7 @@ class _Kernels:
             grid = ", ".join(f"{{{e.fixed}u, {e.each}u}}" for e in self.grids[number])
             rows.append(
                 f"{{{quoted(kernel.name + '_kernel')}, {kernel.threads}u, {kernel.shared}u, "
-                f"{{{grid}}}, {int(self.together[number])}, {len(given)}, {name}}}"
+                f"{{{grid}}}, {len(given)}, {name}}}"
             )
         lines.append(array("struct gpu_kernel", f"kernels_{self.name}", rows))
         lists = []

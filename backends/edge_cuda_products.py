@@ -15,8 +15,8 @@ from tvm.tirx import Var
 
 from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import HOPPER, CudaKernel, Gpu
-from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
-from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
+from qcompiler.kernels.cuda_gemm import Blocks, choose_blocks, gemm
+from qcompiler.kernels.cuda_gemm_hopper import Tall, choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_rows import PIECE, Rows, cuda_rows
 from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
 from qcompiler.kernels.cuda_units import unit_bytes
@@ -24,6 +24,7 @@ from qcompiler.kernels.cuda_weights import Weights
 from qcompiler.kernels.expression import Access, Expression, Step
 
 SIZES = (1, 4, 8, 16, 32, FEW)  # tokens of blocks for few
+MOST = 2048  # tokens from which on a partition is the same for any more
 LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
 # Multiplications up to which tiled products take longer than reading twice: on an H200 one of 4-bit
 # weights takes 11 µs, however small it is.
@@ -55,9 +56,8 @@ class Choice:
         grid: its blocks.
         each, across: tokens of a piece of the output; pieces along the outputs.
         splits: blocks that share a piece.
-        room: float32 numbers that such a block leaves in the workspace; 0 without splits.
+        room: float32 numbers that such a block leaves in the workspace; 0: it needs none.
         units: whether it reads x as units.
-        together: whether blocks wait for one another, so that all must run at once.
     """
 
     most: int
@@ -68,7 +68,6 @@ class Choice:
     splits: int
     room: int
     units: bool
-    together: bool
 
 
 def is_tall(tokens: int, numbers: int, gpu: Gpu) -> bool:
@@ -84,7 +83,7 @@ def is_tall(tokens: int, numbers: int, gpu: Gpu) -> bool:
 
 
 def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:
-    """All kernels of a product: for few tokens first, the fewest first, then the most splits first.
+    """All kernels of a product: for few tokens first, and the last for any number.
 
     Args:
         name: that their names start with.
@@ -97,28 +96,31 @@ def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:
         _few(f"{name}_few{n}", form, biased, n, gpu) for n in SIZES if not is_tall(n, numbers, gpu)
     ]
     if is_tall(FEW, numbers, gpu):
-        found.append(_many(f"{name}_few", form, biased, FEW, gpu, FEW))
-    pieces, splits = 1, 0
-    while splits != 1:  # the more pieces, the fewer blocks share each
-        now = splits_for(2 * FEW * pieces, form, gpu)
-        if now != splits:
-            found.append(_many(f"{name}_many", form, biased, 2 * FEW * pieces, gpu, 0))
-        pieces, splits = pieces + 1, now
-    return found
+        found.append(_many(f"{name}_few{FEW}", form, biased, FEW, gpu, FEW))
+    tokens, how = 2 * FEW, _partition(2 * FEW, form, gpu)
+    while True:
+        more = _partition(2 * tokens, form, gpu)
+        last = tokens >= MOST and how.splits == 1
+        if last or more != how:
+            most = 0 if last else tokens
+            found.append(_many(f"{name}_many{tokens}", form, biased, tokens, gpu, most))
+        if last:
+            return found
+        tokens, how = 2 * tokens, more
 
 
-def splits_for(tokens: int, form: Weights, gpu: Gpu) -> int:
-    """How many blocks share a piece of the output."""
+def _partition(tokens: int, form: Weights, gpu: Gpu) -> Tall | Blocks:
+    """How so many tokens are shared out."""
     if gpu.capability == HOPPER.capability:
-        return choose_tall(tokens, form).splits
-    return choose_blocks(tokens, form, gpu).splits
+        return choose_tall(tokens, form)
+    return choose_blocks(tokens, form, gpu)
 
 
 def half_units(name: str, depth: int) -> tuple[CudaKernel, tuple[Extent, Extent, Extent]]:
-    """The kernel that stores x as units and clears counters, and its blocks."""
+    """The kernel that stores x as units, and its blocks."""
     arguments: list[Argument | Size] = [
         Argument("x", "float16", depth), Argument("units", "uint8", unit_bytes(1, depth, 2)),
-        Argument("counters", "int32", COUNTERS), _tokens(),
+        _tokens(),
     ]  # fmt: skip
     made = cuda_rows(name, arguments, Rows(1, depth, False, None, "units"))
     return made, (Extent(1, 1), Extent(1), Extent(1))
@@ -140,34 +142,28 @@ def _few(name: str, form: Weights, biased: bool, most: int, gpu: Gpu) -> Choice:
     made = skinny(name, arguments, most, form, how, expression)
     across = -(-form.tiles // how.tiles)
     grid = (Extent(across), Extent(1, most), Extent(1))
-    return Choice(tokens, made, grid, most, across, 1, 0, False, False)
+    return Choice(tokens, made, grid, most, across, 1, 0, False)
 
 
 def _many(name: str, form: Weights, biased: bool, tokens: int, gpu: Gpu, most: int) -> Choice:
     """For about that many tokens."""
-    how: Any
-    if gpu.capability == HOPPER.capability:
-        how = choose_tall(tokens, form)
+    how = _partition(tokens, form, gpu)
+    make: Any
+    if isinstance(how, Tall):
         across = how.pieces(1, form)[1]
         x = Argument("units", "uint8", unit_bytes(1, form.depth, 2))
         grid = (Extent(across, how.tokens), Extent(how.splits), Extent(1))
-        make: Any = gemm_hopper
+        make, room = gemm_hopper, 0
     else:
-        how = choose_blocks(tokens, form, gpu)
         across = how.grid(1, form)[0]
         x = Argument("x", "float16", form.depth)
         grid = (Extent(across), Extent(1, how.tokens), Extent(how.splits))
-        make = gemm
-    shared = how.splits > 1
-    arguments, expression = _described(form, biased, x, shared)
-    made = make(f"{name}{how.tokens}_{how.splits}", arguments, how.tokens, form, how, expression)
-    if make is gemm_hopper:  # none of its blocks is left without work
+        make, room = gemm, how.workspace(1, form) // (across * how.splits)
+    arguments, expression = _described(form, biased, x, room > 0)
+    made = make(f"{name}_{how.splits}", arguments, how.tokens, form, how, expression)
+    if isinstance(how, Tall):  # none of its blocks is left without work
         grid = (grid[0], Extent(made.blocks[1]), grid[2])
-    room = how.workspace(1, form) // (across * how.splits)
-    return Choice(
-        most, made, grid, how.tokens, across, how.splits, room, make is gemm_hopper,
-        shared and make is gemm_hopper,
-    )  # fmt: skip
+    return Choice(most, made, grid, how.tokens, across, how.splits, room, isinstance(how, Tall))
 
 
 def _described(

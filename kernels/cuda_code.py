@@ -79,7 +79,7 @@ class CudaKernel:
         x, y, z = (*blocks, *(1,) * (3 - len(blocks)))
         self.blocks = x, y, z
         self.threads, self.shared, self.resident = threads, shared, resident
-        self.together = 0  # blocks that wait for one another, so must all run at once
+        self.cluster = 1  # blocks along y that run at once and read one another's shared memory
         self.function: Any = None
         self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
 
@@ -194,7 +194,10 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
         if kernel.resident:  # TVM's attribute for it is lost on the way to the device function
             bounds = f"__launch_bounds__({kernel.threads}"
             found = f"{bounds}) {kernel.name}_kernel("
-            source = source.replace(found, f"{bounds}, {kernel.resident}) {kernel.name}_kernel(")
+            size = f"__cluster_dims__(1, {kernel.cluster}, 1) " if kernel.cluster > 1 else ""
+            source = source.replace(
+                found, f"{bounds}, {kernel.resident}) {size}{kernel.name}_kernel("
+            )
         assert {*names} <= {a.name for a in kernel.arguments}, names
         order = {name: number for number, name in enumerate(names)}
         kernel.order = tuple(

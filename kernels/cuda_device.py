@@ -242,6 +242,19 @@ __device__ __forceinline__ void qc_add8(float* to, const float* other) {
   *(unsigned*)to = held;
 }""",
     ),
+    # As float16, two here and two there.
+    "qc_quantize4_halves": (
+        "void",
+        """#include <cuda_fp16.h>
+__device__ __forceinline__ void qc_quantize4_halves(
+    void* first, void* second, const float* from, float scale, float zero, float low, float high) {
+  float q[4];
+  for (int i = 0; i < 4; ++i)
+    q[i] = fminf(fmaxf(rintf(__fdiv_rn(from[i], scale)) + zero, low), high);
+  *(half2*)first = __floats2half2_rn(q[0], q[1]);
+  *(half2*)second = __floats2half2_rn(q[2], q[3]);
+}""",
+    ),
     "qc_rsqrt": (
         "float32",
         "__device__ __forceinline__ float qc_rsqrt(float x) { return rsqrtf(x); }",

@@ -4,8 +4,7 @@
 
 A block computes `warps` · `tiles` · 16 rows of the weight by `tokens` of its own. Packed weights
 and activations come through a ring of stages in shared memory; each warp unpacks its own rows in
-registers (no other warp needs them) and multiplies them with all the block's tokens. 4-bit weights
-by int8 activations (`Nibbles`) go the same way, as in `cuda_sums`. Where there
+registers (no other warp needs them) and multiplies them with all the block's tokens. Where there
 are fewer tiles than processors, columns are shared out among blocks too (split-K): each leaves its
 sums in a workspace, and the last one to finish adds them in order, so that results don't depend on
 the run.
@@ -33,8 +32,10 @@ from qcompiler.kernels.cuda_code import (
     tokens_of,
     value,
 )
-from qcompiler.kernels.cuda_sums import Groups, Halves
-from qcompiler.kernels.cuda_weights import ROWS, Nibbles, Weights
+from qcompiler.kernels.cuda_sums import Halves
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.cuda_unpack import unpack
+from qcompiler.kernels.cuda_weights import LIFT, ROWS, Weights, Widened
 from qcompiler.kernels.expression import Emitter, Expression
 
 
@@ -61,36 +62,36 @@ class Blocks:
         """Of a block."""
         return self.tiles * self.warps * ROWS
 
-    def slot(self, form: Weights | Nibbles) -> int:
+    def slot(self, form: Weights | Widened) -> int:
         """Bytes of a stage."""
         return self.tiles * self.warps * form.stage_bytes + self.tokens * form.line
 
-    def shared(self, form: Weights | Nibbles) -> int:
+    def shared(self, form: Weights | Widened) -> int:
         """Bytes of shared memory."""
         return max(self.ring * self.slot(form), self.tokens * (self.rows + 8) * 4)
 
-    def grid(self, tokens: int, form: Weights | Nibbles) -> tuple[int, int, int]:
+    def grid(self, tokens: int, form: Weights | Widened) -> tuple[int, int, int]:
         """Blocks along rows, tokens and columns of the weight."""
         return -(-form.rows // self.rows), -(-tokens // self.tokens), self.splits
 
-    def workspace(self, tokens: int, form: Weights | Nibbles) -> int:
+    def workspace(self, tokens: int, form: Weights | Widened) -> int:
         """float32 numbers of the workspace."""
         rows, columns, splits = self.grid(tokens, form)
         return rows * columns * splits * self.rows * self.tokens if splits > 1 else 0
 
 
 def gemm(
-    name: str, arguments: Sequence[Argument | Size], tokens: int, form: Weights | Nibbles,
+    name: str, arguments: Sequence[Argument | Size], tokens: int, form: Weights | Widened,
     how: Blocks, expression: Expression,
 ) -> CudaKernel:  # fmt: skip
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x (M·K float16; units where weights are `Nibbles`), packed weights (uint8);
-            without groups the rows' scales (N float32); with splits the workspace (float32) and
-            counters (int32, one for each piece of the output, zero before and after); then what the
-            expression reads and writes. The last may be M, given by the call.
+        arguments: x (M·K float16; units of float16 where weights are `Widened`), packed weights
+            (uint8); without groups the rows' scales (N float32); with splits the workspace
+            (float32) and counters (int32, one for each piece of the output, zero before and after);
+            then what the expression reads and writes. The last may be M, given by the call.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -110,10 +111,7 @@ def gemm(
         x, packed = buffers[:2]
         lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
         first_token = T.Bind(token_block * how.tokens)
-        if isinstance(form, Nibbles):
-            product: Any = Groups(form, tiles, how.tokens, form.stage_bytes, lane, memory)
-        else:
-            product = _Halves(form, tiles, how.tokens, lane, memory)
+        product = _Halves(form, tiles, how.tokens, lane, memory)
         total = product.total
 
         def each(count: int, body: Any) -> None:
@@ -204,6 +202,8 @@ def gemm(
                     found = held[token * stride + row]
                     if form.scaled_after:
                         found = found * buffers[2][n]
+                    if isinstance(form, Widened):
+                        found = found * T.float32(1 / LIFT)
                     emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
 
         if splits == 1:
@@ -236,17 +236,32 @@ def gemm(
 class _Halves(Halves):
     """Sums of a warp with many tokens: fragments of tokens are read anew for each eight of them."""
 
-    def __init__(self, form: Weights, tiles: int, tokens: int, lane: Any, memory: Any) -> None:
+    form: Weights | Widened  # type: ignore[assignment]
+
+    def __init__(
+        self, form: Weights | Widened, tiles: int, tokens: int, lane: Any, memory: Any
+    ) -> None:
         self.form, self.tiles, self.columns = form, tiles, tokens // 8
         self.lane, self.memory = lane, memory
         self.total = registers(tiles * self.columns * 4, "float32")
         self.held = registers(tiles * 4, "int32")
         self.a, self.b = registers(tiles * 8, "int32"), registers(4, "int32")
 
+    def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, Any]:
+        """Whether 16 bytes of x are there, and where; units are swizzled already."""
+        if isinstance(self.form, Weights):
+            return super().activation(row, count, stage, chunk)
+        across = -(-self.form.depth * 2 // UNIT_BYTES)
+        valid = T.Bind(row < count)
+        # A unit past the end has weights of zero: any other one serves.
+        column = T.min(stage * (self.form.line // UNIT_BYTES) + chunk // 8, across - 1)
+        unit = T.cast(row // UNIT_ROWS, "int64") * across + column
+        start = unit * UNIT + row % UNIT_ROWS * UNIT_BYTES + chunk % 8 * 16
+        return valid, T.Select(valid, start, T.int64(0)), chunk
+
     def multiply(self, base: Any, source: Any = None) -> None:
         """Add one stage: weights at `base`, tokens at `source` in shared memory."""
         form, tiles, lane, memory = self.form, self.tiles, self.lane, self.memory
-        steps = form.group // 16 if form.group else form.stage // 16  # that share scales
         words = form.bits // 4
         for pair in range(form.stage // 32):  # an ldmatrix brings tokens for two steps
             for step in (2 * pair, 2 * pair + 1):
@@ -258,10 +273,7 @@ class _Halves(Halves):
                         call("qc_move16", held, address(memory, at))
                     a = address(self.a, (step % 2 * tiles + tile) * 4, 4)
                     held = address(self.held, tile * 4 + step * words % 4, words)
-                    call(f"qc_unpack{form.bits}", a, held)
-                    if form.group:
-                        at = start + form.weight_bytes + (step // steps * 8 + lane // 4) * 4
-                        call("qc_scale_rows", a, address(memory, at))
+                    unpack(form, a, held, memory, start, step, lane)
             for column in range(self.columns):
                 chunk = T.bitwise_xor(pair * 4 + lane // 8, lane % 8)
                 at = source + (column * 8 + lane % 8) * form.line + chunk * 16
@@ -274,16 +286,14 @@ class _Halves(Halves):
                              address(self.b, step * 2, 2))  # fmt: skip
 
 
-def choose_blocks(tokens: int, form: Weights | Nibbles, gpu: Gpu = HOPPER) -> Blocks:
+def choose_blocks(tokens: int, form: Weights | Widened, gpu: Gpu = HOPPER) -> Blocks:
     """A partition that gives every processor a block."""
-    wide = 32 if tokens <= 32 else 64 if tokens <= 64 or isinstance(form, Nibbles) else 128
+    wide = 32 if tokens <= 32 else 64 if tokens <= 64 else 128
 
     def blocks(wide: int, ring: int) -> Blocks:
-        if isinstance(form, Nibbles):  # sums of a group and their scales take many registers
-            return Blocks(4, 4, wide, ring)
         return Blocks(2 if wide == 128 else 1, 8, wide, ring)
 
-    ring = 2 if isinstance(form, Nibbles) else 4
+    ring = 4
     while blocks(wide, ring).shared(form) > gpu.shared:
         if ring > 2:
             ring -= 1

@@ -119,26 +119,23 @@ DEVICE["qc_sync_readers"] = (
   asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
 }""",
 )
-# Blocks wait for `count` of them, all of whose writes each then sees; they must run at once. After
-# that they part, and the counter is left at 0.
-DEVICE["qc_meet"] = (
+# The blocks of a cluster wait for one another; each then sees what the others wrote before.
+DEVICE["qc_cluster_meet"] = (
     "void",
-    """__device__ __forceinline__ void qc_meet(int* counter, int count, int threads) {
-  __threadfence();
-  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
-  if (threadIdx.x == 0) {
-    atomicAdd(counter, 1);
-    while (*(volatile int*)counter < count) {}
-    __threadfence();
-  }
-  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
+    """__device__ __forceinline__ void qc_cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release;\\nbarrier.cluster.wait.acquire;" ::: "memory");
 }""",
 )
-DEVICE["qc_part"] = (
+# Add four floats that lie there in the shared memory of the cluster's block `of`.
+DEVICE["qc_add16_of"] = (
     "void",
-    """__device__ __forceinline__ void qc_part(int* counter, int count, int threads) {
-  asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory");
-  if (threadIdx.x == 0 && atomicAdd(counter, 1) == 2 * count - 1) *counter = 0;
+    """__device__ __forceinline__ void qc_add16_of(float* to, const void* from, int of) {
+  unsigned at = (unsigned)__cvta_generic_to_shared(from), there;
+  float x, y, z, w;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(of));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(there) : "memory");
+  to[0] += x; to[1] += y; to[2] += z; to[3] += w;
 }""",
 )
 # A matrix of units in shared memory: rows of 128 bytes, eight of them 1024 bytes, 128B swizzle.

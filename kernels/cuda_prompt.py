@@ -2,88 +2,23 @@
 
     out[s] = softmax(q[s] · K[0 … p + s] · scale) V[0 … p + s]        p: tokens in the cache before
 
-A block takes 16 queries a warp of one head and goes through the keys a tile at a time, two tiles
-under way in shared memory (integers of a cache become float16 there, their scales are multiplied
-into queries and result). Products are of float16 with float32 sums; the softmax goes along in
-float32: with m the largest score so far, sums of exp(s − m) and of exp(s − m) v are scaled down
-where m grows (Dao 2023, "FlashAttention-2", algorithm 1). Scores never leave registers: the sums
-of one product lie as the next one's operand.
+As `cuda_flash`, two tiles of keys under way in shared memory; integers of a cache become float16
+there, their scales are multiplied into queries and result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_cache import QUERIES, Decode, Source
-from qcompiler.kernels.cuda_code import (
-    HOPPER,
-    WARP,
-    CudaKernel,
-    Gpu,
-    address,
-    call,
-    cuda_kernel,
-    registers,
-    value,
-)
-from qcompiler.kernels.cuda_device import DEVICE
-from qcompiler.kernels.cuda_prompt_device import NEVER, PROMPT
+from qcompiler.kernels.cuda_code import CudaKernel, address, call, cuda_kernel
+from qcompiler.kernels.cuda_flash import ROWS, Flash, Tiles
 from qcompiler.kernels.expression import Emitter, Expression
-
-ROWS = 16  # queries of a warp
-PAD = 16  # bytes behind a row in shared memory: eight rows then lie in different banks
-
-DEVICE |= PROMPT
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How an attention is shared out.
-
-    Attributes:
-        warps: of a block, each with 16 queries.
-        keys: of a tile, a multiple of 16.
-    """
-
-    warps: int
-    keys: int
-
-    @property
-    def queries(self) -> int:
-        """Of a block."""
-        return self.warps * ROWS
-
-    def shared(self, size: int, bits: int) -> int:
-        """Bytes of shared memory: queries, and two tiles of keys and values; then the result.
-
-        Tiles of integers lie there twice as they are in the cache, and once as float16.
-        """
-        line = size * 2 + PAD
-        tiles = 4 * self.keys * line
-        if bits < 16:
-            tiles = 2 * self.keys * (line + 2 * size * bits // 8)
-        return max(self.queries * line + tiles, self.queries * (size + 8) * 4)
-
-
-def choose_tiles(sizes: Decode, gpu: Gpu = HOPPER) -> Tiles:
-    """The largest blocks of which every processor gets one; else small ones.
-
-    Raises:
-        UnsupportedError: if none fits into shared memory.
-    """
-    keys = 64 if sizes.size <= 128 else 32
-    for tiles in (Tiles(8, keys), Tiles(4, keys), Tiles(2, keys), Tiles(2, 16)):
-        many = sizes.heads * -(-sizes.new // tiles.queries) >= gpu.processors
-        if tiles.shared(sizes.size, sizes.bits) <= gpu.shared and (many or tiles.warps == 2):
-            return tiles
-    raise UnsupportedError(f"attention of heads of {sizes.size}: no GPU kernel has the room")
 
 
 def prompt_attention(
@@ -103,24 +38,22 @@ def prompt_attention(
         expression: over (1, token, head · element), with the result as value 0; it stores it.
     """
     size, keys, rows = sizes.size, tiles.keys, tiles.queries
-    line, pieces, threads = size * 2 + PAD, size // 8, tiles.warps * WARP
-    steps, columns = size // 16, keys // 8
-    at_tiles, tile_bytes = rows * line, keys * line
     bits, scale = sizes.bits, sizes.scale * math.log2(math.e)
+    scale = scale / QUERIES if bits < 16 else scale
     raw = size * bits // 8  # bytes of a row of the cache
     piece_bytes = 16 if raw % 16 == 0 else 8  # that are copied at once
-    at_raw, scale = (at_tiles + 2 * tile_bytes, scale / QUERIES) if bits < 16 else (0, scale)
     blocks = (sizes.heads, -(-sizes.new // rows))
     window = sizes.window if sizes.window > 0 else 1 << 30
-    resident = size <= 128  # queries stay in registers
-    with cuda_kernel(name, arguments, blocks, threads, tiles.shared(size, sizes.bits)) as (
+    with cuda_kernel(name, arguments, blocks, tiles.threads, tiles.shared(size, bits)) as (
         made, buffers, (head, block), thread, memory,
     ):  # fmt: skip
         caches, queries = buffers[:2], buffers[3]
         position = T.Cast("int32", buffers[2][0])
         position = T.min(T.max(position, T.int32(0)), T.int32(sizes.capacity - sizes.new))
         position = T.Bind(position)
-        lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP)
+        flash = Flash(tiles, size, scale, thread, memory)
+        at_tiles, tile_bytes, line = flash.at_tiles, flash.tile_bytes, flash.line
+        at_raw = at_tiles + 2 * tile_bytes
         # The longest first: they read the most keys.
         first = T.Bind((blocks[1] - 1 - block) * rows)
         end = T.Bind(position + T.min(first + rows, sizes.new))  # behind the last key
@@ -130,13 +63,6 @@ def prompt_attention(
         turns = T.Bind((end + (keys - 1)) // keys - low)
         of = T.Bind(head // (sizes.heads // sizes.kv_heads))
         start = T.Bind(T.cast(of, "int64") * (sizes.capacity * size))
-
-        def each(count: int, pieces: int, body: Any) -> None:
-            """body(row, piece) for `count` rows, shared out among the threads."""
-            for begin in range(0, count * pieces, threads):
-                at = T.Bind(thread + begin)
-                with T.If(at < count * pieces), T.Then():
-                    body(T.Bind(at // pieces), T.Bind(at % pieces))
 
         def query(row: Any, piece: Any) -> None:
             token = T.Bind(first + row)
@@ -159,7 +85,7 @@ def prompt_attention(
                     call(f"qc_copy{piece_bytes}", address(memory, to + i * step),
                          address(cache, spot), T.cast(t < end, "int32"))  # fmt: skip
 
-            each(keys, raw // piece_bytes, both)
+            flash.each(keys, raw // piece_bytes, both)
 
         def widen(slot: Any) -> None:
             """A tile of integers as float16."""
@@ -170,61 +96,19 @@ def prompt_attention(
                     to = at_tiles + i * tile_bytes + row * line + piece * (128 // bits)
                     call(f"qc_halves_of_{bits}", address(memory, to), address(memory, source))
 
-            each(keys, raw // 8, both)
-
-        a = registers(4 * (steps if resident else 2), "int32")
-        b, p = registers(4, "int32"), registers(columns * 2, "int32")
-        scores, sums = registers(columns * 4, "float32"), registers(size // 2, "float32")
-        top, total, factor = (registers(2, "float32") for _ in range(3))
-
-        def fragment(step: int, to: int) -> None:
-            at = (warp * ROWS + lane % 16) * line + (step * 2 + lane // 16) * 16
-            call("qc_ldmatrix", address(a, to, 4), address(memory, at))
-
-        def score(place: Any) -> None:
-            """Scores = q · K of a tile."""
-            for i in range(columns * 4):
-                T.buffer_store(scores, T.float32(0), [i])
-            for pair in range(-(-steps // 2)):
-                of = [step for step in (2 * pair, 2 * pair + 1) if step < steps]
-                for column in range(columns):
-                    piece = pair * 4 + lane // 8
-                    piece = piece if len(of) == 2 else T.min(piece, pieces - 1)
-                    at = place + (column * 8 + lane % 8) * line + piece * 16
-                    call("qc_ldmatrix", address(b, 0, 4), address(memory, at))
-                    for step in of:
-                        if not resident and column == 0:
-                            fragment(step, (step % 2) * 4)
-                        held = address(a, (step if resident else step % 2) * 4, 4)
-                        call("qc_mma_f16", address(scores, column * 4, 4), held,
-                             address(b, step % 2 * 2, 2))  # fmt: skip
-
-        def weigh(place: Any) -> None:
-            """Sums += exp(scores) · V of a tile."""
-            for step in range(keys // 16):
-                for pair in range(size // 16):
-                    at = place + (step * 16 + lane % 16) * line + (pair * 2 + lane // 16) * 16
-                    call("qc_ldmatrix_t", address(b, 0, 4), address(memory, at))
-                    for half in range(2):
-                        call("qc_mma_f16", address(sums, (pair * 2 + half) * 4, 4),
-                             address(p, step * 4, 4), address(b, half * 2, 2))  # fmt: skip
+            flash.each(keys, raw // 8, both)
 
         call("qc_after_previous")
         call("qc_let_next")
-        each(rows, pieces, query)
+        flash.each(rows, flash.pieces, query)
         bring(T.int32(0), T.int32(0))
         call("qc_commit")
-        for buffer, count, begin in (
-            (sums, size // 2, 0.0), (top, 2, NEVER), (total, 2, 0.0),
-        ):  # fmt: skip
-            for i in range(count):
-                T.buffer_store(buffer, T.float32(begin), [i])
+        flash.begin()
         call("qc_wait", 0)
         call("qc_sync")
-        if resident:
-            for step in range(steps):
-                fragment(step, step * 4)
-        mine = T.Bind(position + first + warp * ROWS + lane // 4)  # the first row's last key
+        flash.keep_queries()
+        # The first row's last key.
+        mine = T.Bind(position + first + flash.warp * ROWS + flash.lane // 4)
         with T.serial(0, turns) as turn:
             call("qc_wait", 0)
             call("qc_sync")
@@ -237,39 +121,21 @@ def prompt_attention(
             else:
                 widen(turn % 2)
                 call("qc_sync")
-            score(place)
+            flash.score(place)
             key = T.Bind((low + turn) * keys)
             hides: Any = key + keys > position + first + 1
             if sizes.window > 0:
                 hides = T.Or(hides, key <= position + first + (rows - 1 - window))
             with T.If(hides), T.Then():
-                call("qc_mask_scores", address(scores, 0, columns * 4), key + lane % 4 * 2, mine,
-                     window, columns)  # fmt: skip
-            call("qc_soften", address(scores, 0, columns * 4), address(top, 0, 2),
-                 address(total, 0, 2), address(factor, 0, 2),
-                 T.float32(scale), columns)  # fmt: skip
-            call("qc_scale_sums", address(sums, 0, size // 2), address(factor, 0, 2), size // 2)
-            call("qc_to_halves", address(p, 0, columns * 2), address(scores, 0, columns * 4),
-                 columns * 2)  # fmt: skip
-            weigh(place + tile_bytes)
-        call("qc_share_sums", address(total, 0, 2))
-        call("qc_scale_sums", address(sums, 0, size // 2), address(total, 0, 2), size // 2)
-        # Turned round in shared memory, so that whole rows are stored.
-        call("qc_sync")
-        wide = size + 8
-        for column in range(size // 8):
-            for i in range(4):
-                row = warp * ROWS + lane // 4 + i // 2 * 8
-                at = row * wide + column * 8 + lane % 4 * 2 + i % 2
-                call("qc_put", address(memory, at * 4), sums[column * 4 + i])
-        call("qc_sync")
+                call("qc_mask_scores", address(flash.scores, 0, flash.columns * 4),
+                     key + flash.lane % 4 * 2, mine, window, flash.columns)  # fmt: skip
+            flash.weigh(place + tile_bytes)
         emitter = Emitter(expression, buffers)
-        with T.serial(0, rows * size // threads) as turn:
-            at = T.Bind(turn * threads + thread)
-            row, element = T.Bind(at // size), T.Bind(at % size)
-            with T.If(first + row < sizes.new), T.Then():
-                found = value("qc_get", address(memory, (row * wide + element) * 4))
-                if v.scale is not None:
-                    found = found * v.step(buffers, of, element)
-                emitter.vector([0, first + row], head * size + element, 1, T.Bind(found))
+
+        def write(row: Any, element: Any, found: Any) -> None:
+            if v.scale is not None:
+                found = found * v.step(buffers, of, element)
+            emitter.vector([0, first + row], head * size + element, 1, T.Bind(found))
+
+        flash.finish(sizes.new - first, write)
     return made

@@ -24,8 +24,9 @@ PROMPT: dict[str, tuple[str, str]] = {
 }}
 #define qc_mask_scores(s, key, last, window, columns) qc_mask_of<columns>(s, key, last, window)""",
     ),
-    # Scores s → exp2((s − m) · scale), m the largest so far (0 where all were masked); `factor` is
-    # what the sums so far are multiplied with. Two rows of each lane, which four lanes share.
+    # Scores s → exp2((s − m) · scale), m the largest so far (0 where all were masked, unless
+    # `apart`: with the difference rounded first, all are 1 then); `factor` is what the sums so far
+    # are multiplied with. Two rows of each lane, which four lanes share.
     "qc_soften": (
         "void",
         """__device__ __forceinline__ float qc_power2(float x) {
@@ -33,7 +34,7 @@ PROMPT: dict[str, tuple[str, str]] = {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-template <int columns> __device__ __forceinline__ void qc_soften_of(
+template <int columns, int apart> __device__ __forceinline__ void qc_soften_of(
     float* s, float* top, float* sum, float* factor, float scale) {
   #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -48,7 +49,8 @@ template <int columns> __device__ __forceinline__ void qc_soften_of(
     for (int j = 0; j < columns; ++j)
       #pragma unroll
       for (int i = 2 * h; i < 2 * h + 2; ++i) {
-        float p = qc_power2(fmaf(s[4 * j + i], scale, -least));
+        float x = s[4 * j + i];
+        float p = qc_power2(apart ? (x - m) * scale : fmaf(x, scale, -least));
         s[4 * j + i] = p;
         total += p;
       }
@@ -56,8 +58,8 @@ template <int columns> __device__ __forceinline__ void qc_soften_of(
     top[h] = m;
   }
 }
-#define qc_soften(s, top, sum, factor, scale, columns) \\
-  qc_soften_of<columns>(s, top, sum, factor, scale)""",
+#define qc_soften(s, top, sum, factor, scale, columns, apart) \\
+  qc_soften_of<columns, apart>(s, top, sum, factor, scale)""",
     ),
     # Multiply a lane's two rows with their factors.
     "qc_scale_sums": (

@@ -5,9 +5,9 @@
               q = clamp(round(x / scale) + zero)      low = min(x, 0), high = max(x, 0) of the token
               symmetric: scale = max |x| / (qmax − middle), zero = 0; scale is 1 where it would be 0
 
-x is an expression, or the norm of one (RMSNorm, LayerNorm) or its rotation, which then needs no
-kernel of its own.
-The arithmetic is that of `qc::dynamic_quantize`.
+Integers are stored as such, or as float16 in the order that `Widened` weights are multiplied in, or
+both. x is an expression, or the norm of one (RMSNorm, LayerNorm) or its rotation, which then needs
+no kernel of its own. The arithmetic is that of `qc::dynamic_quantize`.
 """
 
 from __future__ import annotations
@@ -96,17 +96,18 @@ def half_units(name: str, arguments: Sequence[Argument], source: Expression) -> 
 
 def quantize_units(
     name: str, arguments: Sequence[Argument], source: Expression, kind: QType,
-    before: Norm | Rotation | None,
+    before: Norm | Rotation | None, kinds: Sequence[bool] = (False,),
 ) -> CudaKernel:  # fmt: skip
     """A kernel that quantizes rows, each with a range of its own.
 
     Args:
         name: of the function.
-        arguments: the integers as units (uint8), the scales (float32), for affine formats the zero
-            points, then what the expressions read.
+        arguments: the integers as units (uint8) of each of the kinds, the scales (float32), for
+            affine formats the zero points, then what the expressions read.
         source: gives x, a multiple of 4 wide.
         kind: int8 or uint8.
         before: a norm of x, or a rotation, before that.
+        kinds: False: 8-bit integers; True: float16.
 
     Raises:
         UnsupportedError: if a row is too long for a block's registers.
@@ -177,13 +178,23 @@ def quantize_units(
             zero = code.round_half_even(bottom + low / scale, 1)
             zero = T.Bind(code.minimum(code.maximum(zero, bottom), top))
         with T.If(thread == 0), T.Then():
-            T.buffer_store(buffers[1], scale, [row])
+            T.buffer_store(buffers[len(kinds)], scale, [row])
             if not kind.symmetric:
-                T.buffer_store(buffers[2], T.Cast(arguments[2].dtype, zero), [row])
-        for i, column in enumerate(columns):
-            with T.If(column < across * UNIT_BYTES), T.Then():
-                call("qc_quantize4", address(buffers[0], _place(row, column, across)),
-                     address(held, i * PIECE, PIECE), scale, zero, bottom, top)  # fmt: skip
+                last = len(kinds) + 1
+                T.buffer_store(buffers[last], T.Cast(arguments[last].dtype, zero), [row])
+        for units, wide in zip(buffers, kinds, strict=False):
+            across = -(-width * (1 + wide) // UNIT_BYTES)
+            for i, column in enumerate(columns):
+                with T.If(column * (1 + wide) < across * UNIT_BYTES), T.Then():
+                    quad = address(held, i * PIECE, PIECE)
+                    if not wide:
+                        at = address(units, _place(row, column, across))
+                        call("qc_quantize4", at, quad, scale, zero, bottom, top)
+                        continue
+                    # `widened_columns`: of 16, the n-th four lie at 2n and at 2n + 8.
+                    byte = T.Bind(column // 16 * 32 + column % 16)
+                    low, high = (address(units, _place(row, byte + n, across)) for n in (0, 16))
+                    call("qc_quantize4_halves", low, high, quad, scale, zero, bottom, top)
     return made
 
 

@@ -64,8 +64,7 @@ def cuda_rows(name: str, arguments: Sequence[Argument | Size], what: Rows) -> Cu
         name: of the function.
         arguments: x (float16); with a residual that one, and where the sum goes; with a norm its
             weight (width float16); out (float16, or uint8 for units); for int8 the scales (rows
-            float32). Then may come counters (int32), set to zero for a kernel that follows, and the
-            number of rows, given by the call.
+            float32). The last may be the number of rows, given by the call.
         what: is computed.
     """
     pieces = what.padded // PIECE
@@ -78,7 +77,6 @@ def cuda_rows(name: str, arguments: Sequence[Argument | Size], what: Rows) -> Cu
         made, buffers, (row,), thread, memory,
     ):  # fmt: skip
         left = list(buffers)
-        counters = left.pop() if arguments[len(left) - 1].name == "counters" else None
         x = left.pop(0)
         residual, total = (left.pop(0), left.pop(0)) if what.residual else (None, None)
         weight = left.pop(0) if what.epsilon is not None else None
@@ -88,11 +86,6 @@ def cuda_rows(name: str, arguments: Sequence[Argument | Size], what: Rows) -> Cu
         start = T.Bind(T.cast(row, "int64") * what.width)
         call("qc_after_previous")
         call("qc_let_next")
-        if counters is not None:
-            size = int(counters.shape[0])
-            for first in range(0, size, threads):
-                with T.If(T.And(row == 0, thread + first < size)), T.Then():
-                    T.buffer_store(counters, T.int32(0), [thread + first])
         for i in range(each * PIECE):
             T.buffer_store(held, T.float32(0), [i])
 

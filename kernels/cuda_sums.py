@@ -214,10 +214,10 @@ class Groups(Integers):
         """Set the sums to zero."""
         _zero(self.total, self.tiles * self.columns * 4, T.float32(0))
 
-    def multiply(self, base: Any, source: Any = None) -> None:
-        """Add one stage, which lies there in shared memory; tokens behind it, or at `source`."""
+    def multiply(self, base: Any) -> None:
+        """Add one stage, which lies there in shared memory."""
         lane, memory, deep = self.lane, self.memory, self.deep
-        source = T.Bind(base + self.tiles * self.wide) if source is None else source
+        source = T.Bind(base + self.tiles * self.wide)
         for first in range(0, UNIT_BYTES // 32, deep):
             for tile in range(self.tiles):
                 for pair in range(deep // 2):

@@ -20,6 +20,8 @@ from torch import Tensor
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, unit_bytes
 
 ROWS = 16  # of a tile
+NIBBLE = 16  # `Nibbles` are multiplied that many times too large, and their scales made smaller
+LIFT = 64  # what `Widened` weights are multiplied with in float16
 
 
 class _Tiled:
@@ -128,7 +130,7 @@ class Bytes(_Tiled):
 
 @dataclass(frozen=True)
 class Nibbles(_Tiled):
-    """Form of a 4-bit weight that is multiplied as integers, by int8 activations.
+    """Form of a 4-bit weight that is multiplied as integers, by int8 activations; see `Widened`.
 
     A warp multiplies by mma.m16n8k32: lane l = 4g + t holds of A rows g and g + 8, columns 4t to
     4t + 3 and those + 16. A byte holds row g's weight in its low bits, that of row g + 8 above.
@@ -165,7 +167,30 @@ class Nibbles(_Tiled):
         return (tile * self.stages + stage) * self.stage_bytes
 
 
+class Widened(Nibbles):
+    """`Nibbles` that are multiplied in float16, by activations in the order of `widened_columns`.
+
+    A lane's numbers of 16 columns are then a fragment of A for mma.m16n8k16, whose columns 2t,
+    2t + 1, 2t + 8 and 2t + 9 are the weight's 4t to 4t + 3.
+    """
+
+    bits = 4
+    line = 2 * UNIT_BYTES
+
+    @property
+    def largest(self) -> float:
+        """The largest scale that float16 has room for."""
+        return 65504 / (8 * LIFT)
+
+
 Form = Weights | Bytes | Nibbles
+
+
+def widened_columns(width: int) -> Tensor:
+    """int64 (width,), a multiple of 16: which column of x lies where, for `Widened` weights."""
+    place = torch.arange(width)
+    inside = place % 16
+    return place - inside + inside % 8 // 2 * 4 + inside // 8 * 2 + inside % 2
 
 
 def pack_nibbles(weight: Tensor, scale: Tensor, form: Nibbles) -> Tensor:
@@ -189,7 +214,7 @@ def pack_nibbles(weight: Tensor, scale: Tensor, form: Nibbles) -> Tensor:
     # → [tile][stage][two steps][g][t][step][column half][4]
     packed = parts.permute(0, 2, 3, 1, 6, 4, 5, 7).reshape(form.tiles, stages, form.weight_bytes)
     groups = torch.zeros(n, across[1] // form.group, device=weight.device)
-    groups[: form.rows, : scale.shape[1]] = scale / 16
+    groups[: form.rows, : scale.shape[1]] = scale / NIBBLE
     held = groups.reshape(form.tiles, 2, 8, stages, -1).permute(0, 3, 4, 2, 1).contiguous()
     scales = held.reshape(form.tiles, stages, -1).view(torch.uint8)
     return torch.cat([packed, scales], -1).reshape(-1)

@@ -121,14 +121,16 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
         ("w4a16", "sm_86", {"gemm"}),
         ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
         ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
-        ("w4a8", "sm_80", {"quantize_rows", "gemm_int4_int8"}),
+        ("w4a8", "sm_80", {"quantize_rows", "gemm"}),
+        ("w4a8", "sm_90", {"quantize_rows", "gemm_hopper"}),
+        ("w4a8", "sm_90", {"quantize_rows", "skinny_int4_int8"}),
     ],
 )
 def test_many_tokens(
     recipe: str, target: str, kernels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than 64 tokens read tensor cores' own layouts; norms join what quantizes their rows."""
-    if kernels & {"gemm_hopper", "gemm", "gemm_int4_int8"}:
+    if kernels & {"gemm_hopper", "gemm"}:
         monkeypatch.setattr(edge_cuda_calls, "SMALL", 0)
     torch.manual_seed(0)
     batches = [(torch.randn(100, 64),) for _ in range(2)]
@@ -143,7 +145,52 @@ def test_many_tokens(
     (entry,) = json.loads((tmp_path / "block" / edge_cuda_load.PROGRAM).read_text())["entries"]
     halves = [t for t in entry["tensors"] if t["dtype"] == "float16"]
     # Rows of float16 are stored by the kernels that make them; Hopper's large products read units.
-    assert len(halves) == (2 if kernels & {"gemm", "skinny"} else 0)
+    rows = recipe == "w4a16" and kernels & {"gemm", "skinny"}
+    assert len(halves) == (2 if rows else 0)
+
+
+class Encoder(torch.nn.Module):
+    """Attention as encoders have it, over texts that are filled up at their ends."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.q, self.k, self.v = (torch.nn.Linear(64, heads * size) for _ in range(3))
+        self.out = torch.nn.Linear(heads * size, 64)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        hidden = (1.0 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
+        made = torch.nn.functional.scaled_dot_product_attention(q, k, v, hidden)
+        return x + self.out(made.transpose(1, 2).flatten(2))
+
+
+@nvcc
+@pytest.mark.parametrize(
+    ("heads", "size", "kernel"), [(2, 32, "flash_attention"), (1, 24, "attention")]
+)
+def test_encoders_attend_on_tensor_cores(
+    heads: int, size: int, kernel: str, tmp_path: Path
+) -> None:
+    """Queries, keys and values are stored in float16 by the products that make them."""
+    torch.manual_seed(0)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, 12:] = 0
+    batches = [(torch.randn(2, 20, 64), mask) for _ in range(2)]
+    made = qcompiler.compile(
+        Encoder(heads, size).eval(), batches[0], calibration=batches, target="tvm:cuda:sm_80",
+        recipe=load_recipe("w8", {"rounding": "rtn"}), out=tmp_path / "encoder",
+    )  # fmt: skip
+    kernels = made.manifest["audit"]["kernels"]
+    assert kernels[kernel] == 1
+    program = json.loads((tmp_path / "encoder" / edge_cuda_load.PROGRAM).read_text())
+    halves = [
+        t["shape"] for t in program["entries"][0]["tensors"] if t["dtype"] == "float16"
+    ]  # what linears read, and q, k and v
+    assert len(halves) == (5 if kernel == "flash_attention" else 2)
 
 
 def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artifact:

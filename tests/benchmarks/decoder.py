@@ -149,9 +149,9 @@ def made_up(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data.numpy().tobytes())
 
 
-def run(folder: Path, out: Path | None) -> None:
+def run(folder: Path) -> dict[str, Any]:
     """Time a step of both, interleaved."""
-    from gpu import copy_bandwidth
+    from gpu_timing import copy_bandwidth
 
     from qcompiler.backends import edge_cuda_load
     from qcompiler.backends.edge_cuda_driver import Memory
@@ -218,8 +218,7 @@ def run(folder: Path, out: Path | None) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
     print(json.dumps(summary, indent=1))
-    if out is not None:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
 def _timed(step: Any) -> float:
@@ -292,7 +291,9 @@ def main() -> int:
     if given.what == "build":
         build(given.folder)
     else:
-        run(given.folder, given.out)
+        summary = run(given.folder)
+        if given.out is not None:
+            given.out.write_text(json.dumps(summary, indent=1) + "\n")
     return 0
 
 

@@ -87,6 +87,7 @@ def kernel(case: Attention) -> tuple[Any, dict[str, int]]:
     """The kernel and the elements of its workspace and counters; needs TVM, no GPU."""
     from qcompiler.kernels import cuda_decode, cuda_prompt
     from qcompiler.kernels.cuda_cache import Decode, Source
+    from qcompiler.kernels.cuda_flash import choose_tiles
 
     c = case
     sizes = Decode(c.heads, c.kv_heads, c.new, c.size, c.capacity, c.size**-0.5, c.window, c.bits)
@@ -116,7 +117,7 @@ def kernel(case: Attention) -> tuple[Any, dict[str, int]]:
     if few:
         found = cuda_decode.attend(c.name, made, sizes, q, *sources, None, write)
     else:
-        tiles = cuda_prompt.choose_tiles(sizes)
+        tiles = choose_tiles(c.heads, c.new, c.size, c.bits)
         found = cuda_prompt.prompt_attention(c.name, made, sizes, tiles, sources[1], write)
     return found, extra
 

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from qcompiler.kernels.cuda_units import unit_bytes, units
-from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
+from qcompiler.kernels.cuda_weights import (
+    Bytes,
+    Nibbles,
+    Weights,
+    Widened,
+    pack,
+    pack_nibbles,
+    widened_columns,
+)
 
 EPSILON = 1e-5
 BYTES = ("int8", "few8", "fp8", "w4a8")
+WIDENED = ("w4a8many", "w4a8gemm")
 FP8 = torch.float8_e4m3fn
 
 
@@ -24,7 +33,8 @@ class Case:
     Attributes:
         kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
             products), int8 (int8 × int8), few8 (few tokens of it), w4a8 (4-bit weights in groups,
-            int8 activations), fp8 (e4m3), or rows (norms, quantization).
+            int8 activations), w4a8many (many tokens of it, warpgroup products), w4a8gemm (the
+            same, as on GPUs before Hopper), fp8 (e4m3), or rows (norms, quantization).
         tokens, rows, depth: M, N, K; of `rows` kernels M and K.
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
@@ -56,8 +66,10 @@ CASES = (
     *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
     *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
     *(Case("few8", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
-    *(Case("w4a8", m, n, k, 4, 32) for n, k in SQUARES for m in (1, 8, 16, 64, 512)),
-    Case("w4a8", 1, 8192, 8192), Case("w4a8", 2048, 8192, 8192, 4, 32),
+    *(Case("w4a8", m, n, k, 4, 32) for n, k in SQUARES for m in (1, 8, 16, 64)),
+    Case("w4a8", 1, 8192, 8192),
+    *(Case("w4a8many", m, n, k, 4, 32) for n, k in SQUARES for m in (128, 256, 512, 1024, 2048)),
+    Case("w4a8many", 1024, 8192, 8192),
     *(Case("fp8", m, 8192, 8192, 8, 0) for m in (512, 8192)),
     *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
     *(
@@ -83,8 +95,11 @@ CASES = (
             ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
             ("fp8", 70, 300, 200, 8, 0),
             ("w4a8", 1, 300, 576, 4, 32), ("w4a8", 5, 130, 192, 4, 64),
-            ("w4a8", 70, 72, 1536, 4, 128), ("w4a8", 30, 40, 96, 4, 32),
-            ("w4a8", 100, 300, 2048, 4, 32), ("w4a8", 200, 72, 576, 4, 64),
+            ("w4a8", 64, 72, 1536, 4, 128), ("w4a8", 30, 40, 96, 4, 32),
+            ("w4a8", 100, 300, 2048, 4, 32), ("w4a8many", 200, 72, 576, 4, 64),
+            ("w4a8many", 70, 300, 1088, 4, 32), ("w4a8many", 300, 520, 1536, 4, 128),
+            ("w4a8gemm", 200, 72, 576, 4, 64), ("w4a8gemm", 70, 300, 1088, 4, 32),
+            ("hopper", 70, 100, 4096, 4, 128), ("hopper", 70, 100, 1536, 4, 64),
             ("few8", 1, 300, 576, 8, 0), ("few8", 5, 130, 200, 8, 0), ("few8", 70, 72, 1536, 8, 0),
         )
     ),
@@ -126,38 +141,39 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
         if case.kind == "w4a8":
             packed = Nibbles(n, k, case.group)
             given = [given[0], Argument("weight", "uint8", packed.nbytes), *given[2:4]]
-            if m <= few.FEW:
-                write = _stored(m, n, 2, "float32", outputs=False)
-                return few.skinny(case.name, given, m, packed, few.choose(m, packed), write), {}
-            blocks = cuda_gemm.choose_blocks(m, packed)
-            extra = _extra(blocks.workspace(m, packed), blocks.grid(m, packed))
-            given[2:2] = _shared(extra)
-            write = _stored(m, n, len(given) - 2, "float32", outputs=False)
-            return cuda_gemm.gemm(case.name, given, m, packed, blocks, write), extra
+            write = _stored(m, n, 2, "float32", outputs=False)
+            return few.skinny(case.name, given, m, packed, few.choose(m, packed), write), {}
         write = _stored(m, n, 2, "float32" if case.kind == "fp8" else "int32")
         if case.kind == "few8":
             whole = Bytes(n, k)
             return few.skinny(case.name, given, m, whole, few.choose(m, whole), write), {}
         product = cuda_matmul_8bit.choose_product(m, n, k, "e4m3" if case.kind == "fp8" else "s8")
         return cuda_matmul_8bit.matmul_8bit(case.name, given, product, write), {}
-    form = Weights(n, k, case.bits, case.group)
-    x = ("uint8", unit_bytes(m, k, 2)) if case.kind == "hopper" else ("float16", m * k)
+    form: Any = Weights(n, k, case.bits, case.group)
+    if case.kind in WIDENED:
+        form = Widened(n, k, case.group)
+    x = ("float16", m * k)
+    if case.kind == "hopper" or case.kind in WIDENED:
+        x = ("uint8", unit_bytes(m, k, 2))
     given = [Argument("x", *x), Argument("weight", "uint8", form.nbytes)]
     given += [] if case.group else [Argument("scales", "float32", n)]
     if case.kind == "skinny":
         write = _stored(m, n, len(given))
         return few.skinny(case.name, [*given, out], m, form, few.choose(m, form), write), {}
+    extra: dict[str, int] = {}
     how: Any
     make: Any
-    if case.kind == "hopper":
+    if case.kind in ("hopper", "w4a8many"):
         how, make = cuda_gemm_hopper.choose_tall(m, form), cuda_gemm_hopper.gemm_hopper
-        pieces = how.pieces(m, form)
     else:
         how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
-        pieces = how.grid(m, form)[:2]
-    extra = _extra(how.workspace(m, form), pieces)
+        extra = _extra(how.workspace(m, form), how.grid(m, form))
     given += _shared(extra)
     write = _stored(m, n, len(given))
+    if case.kind in WIDENED:
+        write = _stored(m, n, len(given), "float32", outputs=False)
+        tokens = Argument("token_scales", "float32", m)
+        return make(case.name, [*given, out, tokens], m, form, how, write), extra
     return make(case.name, [*given, out], m, form, how, write), extra
 
 
@@ -224,7 +240,7 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
     scale = torch.rand(n, -(-k // group) if group else 1, device=device) * 0.02 + 0.001
     out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
     factors: Any = 1.0
-    if case.kind in BYTES:
+    if case.kind in (*BYTES, *WIDENED):
         if case.kind == "fp8":
             x, w = (torch.randn(*shape, device=device).to(FP8) for shape in ((m, k), (n, k)))
         else:
@@ -232,9 +248,12 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
         token = torch.rand(m, device=device) * 0.01 + 0.001
         stored = [units(t.view(torch.int8)) for t in (x, w)]
         given, at = [*stored, out, token, scale.reshape(-1)], 2
-        if case.kind == "w4a8":
+        if case.kind.startswith("w4a8"):
             shared = _room(extra, device)
             packed = pack_nibbles(w, scale, Nibbles(n, k, group))
+            if case.kind in WIDENED:
+                whole = torch.nn.functional.pad(x, (0, -k % 16)).half()
+                stored[0] = units(whole[:, widened_columns(whole.shape[1]).to(device)])
             given, at = [stored[0], packed, *shared, out, token], 2 + len(shared)
         factors = token.double()[:, None]
     else:

@@ -10,6 +10,7 @@ from gpu_cases import EPSILON, Trial, rows_of
 from torch import Tensor
 
 from qcompiler.kernels.cuda_units import unit_bytes
+from qcompiler.kernels.cuda_weights import widened_columns
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Quantized:
         norm: RMSNorm before it.
         core: they are rotated by a random orthogonal matrix of that order (1: none) ⊗ the
             Walsh–Hadamard matrix of what is left of the width; 0: not rotated.
+        widened: integers are stored as float16, for `Widened` weights, and as integers too.
         timed: whether it is measured, or only checked.
     """
 
@@ -30,12 +32,14 @@ class Quantized:
     kind: str = "int8:token"
     norm: bool = False
     core: int = 0
+    widened: bool = False
     timed: bool = False
 
     @property
     def name(self) -> str:
         """Of the kernel."""
         tail = "_norm" if self.norm else f"_core{self.core}" if self.core else ""
+        tail += "_widened" if self.widened else ""
         return f"quantize_{self.rows}_{self.width}_{self.kind.replace(':', '_')}{tail}"
 
 
@@ -50,7 +54,8 @@ QUANTIZED = (
     Quantized(5, 576, core=36), Quantized(3, 1536, "uint8:token:affine", core=12),
     Quantized(4, 8192, core=1), Quantized(3, 1536, "float32", core=12),
     Quantized(2, 80, "float32", core=5), Quantized(70, 64, "float32", core=1),
-    Quantized(5, 576), Quantized(70, 200, "uint8:token:affine"), Quantized(3, 1544, norm=True),
+    Quantized(5, 576), Quantized(70, 576, widened=True), Quantized(3, 208, core=13, widened=True),
+    Quantized(70, 200, "uint8:token:affine"), Quantized(3, 1544, norm=True),
 )  # fmt: skip
 
 
@@ -75,8 +80,9 @@ def kernel(case: Quantized) -> tuple[Any, dict[str, int]]:
             case.name, given, Expression(shape, steps, ()), rotation.factors, rotation.scale, write
         ), {}
     kind = QType.parse(case.kind)
-    given = [Argument("out", "uint8", unit_bytes(*shape, 1)),
-             Argument("scale", "float32", case.rows)]  # fmt: skip
+    given = [Argument("out", "uint8", unit_bytes(*shape, 1))]
+    given += [Argument("wide", "uint8", unit_bytes(*shape, 2))] if case.widened else []
+    given.append(Argument("scale", "float32", case.rows))
     given += [] if kind.symmetric else [Argument("zero", "int32", case.rows)]
     given.append(Argument("x", "float32", case.rows * case.width))
     read = Access(len(given) - 1, "float32", 0, (case.width, 1))
@@ -87,7 +93,8 @@ def kernel(case: Quantized) -> tuple[Any, dict[str, int]]:
     if case.core:
         given.append(Argument("core", "float32", case.core * case.core))
         before = _rotation(case, len(given) - 1)
-    return quantize_units(case.name, given, source, kind, before), {}
+    kinds = (False, True) if case.widened else (False,)
+    return quantize_units(case.name, given, source, kind, before, kinds), {}
 
 
 def _rotation(case: Quantized, matrix: int) -> Any:
@@ -133,26 +140,33 @@ def trial(case: Quantized, extra: dict[str, int], device: str = "cuda") -> Trial
             return float((result.double() - want).norm() / want.norm())
 
         return Trial([x, core, result], -1, (2,), off, case.rows * case.width * 8)
-    given = [out, scale, *([zero] if affine else []), x, *([core] if case.core else [])]
+    wide = torch.full((unit_bytes(case.rows, case.width, 2),), 255, device=device,
+                      dtype=torch.uint8)  # fmt: skip
+    given = [out, *([wide] if case.widened else []), scale, *([zero] if affine else [])]
+    given += [x, *([core] if case.core else [])]
 
     def error() -> float:
         """How far numbers are from half a step around, beyond a hair; steps too large as well."""
-        wide = x.double()
+        y = x.double()
         if case.norm:
-            wide = wide * (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+            y = y * (y.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
         if case.core:
-            wide = _rotated(wide, core.double())
+            y = _rotated(y, core.double())
         found = rows_of(out, case.rows, case.width, torch.uint8 if affine else torch.int8).double()
         point = zero.double()[:, None] if affine else 0.0
-        low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
+        if case.widened:
+            halves = rows_of(wide, case.rows, case.width, torch.float16)
+            if not torch.equal(halves.double(), found[:, widened_columns(case.width).to(device)]):
+                return float("nan")
+        low, high = y.amin(-1).clamp(max=0), y.amax(-1).clamp(min=0)
         want = (high - low) / 255 if affine else torch.maximum(high, -low) / 127
         want = torch.where(want == 0, 1.0, want)
-        off = ((found - point) * scale.double()[:, None] - wide).abs() / want[:, None]
+        off = ((found - point) * scale.double()[:, None] - y).abs() / want[:, None]
         # The zero point of affine formats is rounded too: at the ends they saturate by half a step.
         bound = 1.0 if affine else 0.5
         over = float((off - bound).max())
         return max(float((scale.double() / want - 1).abs().max()), over, 0.0)
 
     moved = case.rows * case.width * 5
-    outputs = (0, 1, 2) if affine else (0, 1)
+    outputs = (0, 1, 2) if affine or case.widened else (0, 1)
     return Trial(given, -1, outputs, error, moved)

@@ -23,8 +23,16 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_cache import Decode, Source, write_cache
 from qcompiler.kernels.cuda_code import HOPPER, generate
+from qcompiler.kernels.cuda_gemm_hopper import choose_tall
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
-from qcompiler.kernels.cuda_weights import Nibbles, Weights, pack, pack_nibbles
+from qcompiler.kernels.cuda_weights import (
+    Nibbles,
+    Weights,
+    Widened,
+    pack,
+    pack_nibbles,
+    widened_columns,
+)
 from qcompiler.kernels.expression import Access
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -50,10 +58,14 @@ def cases() -> Iterator[ModuleType]:
 def more(cases: ModuleType) -> Iterator[list[tuple[ModuleType, Any]]]:
     """Attention and quantization: each case with its module."""
     attention, quantize = benchmark("gpu_attention"), benchmark("gpu_quantize")
-    yield [(attention, c) for c in attention.ATTENTIONS] + [
-        (quantize, c) for c in quantize.QUANTIZED
-    ]
-    del sys.modules["gpu_attention"], sys.modules["gpu_quantize"]
+    encoder = benchmark("gpu_encoder")
+    yield (
+        [(attention, c) for c in attention.ATTENTIONS]
+        + [(encoder, c) for c in encoder.ENCODERS]
+        + [(quantize, c) for c in quantize.QUANTIZED]
+    )
+    for name in ("gpu_attention", "gpu_encoder", "gpu_quantize"):
+        del sys.modules[name]
 
 
 def fragment(form: Weights, packed: Tensor, tile: int, stage: int, step: int, lane: int) -> Tensor:
@@ -114,6 +126,28 @@ def test_nibbles_lie_as_fragments_of_bytes(group: int) -> None:
     scales = packed[form.start(1, 0) + form.weight_bytes :][: 128 // group * 64].view(torch.float32)
     for place, g, half in ((0, 0, 0), (128 // group - 1, 7, 1)):
         assert scales[(place * 8 + g) * 2 + half] == scale[16 + g + 8 * half, place] / 16
+
+
+def test_nibbles_are_fragments_of_float16_in_another_order() -> None:
+    """As `test_weights_lie_as_fragments_of_a`, of x's columns in the order of `widened_columns`."""
+    form = Widened(40, 320, 32)
+    weight = torch.randint(-8, 8, (40, 320), dtype=torch.int8)
+    packed = pack_nibbles(weight, torch.rand(40, 10), form)
+    whole = torch.zeros(48, form.stages * form.stage, dtype=torch.int8)
+    whole[:40, :320] = weight
+    whole = whole[:, widened_columns(form.stages * form.stage)]
+    for tile, stage, step in ((0, 0, 0), (1, 2, 1), (2, 1, 7)):
+        for lane in (0, 3, 13, 31):
+            at = form.start(tile, stage) + step // 4 * 512 + lane * 16 + step % 4 * 4
+            held = packed[at : at + 4]
+            # What `qc_unpack_signed` makes of it: low bits, high bits; two bytes, two bytes.
+            numbers = torch.stack([held << 4, held & 0xF0]).view(torch.int8) // 16
+            found = torch.stack([numbers[r % 2, r // 2 * 2 :][:2] for r in range(4)])
+            g, t = lane // 4, lane % 4
+            for r in range(4):
+                column = stage * 128 + step * 16 + 2 * t + r // 2 * 8
+                wanted = whole[tile * 16 + g + 8 * (r % 2), column : column + 2]
+                assert torch.equal(found[r], wanted)
 
 
 def test_scales_lie_by_row_pairs() -> None:
@@ -184,13 +218,14 @@ nvcc = pytest.mark.skipif(
 def test_kernels_compile(cases: ModuleType) -> None:
     """One of each kind, for the GPUs that it is for."""
     few, many = cases.Case("skinny", 3, 200, 576, 4, 32), cases.Case("gemm", 50, 130, 264)
-    integers = cases.Case("w4a8", 30, 40, 96, 4, 32)
-    made = [cases.kernel(c)[0] for c in (few, many, integers)]
+    integers = [cases.Case(kind, 70, 40, 96, 4, 32) for kind in ("w4a8", "w4a8gemm")]
+    made = [cases.kernel(c)[0] for c in (few, many, *integers)]
     image, launches = edge_cuda_build.build(made, [80, 89, 90])
     assert image[:4] == b"\x50\xed\x55\xba"  # a fat binary
     assert launches[few.name].threads == 256
     hopper = [
-        cases.Case("hopper", 40, 1000, 264), cases.Case("int8", 70, 300, 200, 8, 0),
+        cases.Case("hopper", 40, 1000, 264), cases.Case("w4a8many", 70, 300, 1088, 4, 32),
+        cases.Case("int8", 70, 300, 200, 8, 0),
         cases.Case("rows", 5, 0, 576, variant=(True, True, "int8")),
     ]  # fmt: skip
     _, launches = edge_cuda_build.build([cases.kernel(c)[0] for c in hopper], [90])
@@ -200,7 +235,10 @@ def test_kernels_compile(cases: ModuleType) -> None:
 @nvcc
 def test_attention_and_rotations_compile(more: list[tuple[ModuleType, Any]]) -> None:
     """Smallest of each kind; their inputs are what the kernels take."""
-    chosen = {c.kind if hasattr(c, "new") else (c.kind, c.core): (m, c) for m, c in more}
+    chosen = {
+        c.mask if hasattr(c, "mask") else c.kind if hasattr(c, "new") else (c.kind, c.core): (m, c)
+        for m, c in more
+    }
     made = []
     for module, case in chosen.values():
         found, extra = module.kernel(case)
@@ -218,18 +256,19 @@ def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
         edge_cuda_build.build([made], [80])
 
 
-def test_blocks_that_wait_for_one_another_must_all_run(
-    cases: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_a_piece_are_a_cluster(cases: ModuleType) -> None:
     made, _ = cases.kernel(cases.Case("hopper", 128, 4096, 4096))
-    assert made.together == made.blocks[0] * made.blocks[1] > 78
-    found = gpu.Device(0, "a GPU", 90, 0, 78)
-    monkeypatch.setattr(edge_cuda_driver, "device", lambda: found)
-    module = object.__new__(edge_cuda_driver.Module)
-    module._functions = {}
-    launch = edge_cuda_driver.Launch("k", made.blocks, 1, 0, (), together=made.together)
-    with pytest.raises(UnsupportedError, match=f"{made.together} processors at once.* has 78"):
-        module.prepare(launch)
+    assert made.blocks[:2] == (64, 2)
+    assert "__launch_bounds__(384, 1) __cluster_dims__(1, 2, 1)" in generate([made], "sm_90a")
+
+
+def test_pieces_are_as_many_as_run_at_once(cases: ModuleType) -> None:
+    """Few tokens: small pieces that several blocks share; many: the largest alone."""
+    form = Weights(4096, 4096)
+    found = {m: choose_tall(m, form) for m in (128, 256, 512, 1024, 4096)}
+    assert [(how.tokens, how.rows, how.splits) for how in found.values()] == [
+        (64, 128, 2), (128, 128, 2), (128, 128, 1), (128, 256, 1), (128, 256, 1),
+    ]  # fmt: skip
 
 
 def test_the_context_is_current_in_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
