@@ -177,7 +177,9 @@ def _passes(manifest: Mapping[str, Any]) -> Html | None:
             state = pill("not checked", "plain") if unchecked else None
         else:
             state = pill("kept", "good") if residual <= bound else pill("broken", "bad")
-        notes = list(entry.get("notes", [])) if entry["changed"] else ["nothing to do"]
+        notes = list(entry.get("notes", []))
+        if not notes and not entry["changed"]:
+            notes = ["nothing to do"]
         refused = len(entry.get("refusals", []))
         rows.append(
             [

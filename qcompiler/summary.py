@@ -43,7 +43,9 @@ def passes(history: Sequence[Mapping[str, Any]]) -> Table:
     for entry in history:
         residual, bound = entry.get("residual"), entry.get("bound")
         over = residual is not None and bound is not None and residual > bound
-        notes = "; ".join(entry.get("notes", [])) if entry["changed"] else "nothing to do"
+        notes = "; ".join(entry.get("notes", []))
+        if not notes and not entry["changed"]:
+            notes = "nothing to do"
         refusals = len(entry.get("refusals", []))
         what = Text(notes)
         if refusals:
@@ -54,7 +56,7 @@ def passes(history: Sequence[Mapping[str, Any]]) -> Table:
             Text(number(residual), "red" if over else ""),
             number(bound),
             what,
-            style=None if entry["changed"] else "dim",
+            style=None if entry["changed"] or entry.get("notes") else "dim",
         )
     return table
 

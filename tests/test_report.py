@@ -176,7 +176,7 @@ def test_numbers_are_those_of_the_manifest(manifest: Manifest) -> None:
     for entry in manifest["history"]:
         assert entry["name"] in text
         assert findings.number(entry["residual"]) in text
-        assert all(note in text for note in entry["notes"] if entry["changed"])
+        assert all(note in text for note in entry["notes"])
     for entry in manifest["plan"]:
         assert entry["site"] in text
     for layer in manifest["audit"]["layers"]:
@@ -253,6 +253,18 @@ def test_summary(manifest: Manifest) -> None:
     assert text.count("its output is also read by a residual add") == 1
     assert "3 × its output is also read" in text
     assert "DequantizeLinear stayed before it" in text
+
+
+def test_analyses_say_what_they_found(manifest: Manifest) -> None:
+    """Rounding is an analysis: it changes no program, and is not nothing."""
+    entry = {**manifest["history"][0], "name": "round_weights", "changed": False}
+    manifest["history"] = [{**entry, "notes": ["24 weights rounded"]}]
+    for text in (render(manifest), terminal(manifest)):
+        assert "24 weights rounded" in text
+        assert "nothing to do" not in text
+    manifest["history"] = [{**entry, "notes": []}]
+    for text in (render(manifest), terminal(manifest)):
+        assert "nothing to do" in text
 
 
 def test_summary_fits_a_narrow_terminal(manifest: Manifest) -> None:
