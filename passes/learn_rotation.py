@@ -309,6 +309,6 @@ def rounded_through(x: Tensor, kind: QType) -> Tensor:
         scale = (high - low) / (kind.qmax - kind.qmin)
         zero = kind.qmin - low / scale.clamp(min=1e-12)
     scale = scale.clamp(min=1e-12)
-    straight: Callable[[Tensor], Tensor] = lambda v: v + (v.round() - v).detach()  # noqa: E731
+    straight: Callable[[Tensor], Tensor] = lambda v: v + (kind.round(v) - v).detach()  # noqa: E731
     zero = straight(zero).clamp(kind.qmin, kind.qmax)
     return ((straight(x / scale) + zero).clamp(kind.qmin, kind.qmax) - zero) * scale

@@ -281,6 +281,7 @@ def _true_error(
     else:
         bottom, top = ((low - shift) / scale).min(), ((high - shift) / scale).max()
         s, z = activation.scale_for(bottom, top)
-        rounded = (((x / s).round() + z).clamp(activation.qmin, activation.qmax) - z) * s
+        q = activation.round(x / s) + z.to(x.dtype)
+        rounded = (q.clamp(activation.qmin, activation.qmax) - z.to(x.dtype)) * s
     noisy = rounded @ weight.round_trip(w, weight_axis(weight)).T
     return float((noisy - x @ w.T).double().square().sum())

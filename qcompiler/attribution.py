@@ -29,7 +29,7 @@ from torch.fx import Node
 from qcompiler import ops
 from qcompiler.divergence import Divergence
 from qcompiler.program import Batch, Program, unpadded
-from qcompiler.qtype import QType
+from qcompiler.qtype import FLOATS, QType
 from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import module_path, operand
 from qcompiler.stages import Function, Stages
@@ -278,7 +278,7 @@ def find_sources(floating: Program, quantized: Program) -> list[_Site]:
         readers = [n for n in node.users if n.target in (LINEAR, *CONVS) and n.name in exact]
         paths = tuple(module_path(n) for n in readers)
         if q.target is ops.quantize and q.name not in packed:
-            source = Source(node.name, _place(node, readers), "activation", _kind(q), paths)
+            source = Source(node.name, _place(node, readers), "activation", _kind(q, packed), paths)
             bypass: dict[Node, Function] = {q: lambda x, *_: x, node: lambda x, *_: x}
             found.append(_Site(source, q, bypass, readers))
         elif q.target is operator.getitem and q.args[0].target is ops.dynamic_quantize:
@@ -293,7 +293,8 @@ def find_sources(floating: Program, quantized: Program) -> list[_Site]:
             if table is None or operand(table, 0).name not in constants:
                 continue
             weight = constants[operand(table, 0).name]
-            source = Source(node.name, module_path(q), "weight", "int8:channel", ())
+            element = _element(packed.get(operand(q, 0).name))
+            source = Source(node.name, module_path(q), "weight", f"{element}:channel", ())
             bypass = {
                 q: lambda _, i, *rest, w=weight: aten.embedding.default(w, i),
                 node: lambda x, *_: x,
@@ -317,15 +318,24 @@ def _place(node: Node, readers: Sequence[Node]) -> str:
     return module_path(readers[0]) if readers else module_path(node)
 
 
-def _kind(q: Node) -> str:
-    """A static activation's format from its bounds."""
+def _element(stored: Any) -> str:
+    """The element of a constant that is stored unpacked; int8 where it is no float."""
+    dtype = getattr(stored, "dtype", None)
+    return next((name for name, known in FLOATS.items() if known == dtype), "int8")
+
+
+def _kind(q: Node, constants: Mapping[str, Any]) -> str:
+    """A static activation's format from its bounds, or that of its zero point."""
+    element = _element(constants.get(operand(q, 2).name))
+    if element in FLOATS:
+        return f"{element}:tensor"
     low, high = int(q.args[5]), int(q.args[6])  # type: ignore[arg-type]  # integers by the schema
     bits = (high - low + 1).bit_length() - (0 if low + high in (0,) else 1)
     return f"{'uint' if low == 0 else 'int'}{bits}:tensor" + (":affine" if low == 0 else "")
 
 
 def _weight_kind(node: Node, q: Node, constants: Mapping[str, Any]) -> str:
-    element = str(q.args[1]) if q.target is ops.unpack else "int8"
+    element = str(q.args[1]) if q.target is ops.unpack else _element(constants.get(q.name))
     group = int(operand(node, 4) or 0)
     zero = constants.get(operand(node, 2).name)
     affine = zero is not None and bool((zero != QType(element).middle).any())

@@ -29,12 +29,12 @@ class Format:
     def __post_init__(self) -> None:
         if self.weight is None and self.activation is not None:
             raise InputError(
-                f"format: activations of {self.activation} need an integer weight; write "
-                f"int8:channel/{self.activation}"
+                f"format: activations of {self.activation} need a quantized weight; write "
+                f"{'float8_e4m3' if self.activation.floating else 'int8'}:channel/{self.activation}"
             )
         if (self.columns or self.outliers) and self.weight is None:
             raise InputError(
-                "format: columns and single weights stay in float beside an integer weight alone"
+                "format: columns and single weights stay in float beside a quantized weight alone"
             )
         if self.columns and self.outliers:
             raise InputError(

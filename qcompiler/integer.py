@@ -7,6 +7,8 @@ A linear or convolution whose input and weight are both quantized is
 
 where running the program as it stands multiplies the dequantized floats and rounds each sum. For
 weights in groups the scales are applied group by group, in order. Everything else is the program's.
+Where q_x and q_w are 8-bit floats, products are multiples of 2⁻¹⁸ of at most 2¹⁸, so that float64
+sums are exact up to 2¹⁷ of them; the accumulator is float32, the exact sum rounded once.
 Backends define the same integers, so what still differs from them is the rounding of float ops.
 """
 
@@ -113,6 +115,7 @@ def _layer(node: Node, values: dict[Node, Any]) -> Tensor | None:
     rows = scale.numel() == 1 or scale.shape == (*q.shape[:-1], 1)
     if group or not rows or (bool(weight_zero.any()) and not weight_group):
         return None
+    integers = not (q.is_floating_point() or weight.is_floating_point())
     centred = q.double() - zero.double()
     bias = operand(node, 2)
     bias = values[bias] if isinstance(bias, Node) else None
@@ -120,17 +123,19 @@ def _layer(node: Node, values: dict[Node, Any]) -> Tensor | None:
         if weight_axis % 2 != 1 or weight.shape[1] % weight_group:
             return None
         zeros = qtype.broadcast(weight_zero, weight, weight_axis, weight_group)
-        total, factor = _grouped(centred, weight.int() - zeros.int(), steps, weight_group), scale
+        whole = weight.float() - zeros.float()
+        total, factor = _grouped(centred, whole, steps, weight_group, integers), scale
     elif weight_group or (steps.numel() > 1 and weight_axis != 0):
         return None
     elif node.target is LINEAR:
-        total = _int32(torch.nn.functional.linear(centred, weight.double()))
+        total = _accumulated(torch.nn.functional.linear(centred, weight.double()), integers)
         factor = scale * steps.reshape(-1)
     else:
         if scale.numel() != 1:
             return None
         rest = [values[a] if isinstance(a, Node) else a for a in node.args[3:]]
-        total = _int32(node.target(centred, weight.double(), None, *rest))
+        sums = node.target(centred, weight.double(), None, *rest)
+        total = _accumulated(sums, integers)
         shape = (1, -1, *[1] * (weight.ndim - 2))
         factor = (scale.reshape(-1) * steps.reshape(-1)).expand(len(weight)).reshape(shape)
         bias = bias.reshape(shape) if bias is not None else None
@@ -142,18 +147,19 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (a.double() * b.double() + c.double()).float()
 
 
-def _int32(total: Tensor) -> Tensor:
-    """Exact sums as float32, rounded once."""
-    if total.numel() and float(total.abs().max()) >= INT32:
+def _accumulated(total: Tensor, integers: bool) -> Tensor:
+    """Exact sums as float32, rounded once; those of integers fit into int32."""
+    if integers and total.numel() and float(total.abs().max()) >= INT32:
         raise OverflowError("an accumulator does not fit into int32")
     return total.float()
 
 
-def _grouped(x: Tensor, weight: Tensor, steps: Tensor, group: int) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, steps: Tensor, group: int, integers: bool) -> Tensor:
     scales = steps.reshape(weight.shape[0], -1)
     total = x.new_zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
     for g in range(scales.shape[1]):
         part = slice(g * group, (g + 1) * group)
-        sums = _int32(torch.nn.functional.linear(x[..., part], weight[:, part].double()))
+        sums = torch.nn.functional.linear(x[..., part], weight[:, part].double())
+        sums = _accumulated(sums, integers)
         total = _fma(sums, scales[:, g], total)
     return total

@@ -250,7 +250,8 @@ def search_norm(
 
     def error(bottom: float, top: float) -> float:
         scale, zero = qtype.scale_for(torch.tensor(bottom), torch.tensor(top))
-        q = ((values / scale.double()).round() + zero.double()).clamp(qtype.qmin, qtype.qmax)
+        q = qtype.round(values / scale.double()) + zero.double()
+        q = q.clamp(qtype.qmin, qtype.qmax)
         return float((counts * ((q - zero.double()) * scale.double() - values).abs().pow(p)).sum())
 
     shrink = torch.linspace(0.2, 1.0, steps).tolist()
@@ -284,17 +285,14 @@ def _search_kl(
         reference[0] += counts[centres < low * factor].sum()
         reference[-1] += counts[centres > high * factor].sum()
         scale, zero = qtype.scale_for(torch.tensor(low * factor), torch.tensor(high * factor))
-        level = (
-            ((centres[inside] / scale.double()).round() + zero).clamp(qtype.qmin, qtype.qmax).long()
-        )
-        level = level - qtype.qmin
+        level = qtype.round(centres[inside] / scale.double()) + zero.double()
+        found, level = level.clamp(qtype.qmin, qtype.qmax).unique(return_inverse=True)
         # The quantized distribution has no knowledge of the clipped mass: it spreads the inner
         # counts of a level evenly.
         inner = counts[inside]
         occupied = (inner > 0).double()
-        levels = qtype.qmax - qtype.qmin + 1
-        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inner)
-        bins = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, occupied)
+        mass = torch.zeros_like(found).index_add_(0, level, inner)
+        bins = torch.zeros_like(found).index_add_(0, level, occupied)
         spread = (mass / bins.clamp(min=1))[level] * occupied
         p = reference / reference.sum()
         q = spread / spread.sum().clamp(min=1e-30)

@@ -1,6 +1,6 @@
 """The dialect: the few ops that a quantized program has beyond ATen, each with its torch reference.
 
-    qc::quantize          float → integers, with a given scale and zero point
+    qc::quantize          float → integers (or 8-bit floats), with a given scale and zero point
     qc::dequantize        integers → float
     qc::dynamic_quantize  float → integers, scale and zero point computed from the tensor itself
     qc::unpack            packed 2-, 3- and 4-bit weights → int8
@@ -49,16 +49,6 @@ _library.define(
 )
 _library.define("rotate(Tensor x, Tensor left, Tensor right) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor values, Tensor columns) -> Tensor")
-
-
-def _quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int, qmin: int, qmax: int
-) -> Tensor:
-    shaped = qtype.broadcast(scale, x, axis, group)
-    q = torch.round(x / shaped) + qtype.broadcast(zero_point, x, axis, group).to(x.dtype)
-    if zero_point.dtype == torch.int32:  # as in QType.quantize: float32 has no 2³¹ − 1
-        q = q.double()
-    return q.clamp(qmin, qmax).to(zero_point.dtype)
 
 
 def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
@@ -190,7 +180,7 @@ def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor) -> Tensor:
 _library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _library.impl("cache_round_trip", _cache_round_trip, "CompositeExplicitAutograd")
 _library.impl("cache_attention", _cache_attention, "CompositeExplicitAutograd")
-_library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("quantize", qtype.quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dynamic_quantize", _dynamic_quantize, "CompositeExplicitAutograd")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError
@@ -123,7 +124,8 @@ class Rounded:
     """A weight that was rounded, as integers: a float copy of it is made where it is needed.
 
     Attributes:
-        stored: integers of the weight's shape; or bfloat16 numbers, which have no grid.
+        stored: integers or 8-bit floats of the weight's shape; or bfloat16 numbers, which have no
+            grid.
         scale, zero_point: of the grid, in the shape of `QType.ranges`.
         axis, group: along which scales run, and how many elements share one (0: no groups).
         damping: share of the Hessian's mean diagonal that GPTQ added to it; 0 for other methods.
@@ -150,7 +152,7 @@ class Rounded:
     @property
     def weight(self) -> Tensor:
         """A new float32 tensor: the weight on its grid, as `qc::dequantize` computes it."""
-        if self.stored.is_floating_point():
+        if self.stored.dtype == torch.bfloat16:
             return self.stored.float()
         return dequantize(self.stored, self.scale, self.zero_point, self.axis, self.group)
 

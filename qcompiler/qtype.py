@@ -5,6 +5,12 @@ qmax), with rounding half to even. Symmetric formats have z = 0. See "A Survey o
 Language Models" (section 2.2, uniform quantization) and ONNX QuantizeLinear-21, whose arithmetic
 (division by the scale, then saturation) is followed bit for bit.
 
+q may be an 8-bit float in place of an integer, and round(x / s) then the nearest of those:
+`float8_e4m3` is E4M3 of the OCP 8-bit Floating Point Specification (revision 1.0, section 5.2):
+3 bits of mantissa, exponents from −6 to 8, subnormal numbers, no infinities, ±448 at most; what is
+larger becomes that (Micikevicius 2022, "FP8 Formats for Deep Learning", section 3). Such formats
+are symmetric.
+
 A QType knows no axis: the axis belongs to the use of the tensor and is an argument of each method.
 """
 
@@ -26,6 +32,8 @@ ELEMENTS = {
     f"{sign}int{bits}": (bits, sign == "") for bits in (2, 3, 4, 6, 8) for sign in ("", "u")
 }
 ELEMENTS["int32"] = (32, True)
+FLOATS = {"float8_e4m3": torch.float8_e4m3fn}  # elements that are no integers
+ELEMENTS |= {name: (8 * dtype.itemsize, True) for name, dtype in FLOATS.items()}
 SMALLEST = 16  # elements of a group that was made smaller
 PIECE = 1 << 20  # elements that are packed at a time: whole bytes in any number of bits
 
@@ -35,7 +43,7 @@ class QType:
     """One number format.
 
     Attributes:
-        element: `int8`, `uint8`, `int4`, …; see `ELEMENTS`.
+        element: `int8`, `uint8`, `int4`, `float8_e4m3`, …; see `ELEMENTS`.
         granularity: one scale per tensor, per channel, per token (the last axis shares a scale), or
             per group along an axis.
         group: elements that share a scale; only with `granularity="group"`.
@@ -62,8 +70,10 @@ class QType:
             self.group is not None and self.group < 1
         ):
             raise InputError(f"a group size goes with granularity 'group' alone: {self!r}")
-        if self.reduced and self.bits != 8:
-            raise InputError(f"'reduced' is for 8-bit formats, not for {self.element}")
+        if self.reduced and (self.bits != 8 or self.floating):
+            raise InputError(f"'reduced' is for 8-bit integers, not for {self.element}")
+        if self.floating and not self.symmetric:
+            raise InputError(f"{self.element} has no zero point: leave out 'affine'")
         if self.granularity == "token":
             object.__setattr__(self, "dynamic", True)
 
@@ -102,28 +112,39 @@ class QType:
 
     @property
     def signed(self) -> bool:
-        """Whether the element is a signed integer."""
+        """Whether elements may be negative."""
         return ELEMENTS[self.element][1]
 
     @property
+    def floating(self) -> bool:
+        """Whether elements are floats."""
+        return self.element in FLOATS
+
+    @property
     def qmin(self) -> int:
-        """Smallest integer used.
+        """Smallest element used.
 
         Symmetric signed formats leave out −2^(bits−1), so that −x rounds to −q.
         """
+        if self.floating:
+            return -self.qmax
         bits = self.bits - self.reduced
         low = -(1 << (bits - 1)) if self.signed else 0
         return low + 1 if self.signed and self.symmetric and not self.reduced else low
 
     @property
     def qmax(self) -> int:
-        """Largest integer used."""
+        """Largest element used."""
+        if self.floating:
+            return int(torch.finfo(self.dtype).max)
         bits = self.bits - self.reduced
         return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype that holds one unpacked element."""
+        if self.floating:
+            return FLOATS[self.element]
         if self.bits == 32:
             return torch.int32
         return torch.int8 if self.signed else torch.uint8
@@ -177,13 +198,12 @@ class QType:
 
     def quantize(self, x: Tensor, scale: Tensor, zero: Tensor, axis: int = 0) -> Tensor:
         """Q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in `dtype`."""
-        axis = axis % x.ndim if x.ndim else 0
-        shaped = broadcast(scale, x, axis, self.group or 0)
-        q = torch.round(x / shaped) + broadcast(zero, x, axis, self.group or 0).to(x.dtype)
-        if self.bits == 32:
-            # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around.
-            q = q.double()
-        return q.clamp(self.qmin, self.qmax).to(self.dtype)
+        axis, zero = axis % x.ndim if x.ndim else 0, zero.to(self.dtype)
+        return quantize(x, scale, zero, axis, self.group or 0, self.qmin, self.qmax)
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest of its elements, half to even, in x's dtype: integers are not clamped."""
+        return rounded(x, self.dtype)
 
     def round_trip(self, x: Tensor, axis: int = 0) -> Tensor:
         """`x` after quantization with its own range and dequantization.
@@ -232,10 +252,34 @@ def broadcast(scale: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
     return scale.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of `dtype`, half to even, in x's dtype.
+
+    Integers are not clamped, floats are: torch's own cast makes NaN of what is too large.
+    """
+    if not dtype.is_floating_point:
+        return x.round()
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).to(x.dtype)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, qmin: int, qmax: int
+) -> Tensor:
+    """Q = clamp(round_half_even(x / scale) + zero, qmin, qmax), in zero's dtype."""
+    q = rounded(x / broadcast(scale, x, axis, group), zero.dtype)
+    if not zero.is_floating_point():
+        q = q + broadcast(zero, x, axis, group).to(x.dtype)
+    if zero.dtype == torch.int32:
+        # float32 has no 2³¹ − 1: the limit would round up, and the cast wrap around.
+        q = q.double()
+    return q.clamp(qmin, qmax).to(zero.dtype)
+
+
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, group: int) -> Tensor:
     """X = scale · (q − zero) in float32; the difference is exact in int32."""
-    centred = q.to(torch.int32)
-    if zero is not None:
+    centred = q.to(scale.dtype if q.is_floating_point() else torch.int32)
+    if zero is not None and not q.is_floating_point():
         centred = centred - broadcast(zero, q, axis, group).to(torch.int32)
     return centred.to(scale.dtype) * broadcast(scale, q, axis, group)
 

@@ -275,6 +275,18 @@ PRESETS: Mapping[str, tuple[str, Recipe]] = {
             min_sqnr=10.0,
         ),
     ),
+    "fp8": (
+        "8-bit floats (e4m3): weights with a scale per output channel, activations per token; for "
+        "GPUs of compute capability 8.9 and 9.0",
+        Recipe(
+            name="fp8",
+            weights="float8_e4m3:channel",
+            activations="float8_e4m3:token",
+            rounding="gptq",
+            smooth=False,  # the error is relative: a large channel takes nothing from the others
+            min_sqnr=10.0,
+        ),
+    ),
     "w8": (
         "int8 weights, float arithmetic: a quarter of the size, nearly no error",
         Recipe(name="w8", min_sqnr=20.0),

@@ -224,7 +224,7 @@ def _columns(
         stop = min(start + block, columns)
         errors = torch.empty(stop - start, w.shape[1], dtype=torch.float64)
         for j in range(start, stop):
-            q[j] = ((w[j] / s[j]).round() + z[j]).clamp(kind.qmin, kind.qmax)
+            q[j] = (kind.round(w[j] / s[j]) + z[j]).clamp(kind.qmin, kind.qmax)
             value = (q[j] - z[j]) * s[j]
             if kept is not None:
                 q[j] = torch.where(kept[j], z[j], q[j])

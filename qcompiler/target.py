@@ -47,6 +47,7 @@ CUDA_WIDE = 8192
 CUDA_NARROW = {4: 0.87, 8: 1.14}
 # Whose kernels a runtime may run beside its own, by runtime and device.
 KERNELS = {("ort", "cpu"): ("tvm",), ("ort", "cuda"): ("tvm",)}
+FLOAT8 = ("sm_89", "sm_90")  # features of GPUs whose tensor cores multiply 8-bit floats
 # Our name of a feature that brings bfloat16 products → Linux's in /proc/cpuinfo.
 BFLOAT16 = {"avx512bf16": "avx512_bf16", "bf16": "bf16"}
 # Runtime → device → feature → what it means, for people. The feature "" is the device as such.
@@ -184,6 +185,8 @@ class Target:
 
     def table_refusal(self, table: QType) -> str | None:
         """Why this target cannot look up rows of an embedding table in this format, or None."""
+        if table.floating and not self.reads_float8:
+            return f"'{self}' has no kernel that reads {table.element}; use int8:channel"
         if table.bits == 8 and table.granularity == "channel" and table.symmetric:
             return None
         rows = "int8:channel or uint8:channel"
@@ -237,6 +240,8 @@ class Target:
             return f"weights have one scale for the tensor, a channel or a group, not {weight}"
         if self.runtime == "torch":  # every format has its arithmetic in `qcompiler.ops`
             return None
+        if any(kind is not None and kind.floating for kind in (weight, activation)):
+            return _float8_refusal(self, weight, activation)
         if self.quantizes_itself(weight, activation):
             activation = None
         if self.device == "cuda":
@@ -274,6 +279,12 @@ class Target:
             return not self.any_size and bool(set(BFLOAT16.values()) & cpu_flags())
         return self.runtime == "torch" or self.feature in BFLOAT16
 
+    @property
+    def reads_float8(self) -> bool:
+        """Whether generated code has instructions for 8-bit floats (or it needs none)."""
+        own = self.runtime == "tvm" and self.device == "cuda" and self.feature in FLOAT8
+        return self.runtime == "torch" or own
+
     def quantizes_itself(self, weight: QType | None, activation: QType | None) -> bool:
         """Whether its kernel for such weights quantizes float activations on its own.
 
@@ -302,6 +313,23 @@ class Target:
         if self.runtime != "ort" or self.kernels:
             return weight.bits
         return 4 if weight.bits <= 4 else 8
+
+
+def _float8_refusal(target: Target, weight: QType | None, activation: QType | None) -> str | None:
+    if not target.reads_float8:
+        able = " and ".join(f"tvm:cuda:{feature}" for feature in FLOAT8)
+        return (
+            f"'{target}' has no products of 8-bit floats; {able} have them, and torch:cpu measures "
+            "what they cost; use int8 (w8a8-token)"
+        )
+    rows = weight is not None and weight.floating and not weight.group
+    tokens = activation is not None and activation.floating and activation.granularity == "token"
+    if not rows or not tokens:
+        return (
+            "GPU targets multiply float8_e4m3:channel weights with float8_e4m3:token activations, "
+            f"not {weight} with {activation or 'float ones'}"
+        )
+    return None
 
 
 def _ort_refusal(weight: QType | None, activation: QType | None) -> str | None:

@@ -18,7 +18,7 @@ from qcompiler.target import Target
 
 
 def quantized(
-    module: torch.nn.Module, shape: tuple[int, ...], recipe: str
+    module: torch.nn.Module, shape: tuple[int, ...], recipe: str, machine: str = "tvm:native"
 ) -> tuple[Program, ModelSpec]:
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(shape, generator=generator),) for _ in range(4)]
@@ -26,7 +26,7 @@ def quantized(
     program = capture(spec.module, spec.example_inputs, {})
     chosen = load_recipe(recipe, {"rounding": "rtn", "smooth": False, "correct_bias": False})
     data = Data(program, spec, chosen)
-    target = Target.parse("tvm:native")
+    target = Target.parse(machine)
     return quantize(program, data, chosen, target, lambda step: None).quantized, spec
 
 
@@ -50,6 +50,22 @@ def test_a_linear_is_exact_in_the_integers() -> None:
     x = next(iter(spec.calibration()))[0]
     found = integer.run(program, (x,))[0]
     assert np.array_equal(found.numpy(), linear_by_numpy(program, x))
+
+
+def test_sums_of_8_bit_floats_are_exact() -> None:
+    torch.manual_seed(0)
+    program, spec = quantized(torch.nn.Linear(40, 24), (5, 40), "fp8", "torch:cpu")
+    x = next(iter(spec.calibration()))[0]
+    held = program.constants()
+    weight = next(v for n, v in held.items() if n.endswith("float8_e4m3"))
+    steps = next(v for n, v in held.items() if n.endswith("weight_scale"))
+    assert weight.dtype == torch.float8_e4m3fn
+    scale = x.abs().amax(1, keepdim=True) / 448
+    q = (x / scale).to(torch.float8_e4m3fn)
+    total = (q.double() @ weight.double().T).float()
+    bias = next(v for n, v in held.items() if v.ndim == 1 and "bias" in n)
+    want = (total.double() * (scale * steps).double() + bias.double()).float()
+    assert torch.equal(integer.run(program, (x,))[0], want)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8"])

@@ -259,7 +259,7 @@ def test_reports_show_the_choice_and_where_the_error_comes_from(tmp_path: Path) 
 def test_formats_print_and_parse() -> None:
     for text in ("float", "int4:g32", "int8:channel/uint8:tensor:affine"):
         assert str(Format.parse(text)) == text
-    with pytest.raises(InputError, match="need an integer weight"):
+    with pytest.raises(InputError, match="need a quantized weight"):
         Format.parse("float/int8:token")
     recipe = load_recipe("w8a8", {"formats": {"*.down": "int4:g32", "a.down": "float"}})
     assert str(recipe.format_of("b.down", "linear")) == "int4:g32"

@@ -108,7 +108,7 @@ def test_formats_with_single_weights_print_and_parse() -> None:
         Format.parse("int4:g32~0")
     with pytest.raises(InputError, match="not both"):
         Format.parse("int4:g32+2~4")
-    with pytest.raises(InputError, match="beside an integer weight alone"):
+    with pytest.raises(InputError, match="beside a quantized weight alone"):
         Format.parse("float~3")
 
 

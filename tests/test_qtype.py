@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 from qcompiler import qtype
 from qcompiler.errors import InputError
-from qcompiler.qtype import ELEMENTS, QType, dequantize, pack, unpack
+from qcompiler.qtype import ELEMENTS, FLOATS, QType, dequantize, pack, unpack
 
-PACKED = [name for name, (bits, _) in ELEMENTS.items() if bits <= 8]
+PACKED = [name for name, (bits, _) in ELEMENTS.items() if bits <= 8 and name not in FLOATS]
 SMALL = settings(max_examples=60, deadline=None)
 
 
@@ -163,11 +163,65 @@ def test_rounding_is_half_to_even() -> None:
         ("uint3", 0, 7, 4),
         ("int2", -1, 1, 0),
         ("uint2", 0, 3, 2),
+        ("float8_e4m3:channel", -448, 448, 0),
     ],
 )
 def test_ranges_of_elements(text: str, low: int, high: int, middle: int) -> None:
     kind = QType.parse(text)
     assert (kind.qmin, kind.qmax, kind.middle) == (low, high, middle)
+
+
+def e4m3() -> np.ndarray:
+    """The value of each byte without its sign, by the table of the OCP specification."""
+    exponent, mantissa = np.arange(127) >> 3, np.arange(127) & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+
+
+def nearest_bytes(x: np.ndarray) -> np.ndarray:
+    """The nearest value's byte, that with an even mantissa in the middle, the largest beyond."""
+    values, size = e4m3(), np.abs(x.astype(np.float64))
+    upper = np.searchsorted(values, size).clip(1, 126)
+    below, above = size - values[upper - 1], values[upper] - size
+    up = (above < below) | ((above == below) & (upper % 2 == 0))
+    return np.where(up, upper, upper - 1) | np.where(np.signbit(x), 128, 0)
+
+
+def test_floats_of_8_bits_round_to_the_nearest_even_and_saturate() -> None:
+    values = e4m3()
+    middles = (values[1:] + values[:-1]) / 2
+    rest = np.random.default_rng(0).normal(size=2000) * 10.0 ** np.linspace(-4, 3, 2000)
+    ends = np.array([448.0, 464.0, 465.0, 1e9, np.inf])
+    some = np.concatenate([values, middles, np.nextafter(middles, 0), rest, ends])
+    x = np.concatenate([some, -some]).astype(np.float32)
+    kind = QType.parse("float8_e4m3")
+    scale, zero = torch.tensor(1.0), torch.tensor(0).to(kind.dtype)
+    q = kind.quantize(torch.from_numpy(x), scale, zero)
+    assert q.dtype == torch.float8_e4m3fn
+    assert np.array_equal(q.view(torch.uint8).numpy(), nearest_bytes(x))
+    inside = np.abs(x) <= 448
+    own = torch.from_numpy(x[inside]).to(torch.float8_e4m3fn)
+    assert torch.equal(own.view(torch.uint8), q.view(torch.uint8)[torch.from_numpy(inside)])
+    assert torch.equal(q.double().abs(), dequantize(q, scale, zero, 0, 0).double().abs())
+
+
+@pytest.mark.parametrize("text", ["channel", "token", "tensor", "g8"])
+def test_the_error_of_8_bit_floats_is_relative(text: str) -> None:
+    """Half of the last of 3 bits of mantissa, or of the smallest step: 2⁻⁹ of the scale."""
+    kind = QType.parse(f"float8_e4m3:{text}")
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)) ** 3
+    axis = 1 if kind.group else 0
+    scale, _ = kind.scale_for(*kind.ranges(x, axis))
+    steps = spread(kind, x.numpy(), axis, scale.double().numpy())
+    error = (kind.round_trip(x, axis).double() - x.double()).abs().numpy()
+    assert (error <= np.maximum(np.abs(x.numpy()) * 2**-4, steps * 2**-10) * (1 + 2**-20)).all()
+    assert kind.round_trip(x, axis).abs().max() == pytest.approx(float(x.abs().max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["float8_e4m3:tensor:affine", "float8_e4m3:channel:reduced"])
+def test_8_bit_floats_have_no_zero_point_and_use_all_bits(text: str) -> None:
+    with pytest.raises(InputError, match="float8_e4m3"):
+        QType.parse(text)
 
 
 def test_symmetric_formats_mirror() -> None:

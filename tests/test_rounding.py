@@ -18,7 +18,8 @@ from qcompiler.rounding import (
     weight_axis,
 )
 
-KINDS = ["int4:channel", "int4:g16", "int3:g16:affine", "int2:g8:affine", "int8:tensor"]
+KINDS = ["int4:channel", "int4:g16", "int3:g16:affine", "int2:g8:affine", "int8:tensor",
+         "float8_e4m3:channel"]  # fmt: skip
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,9 @@ def test_a_matmul() -> None:
     assert agrees == {False: False, True: True}
 
 
+FLOAT8 = ("float8_e4m3:channel", "float8_e4m3:token")
+
+
 @pytest.mark.parametrize(
     ("target", "weight", "activation", "reason"),
     [
@@ -159,6 +162,17 @@ def test_a_matmul() -> None:
         ("tvm:aarch64", "int8:channel", "int4:token", "8 bits"),
         ("tvm:aarch64", "int8:channel", "int8:channel", "per tensor or token"),
         ("tvm:aarch64", None, "uint8:tensor", "give weights a format"),
+        ("torch:cpu", "float8_e4m3:g32", "float8_e4m3:tensor", None),
+        ("tvm:cuda:sm_89", *FLOAT8, None),
+        ("tvm:cuda:sm_90", *FLOAT8, None),
+        ("tvm:cuda:sm_90", "float8_e4m3:channel", None, "not float8_e4m3:channel with float ones"),
+        ("tvm:cuda:sm_90", "float8_e4m3:g32", "float8_e4m3:token", "not float8_e4m3:g32"),
+        ("tvm:cuda:sm_90", "int8:channel", "float8_e4m3:token", "not int8:channel"),
+        ("tvm:cuda:sm_86", *FLOAT8, "tvm:cuda:sm_89 and tvm:cuda:sm_90"),
+        ("tvm:aarch64", *FLOAT8, "no products of 8-bit floats"),
+        ("ort:cpu", *FLOAT8, "no products of 8-bit floats"),
+        ("ort:cuda", "float8_e4m3:channel", None, "no products of 8-bit floats"),
+        ("ort:cuda:sm_90+tvm", *FLOAT8, "no products of 8-bit floats"),
     ],
 )
 def test_refusals(
@@ -171,6 +185,13 @@ def test_refusals(
     else:
         assert refusal is not None
         assert reason in refusal
+
+
+def test_tables_of_8_bit_floats() -> None:
+    kind = QType.parse("float8_e4m3:channel")
+    assert Target.parse("tvm:cuda:sm_90").table_refusal(kind) is None
+    for name in ("ort:cpu", "tvm:aarch64", "tvm:cuda:sm_80", "ort:cuda"):
+        assert "float8_e4m3" in str(Target.parse(name).table_refusal(kind))
 
 
 @pytest.mark.parametrize(

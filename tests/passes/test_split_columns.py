@@ -90,5 +90,5 @@ def test_formats_with_columns_print_and_parse() -> None:
         assert str(Format.parse(text)) == text
     with pytest.raises(InputError, match=r"write int4:g32\+16"):
         Format.parse("int4:g32+x")
-    with pytest.raises(InputError, match="beside an integer weight alone"):
+    with pytest.raises(InputError, match="beside a quantized weight alone"):
         Format.parse("float+3")
