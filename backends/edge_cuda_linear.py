@@ -22,13 +22,16 @@ from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
 from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import choose, skinny
-from qcompiler.kernels.cuda_units import units
+from qcompiler.kernels.cuda_units import Kind, units
 from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, Widened, pack, pack_nibbles
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_cuda_calls import CudaCalls
 
 GROUPS = (32, 64, 128)
+KINDS: dict[torch.dtype, Kind] = {
+    torch.int8: "s8", torch.uint8: "u8", torch.float8_e4m3fn: "e4m3",
+}  # fmt: skip
 FLOAT = "float32"
 
 
@@ -102,7 +105,7 @@ def _multiply(
 
 
 def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
-    """A linear with an input quantized by token: int8 weights by channel, or 4 bits in groups."""
+    """A linear with an input quantized by token: 8-bit weights by channel, or 4 bits in groups."""
     weight, bias = op.args[1].storage.weight, op.args[2] if len(op.args) > 2 else None
     x = calls.quantized.get((id(source.ref.storage), calls.widened(op)))
     if x is None:
@@ -113,7 +116,7 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     if weight.group:
         _grouped(calls, g, op, source, x, count)
         return
-    form = Bytes(weight.q.shape[0], weight.q.shape[1], source.ref.dtype == torch.int8)
+    form = Bytes(weight.q.shape[0], weight.q.shape[1], KINDS[source.ref.dtype])
     calls.constants.held.append(weight)
     packed = calls.constant((id(weight.q), "units"), lambda: units(weight.q))
     writer = calls.writer(op.out.shape, [x.storage, packed.storage])
@@ -122,17 +125,18 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     writer.keep(op.out, scaled(calls, writer, weight, bias, source, 0, plain))
     writer.members(g, calls.stored)
     expression = writer.expression()
+    name = "int8" if form.kind != "e4m3" else form.kind
     if calls.tall(op):
-        product = choose_product(count, form.rows, form.depth, "s8" if form.signed else "u8")
+        product = choose_product(count, form.rows, form.depth, form.kind)
         calls.launch(
-            "matmul_int8", op.label, (product, expression),
+            f"matmul_{name}", op.label, (product, expression),
             lambda name: matmul_8bit(name, writer.kernel_arguments(), product, expression),
             writer,
         )  # fmt: skip
         return
     how = choose(count, form, calls.gpu)
     calls.launch(
-        "skinny_int8", op.label, (count, form, how, expression),
+        f"skinny_{name}", op.label, (count, form, how, expression),
         lambda name: skinny(name, writer.kernel_arguments(), count, form, how, expression),
         writer,
     )  # fmt: skip

@@ -21,6 +21,9 @@ from qcompiler.backends.edge_model import Tensor as Placed
 from qcompiler.backends.edge_ops import Ref, Storage, Trace
 from qcompiler.backends.edge_target import Machine
 
+# Floats that the C runtime does not know, stored as their bits.
+AS_BITS = {torch.bfloat16: "uint16", torch.float8_e4m3fn: "uint8"}
+
 
 @dataclass
 class Code:
@@ -104,8 +107,7 @@ def make_entry(
     def number_of(storage: Storage) -> int:
         if id(storage) not in numbers:
             space, at = fixed.get(id(storage), ("arena", offsets.get(id(storage), 0)))
-            narrow = storage.dtype == torch.bfloat16
-            dtype = "uint16" if narrow else str(storage.dtype).removeprefix("torch.")
+            dtype = AS_BITS.get(storage.dtype) or str(storage.dtype).removeprefix("torch.")
             numbers[id(storage)] = len(tensors)
             shape: tuple[int, ...] = (storage.size,)
             for ref in (*traced.inputs, *outputs):

@@ -26,9 +26,10 @@ from qcompiler.kernels.expression import Access, Expression, Step
 
 aten = torch.ops.aten
 
-# What kernels declare, for their bits; float16 is stored by kernels for a GPU alone.
+# What kernels declare, for their bits; float16 and float8 are for a GPU alone.
 HELD = {
     torch.bool: "uint8", torch.bfloat16: "uint16", torch.float16: "float16", torch.int16: "int16",
+    torch.float8_e4m3fn: "uint8",
 }  # fmt: skip
 LINEAR = aten.linear.default
 CONV = aten.conv2d.default

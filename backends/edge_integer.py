@@ -1,4 +1,7 @@
-"""Layers that multiply integers: which they are, and int8 products with what follows them."""
+"""Layers that multiply integers: which they are, and int8 products with what follows them.
+
+On GPUs 8-bit floats count as integers: products of both operands as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def layers(trace: Trace, isa: Isa) -> tuple[dict[Op, Source], dict[Op, Packing]]
         if op.target not in (LINEAR, CONV):
             continue
         source = _source(op)
-        plain = source is not None and _integer_weight(op)
+        plain = source is not None and _integer_weight(op, source)
         by_token = source is not None and _by_token(source)
         form = packing(op, True, isa) if by_token else None
         if form is not None and form.bits == 8 and plain:
@@ -77,11 +80,12 @@ def layers(trace: Trace, isa: Isa) -> tuple[dict[Op, Source], dict[Op, Packing]]
     return integer, packings
 
 
-def _integer_weight(op: Op) -> bool:
+def _integer_weight(op: Op, source: Source) -> bool:
     weight = op.args[1].storage.weight
+    floats = source.ref.dtype.is_floating_point
     return (
         weight is not None
-        and weight.q.dtype == torch.int8
+        and weight.q.dtype == (source.ref.dtype if floats else torch.int8)
         and weight.group == 0
         and (weight.axis == 0 or weight.scale.numel() == 1)
         and not bool(weight.zero_point.any())
@@ -201,7 +205,7 @@ def scaled(
     calls: Calls, writer: Writer, weight: Weight, bias: Ref | None, source: Source, shift: int,
     started: bool,
 ) -> int:  # fmt: skip
-    """Steps from int32 accumulators to the layer's float output.
+    """Steps from int32 accumulators, of 8-bit floats float32, to the layer's float output.
 
     (accumulator − zero_point · Σ_k weight) · (activation scale · weight scale) + bias, with the
     channels along the output's dimension 1 (convolutions) or last.
@@ -217,7 +221,8 @@ def scaled(
     n = weight.q.shape[0]
     shape = (n, 1, 1) if len(writer.shape) == 4 else (n,)
     scale, zero = source.scale, source.zero
-    value = writer.step("anchor", "int32")
+    held = "float32" if weight.q.is_floating_point() else "int32"
+    value = writer.step("anchor", held)
     steps = weight.scale.reshape(-1).float().expand(n)
     first = scale.storage.constant
     if not started:
@@ -238,7 +243,8 @@ def scaled(
         factor = writer.step(
             "mul", "float32", writer.value(scale, "float32"), writer.value(own, "float32")
         )
-    value = writer.step("mul", "float32", writer.step("cast", "float32", value), factor)
+    value = writer.step("cast", "float32", value) if held == "int32" else value
+    value = writer.step("mul", "float32", value, factor)
     if bias is not None:
         shaped = Ref(bias.storage, bias.dtype, bias.offset, shape,
                      bias.strides + (0,) * (len(shape) - 1))  # fmt: skip

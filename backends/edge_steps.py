@@ -24,6 +24,7 @@ NAMES = {
     torch.int32: "int32",
     torch.int8: "int8",
     torch.uint8: "uint8",
+    torch.float8_e4m3fn: "float8_e4m3fn",
     torch.bool: "bool",
 }
 

@@ -255,6 +255,19 @@ __device__ __forceinline__ void qc_quantize4_halves(
   *(half2*)second = __floats2half2_rn(q[2], q[3]);
 }""",
     ),
+    # x / scale as the nearest e4m3, half to even, in four bytes: what is too large becomes 448.
+    "qc_quantize4_e4m3": (
+        "void",
+        """__device__ __forceinline__ void qc_quantize4_e4m3(
+    void* to, const float* from, float scale) {
+  unsigned short two[2];
+  for (int i = 0; i < 2; ++i) {
+    float low = __fdiv_rn(from[2 * i], scale), high = __fdiv_rn(from[2 * i + 1], scale);
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two[i]) : "f"(high), "f"(low));
+  }
+  *(unsigned*)to = two[0] | (unsigned)two[1] << 16;
+}""",
+    ),
     "qc_rsqrt": (
         "float32",
         "__device__ __forceinline__ float qc_rsqrt(float x) { return rsqrtf(x); }",
@@ -307,17 +320,20 @@ __device__ __forceinline__ void qc_quantize4_halves(
 }""",
     ),
 }
-# c[16 x 8] += a[16 x 32] b[32 x 8], int8 by int8 or uint8, with int32 sums.
-for _kind in ("s8", "u8"):
+# c[16 x 8] += a[16 x 32] b[32 x 8]: int8 by int8 or uint8 with int32 sums, e4m3 with float32 ones.
+for _kind, _a, _c, _type, _held in (
+    ("s8", "s8", "s32", "int", "r"), ("u8", "s8", "s32", "int", "r"),
+    ("e4m3", "e4m3", "f32", "float", "f"),
+):  # fmt: skip
     DEVICE[f"qc_mma_{_kind}"] = (
         "void",
         f"""__device__ __forceinline__ void qc_mma_{_kind}(
-    int* c, const void* a_, const void* b_) {{
+    {_type}* c, const void* a_, const void* b_) {{
   const unsigned* a = (const unsigned*)a_;
   const unsigned* b = (const unsigned*)b_;
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.{_kind}.s32 "
+  asm("mma.sync.aligned.m16n8k32.row.col.{_c}.{_a}.{_kind}.{_c} "
       "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "+{_held}"(c[0]), "+{_held}"(c[1]), "+{_held}"(c[2]), "+{_held}"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }}""",
     )

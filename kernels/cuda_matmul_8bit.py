@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
@@ -28,10 +28,8 @@ from qcompiler.kernels.cuda_code import (
     registers,
 )
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
-from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, Kind, sums_of
 from qcompiler.kernels.expression import Emitter, Expression
-
-Kind = Literal["s8", "u8", "e4m3"]
 
 READERS = 2  # warpgroups that multiply, each 64 tokens
 TOKENS = READERS * UNIT_ROWS  # of a block
@@ -43,7 +41,7 @@ class Product8:
 
     Attributes:
         tokens, rows, depth: M, N, K.
-        kind: of x: s8 or u8, with int8 weights, or e4m3, with weights alike.
+        kind: of x.
         columns: outputs of a block, 64, 128 or 256.
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
@@ -60,7 +58,7 @@ class Product8:
     @property
     def sums(self) -> str:
         """Their dtype."""
-        return "float32" if self.kind == "e4m3" else "int32"
+        return sums_of(self.kind)
 
     @property
     def slot(self) -> int:

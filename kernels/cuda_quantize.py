@@ -1,9 +1,10 @@
-"""Rows on a GPU as matrix products read them: units of float16, or of 8-bit integers by token.
+"""Rows on a GPU as matrix products read them: units of float16, or of 8-bit numbers by token.
 
     float16: y = x
     integers: scale = (high − low) / (qmax − qmin), zero = round(qmin − low / scale),
               q = clamp(round(x / scale) + zero)      low = min(x, 0), high = max(x, 0) of the token
               symmetric: scale = max |x| / (qmax − middle), zero = 0; scale is 1 where it would be 0
+    e4m3:     symmetric, with qmax = 448 and q the nearest such number
 
 Integers are stored as such, or as float16 in the order that `Widened` weights are multiplied in, or
 both. x is an expression, or the norm of one (RMSNorm, LayerNorm) or its rotation, which then needs
@@ -105,7 +106,7 @@ def quantize_units(
         arguments: the integers as units (uint8) of each of the kinds, the scales (float32), for
             affine formats the zero points, then what the expressions read.
         source: gives x, a multiple of 4 wide.
-        kind: int8 or uint8.
+        kind: int8, uint8 or float8_e4m3.
         before: a norm of x, or a rotation, before that.
         kinds: False: 8-bit integers; True: float16.
 
@@ -189,7 +190,10 @@ def quantize_units(
                     quad = address(held, i * PIECE, PIECE)
                     if not wide:
                         at = address(units, _place(row, column, across))
-                        call("qc_quantize4", at, quad, scale, zero, bottom, top)
+                        if kind.floating:
+                            call("qc_quantize4_e4m3", at, quad, scale)
+                        else:
+                            call("qc_quantize4", at, quad, scale, zero, bottom, top)
                         continue
                     # `widened_columns`: of 16, the n-th four lie at 2n and at 2n + 8.
                     byte = T.Bind(column // 16 * 32 + column % 16)

@@ -8,8 +8,9 @@ so that no warp waits for another before the end. Weights are unpacked in regist
 of float16 and multiplied on the tensor cores, where up to eight tokens cost what one costs; the sum
 over a group is float32 and multiplied with its scale once.
 
-int8 weights by int8 or uint8 activations go the same way, with sums in int32 (`Bytes`); 4-bit
-weights by int8 activations too, with sums that are exact over a group (`Nibbles`).
+int8 weights by int8 or uint8 activations go the same way, with sums in int32 (`Bytes`), e4m3 by
+e4m3 with sums in float32; 4-bit weights by int8 activations too, with sums that are exact over a
+group (`Nibbles`).
 """
 
 from __future__ import annotations
@@ -106,14 +107,14 @@ def skinny(
         name: of the function.
         arguments: x, the packed weights (uint8), for float16 activations and rows with one scale
             those scales (N float32), then what the expression reads and writes. x: M·K float16, or
-            int8 or uint8 as units where weights are `Bytes` or `Nibbles`. The last may be M, given
-            by the call.
+            of 8 bits as units where weights are `Bytes` or `Nibbles`. The last may be M, given by
+            the call.
         tokens: M, or of a block where the call gives M; where there are more than 64, other blocks
             take the rest and read weights again.
         form: of the weights.
         how: the partition.
-        expression: over (…, N), with the sums as value 0 (float32, of `Bytes` int32); it stores
-            them.
+        expression: over (…, N), with the sums as value 0 (float32, of integers `Bytes` int32); it
+            stores them.
     """
     tiles, warps, ring = how.tiles, how.warps, how.ring
     every, tokens = tokens_of(arguments, tokens), min(tokens, FEW)  # of all, and of a block

@@ -1,7 +1,7 @@
 """What a warp of `cuda_skinny` adds up: a few tokens times tiles of 16 rows of the weight.
 
 float16 activations by weights of 4 or 8 bits that are unpacked in registers; int8 or uint8 ones by
-int8 weights; int8 ones by weights of 4 bits in groups,
+int8 weights, e4m3 ones by e4m3 weights; int8 ones by weights of 4 bits in groups,
 
     sum[m, n] = Σ_g scale[n, g] · Σ_(k in g) x[m, k] · weight[n, k]
 
@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.cuda_code import address, call, registers
 from qcompiler.kernels.cuda_device import DEVICE
-from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, sums_of
 from qcompiler.kernels.cuda_weights import Bytes, Form, Nibbles, Weights
 
 DEVICE |= {
@@ -144,22 +144,20 @@ class Halves:
 
 
 class Integers:
-    """Sums of a warp: int8 or uint8 activations by int8 weights, both as units; exact in int32."""
-
-    dtype = "int32"
+    """Sums of a warp: activations by weights of 8 bits, both as units; integers exact in int32."""
 
     def __init__(
         self, form: Bytes | Nibbles, tiles: int, tokens: int, wide: int, lane: Any, memory: Any
     ) -> None:
         self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
         self.columns = columns = whole(tokens) // 8
-        self.lane, self.memory = lane, memory
-        self.total = registers(tiles * columns * 4, "int32")
+        self.lane, self.memory, self.dtype = lane, memory, sums_of(form.kind)
+        self.total = registers(tiles * columns * 4, self.dtype)
         self.a, self.b = registers(4, "int32"), registers(columns * 4, "int32")
 
     def clear(self) -> None:
         """Set the sums to zero."""
-        _zero(self.total, self.tiles * self.columns * 4, T.int32(0))
+        _zero(self.total, self.tiles * self.columns * 4, T.Cast(self.dtype, T.int32(0)))
 
     def activation(self, row: Any, count: int, stage: Any, chunk: Any) -> tuple[Any, Any, Any]:
         """Whether 16 bytes of x are there, and where; units are swizzled already."""
@@ -172,7 +170,6 @@ class Integers:
         """Add one stage, which lies there in shared memory."""
         lane = self.lane
         source = T.Bind(base + self.tiles * self.wide)
-        kind = "s8" if self.form.signed else "u8"
         for step in range(UNIT_BYTES // 32):
             if step % 2 == 0:
                 _tokens(self, source, step)
@@ -182,7 +179,7 @@ class Integers:
                 at = base + tile * self.wide + lane % 16 * UNIT_BYTES + piece * 16
                 call("qc_ldmatrix", address(self.a, 0, 4), address(self.memory, at))
                 for column in range(self.columns):
-                    call(f"qc_mma_{kind}",
+                    call(f"qc_mma_{self.form.kind}",
                          address(self.total, (tile * self.columns + column) * 4, 4),
                          address(self.a, 0, 4),
                          address(self.b, column * 4 + step % 2 * 2, 2))  # fmt: skip
@@ -191,7 +188,6 @@ class Integers:
 class Groups(Integers):
     """Sums of a warp: int8 activations as units by 4-bit weights; float32 beyond a group."""
 
-    dtype = "float32"
     form: Nibbles
 
     def __init__(
@@ -199,7 +195,7 @@ class Groups(Integers):
     ) -> None:
         self.form, self.tiles, self.tokens, self.wide = form, tiles, tokens, wide
         self.columns = columns = whole(tokens) // 8
-        self.lane, self.memory = lane, memory
+        self.lane, self.memory, self.dtype = lane, memory, "float32"
         self.steps = form.group // 32  # of 32 columns in a group
         self.deep = max(2, self.steps)  # that are multiplied together: a load brings two
         self.total = registers(tiles * columns * 4, "float32")
@@ -209,10 +205,6 @@ class Groups(Integers):
             registers(tiles * self.deep * 4, "int32"),
             registers(self.deep * 2, "int32"),
         )
-
-    def clear(self) -> None:
-        """Set the sums to zero."""
-        _zero(self.total, self.tiles * self.columns * 4, T.float32(0))
 
     def multiply(self, base: Any) -> None:
         """Add one stage, which lies there in shared memory."""

@@ -10,16 +10,25 @@ Source: PTX ISA 8.0, wgmma, "128B swizzle".
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 UNIT_ROWS = 64
 UNIT_BYTES = 128  # of a row
 UNIT = UNIT_ROWS * UNIT_BYTES
+# Of activations of 8 bits: int8 or uint8, which int8 weights multiply, or e4m3, with weights alike.
+Kind = Literal["s8", "u8", "e4m3"]
+
+
+def sums_of(kind: Kind) -> str:
+    """The dtype of such products' sums."""
+    return "float32" if kind == "e4m3" else "int32"
 
 
 def units(matrix: Tensor) -> Tensor:
-    """(R, C) int8 or float16 → flat uint8, [R / 64][C / unit][64][128 bytes], zeros at the ends."""
+    """(R, C) of 8 or 16 bits → flat uint8, [R / 64][C / unit][64][128 bytes], zeros at the ends."""
     across = UNIT_BYTES // matrix.element_size()
     rows, columns = -(-matrix.shape[0] // UNIT_ROWS), -(-matrix.shape[1] // across)
     whole = matrix.new_zeros(rows * UNIT_ROWS, columns * across)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, unit_bytes
+from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, Kind, unit_bytes
 
 ROWS = 16  # of a tile
 NIBBLE = 16  # `Nibbles` are multiplied that many times too large, and their scales made smaller
@@ -101,17 +101,17 @@ class Weights(_Tiled):
 
 @dataclass(frozen=True)
 class Bytes(_Tiled):
-    """Form of an int8 weight that is multiplied as integers: units (`cuda_units`).
+    """Form of an int8 or e4m3 weight that is multiplied as it is: units (`cuda_units`).
 
     Attributes:
         rows: N, outputs.
         depth: K, inputs.
-        signed: whether activations are int8, not uint8.
+        kind: of activations.
     """
 
     rows: int
     depth: int
-    signed: bool = True
+    kind: Kind = "s8"
 
     line = UNIT_BYTES
     stage_bytes = ROWS * UNIT_BYTES
@@ -150,7 +150,7 @@ class Nibbles(_Tiled):
     line = UNIT_BYTES
     weight_bytes = ROWS * UNIT_BYTES // 2
     scaled_after = False
-    signed = True
+    kind: Kind = "s8"
 
     @property
     def stage_bytes(self) -> int:

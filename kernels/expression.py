@@ -21,6 +21,7 @@ from qcompiler.kernels import code
 
 FLOAT = code.FLOAT
 NARROW = "bfloat16"  # in memory 16 bits, declared as uint16; in registers a float32
+FLOAT8 = "float8_e4m3fn"  # read alone, on GPUs; declared as uint8, in registers a float32
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,8 @@ class Emitter:
             value = code.load(buffer, start, lanes, stride)
         if access.dtype == "bool":
             return T.NE(value, code.spread(T.uint8(0), lanes))
+        if access.dtype == FLOAT8:
+            return code.cast(code.bits(code.bind(value), FLOAT8, lanes), FLOAT, lanes)
         return code.widen(value, lanes) if access.dtype == NARROW else value
 
     def vector(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> None:
@@ -347,7 +350,7 @@ class Emitter:
         if step.op == "lookup" and access is not None:
             return self._lookup(step, access, row, column, lanes)
         if step.op == "constant":
-            if step.dtype in (FLOAT, NARROW):
+            if step.dtype in (FLOAT, NARROW, FLOAT8):
                 return code.number(step.numbers[0], lanes)
             if step.dtype == "bool":
                 return _truth(bool(step.numbers[0]), lanes)

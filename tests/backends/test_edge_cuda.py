@@ -121,6 +121,8 @@ def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
         ("w4a16", "sm_86", {"gemm"}),
         ("w8a8-token", "sm_90", {"quantize_rows", "matmul_int8"}),
         ("w8a8-token", "sm_80", {"quantize_rows", "skinny_int8"}),
+        ("fp8", "sm_90", {"quantize_rows", "matmul_e4m3"}),
+        ("fp8", "sm_89", {"quantize_rows", "skinny_e4m3"}),
         ("w4a8", "sm_80", {"quantize_rows", "gemm"}),
         ("w4a8", "sm_90", {"quantize_rows", "gemm_hopper"}),
         ("w4a8", "sm_90", {"quantize_rows", "skinny_int4_int8"}),
@@ -194,7 +196,7 @@ def test_encoders_attend_on_tensor_cores(
 
 
 def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artifact:
-    """A tiny Llama."""
+    """A tiny Llama; the head of one with weights of 8-bit floats reads the embedding's table."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
     from qcompiler.models.hf_decoder import decoder_spec
 
@@ -202,6 +204,7 @@ def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artif
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=96, pad_token_id=0,
+        tie_word_embeddings="weights" in settings,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(3, 96, (2, 20))
@@ -220,10 +223,11 @@ def language(out: Path, settings: dict[str, object], tokens: list[int]) -> Artif
 
 
 STORED = {"keys": "int4:channel", "values": "int4:channel"}
+FP8 = {"weights": "float8_e4m3:channel", "activations": "float8_e4m3:token"}
 
 
 @nvcc
-@pytest.mark.parametrize(("settings", "bits", "tokens"), [({}, 16, [1]), (STORED, 4, [1, 20])])
+@pytest.mark.parametrize(("settings", "bits", "tokens"), [(FP8, 16, [1]), (STORED, 4, [1, 20])])
 def test_a_language_model_keeps_its_cache(
     settings: dict[str, object], bits: int, tokens: list[int], tmp_path: Path
 ) -> None:

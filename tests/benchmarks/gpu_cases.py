@@ -21,7 +21,7 @@ from qcompiler.kernels.cuda_weights import (
 )
 
 EPSILON = 1e-5
-BYTES = ("int8", "few8", "fp8", "w4a8")
+BYTES = ("int8", "few8", "fp8", "fp8_few", "w4a8")
 WIDENED = ("w4a8many", "w4a8gemm")
 FP8 = torch.float8_e4m3fn
 
@@ -34,7 +34,8 @@ class Case:
         kind: skinny (few tokens, 4- or 8-bit weights), gemm (many), hopper (many, warpgroup
             products), int8 (int8 × int8), few8 (few tokens of it), w4a8 (4-bit weights in groups,
             int8 activations), w4a8many (many tokens of it, warpgroup products), w4a8gemm (the
-            same, as on GPUs before Hopper), fp8 (e4m3), or rows (norms, quantization).
+            same, as on GPUs before Hopper), fp8 (e4m3), fp8_few (few tokens of it), or rows
+            (norms, quantization).
         tokens, rows, depth: M, N, K; of `rows` kernels M and K.
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
@@ -71,6 +72,7 @@ CASES = (
     *(Case("w4a8many", m, n, k, 4, 32) for n, k in SQUARES for m in (128, 256, 512, 1024, 2048)),
     Case("w4a8many", 1024, 8192, 8192),
     *(Case("fp8", m, 8192, 8192, 8, 0) for m in (512, 8192)),
+    *(Case("fp8_few", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
     *(Case("gemm", m, 4096, 4096) for m in (64, 1024)),
     *(
         Case("rows", 16384, 0, width, variant=variant)
@@ -93,7 +95,8 @@ CASES = (
             ("hopper", 40, 1000, 264, 4, 128), ("hopper", 100, 300, 576, 4, 32),
             ("hopper", 200, 520, 1536, 4, 64), ("hopper", 90, 300, 576, 8, 0),
             ("int8", 70, 300, 200, 8, 0), ("int8", 200, 130, 576, 8, 0),
-            ("fp8", 70, 300, 200, 8, 0),
+            ("fp8", 70, 300, 200, 8, 0), ("fp8_few", 5, 130, 200, 8, 0),
+            ("fp8_few", 70, 72, 1536, 8, 0),
             ("w4a8", 1, 300, 576, 4, 32), ("w4a8", 5, 130, 192, 4, 64),
             ("w4a8", 64, 72, 1536, 4, 128), ("w4a8", 30, 40, 96, 4, 32),
             ("w4a8", 100, 300, 2048, 4, 32), ("w4a8many", 200, 72, 576, 4, 64),
@@ -143,11 +146,12 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
             given = [given[0], Argument("weight", "uint8", packed.nbytes), *given[2:4]]
             write = _stored(m, n, 2, "float32", outputs=False)
             return few.skinny(case.name, given, m, packed, few.choose(m, packed), write), {}
-        write = _stored(m, n, 2, "float32" if case.kind == "fp8" else "int32")
-        if case.kind == "few8":
-            whole = Bytes(n, k)
+        kind: Any = "e4m3" if case.kind.startswith("fp8") else "s8"
+        write = _stored(m, n, 2, "float32" if kind == "e4m3" else "int32")
+        if case.kind in ("few8", "fp8_few"):
+            whole = Bytes(n, k, kind)
             return few.skinny(case.name, given, m, whole, few.choose(m, whole), write), {}
-        product = cuda_matmul_8bit.choose_product(m, n, k, "e4m3" if case.kind == "fp8" else "s8")
+        product = cuda_matmul_8bit.choose_product(m, n, k, kind)
         return cuda_matmul_8bit.matmul_8bit(case.name, given, product, write), {}
     form: Any = Weights(n, k, case.bits, case.group)
     if case.kind in WIDENED:
@@ -241,7 +245,7 @@ def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
     out = torch.full((m, n), float("nan"), device=device, dtype=torch.float16)
     factors: Any = 1.0
     if case.kind in (*BYTES, *WIDENED):
-        if case.kind == "fp8":
+        if case.kind.startswith("fp8"):
             x, w = (torch.randn(*shape, device=device).to(FP8) for shape in ((m, k), (n, k)))
         else:
             x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
