@@ -56,6 +56,33 @@ Ray = Annotated[
         rich_help_panel=MIXED,
     ),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name from 'qcompiler models'; file.py:function that returns a ModelSpec; a "
+        ".pt2 file of torch.export.save; or hf:FOLDER with a Hugging Face model.",
+    ),
+]
+Machine = Annotated[
+    str,
+    typer.Option(
+        "--target", metavar="TARGET", help="What will run the model: 'qcompiler targets'."
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DIR|FUNCTION",
+        help="Real inputs: texts (.txt, .jsonl), tensors (.npz, .safetensors, .pt), a folder "
+        "of images or tensors, or module:function; the model's own where not given. A quarter "
+        "is held out, for verification only.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one field of the recipe; repeatable."),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'compile' wrote.")]
 
 

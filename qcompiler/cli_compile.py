@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from qcompiler.cli_app import MIXED, Debug, Jobs, Json, Ray, app, check_out, examples, load_named
+from qcompiler.cli_app import (
+    MIXED,
+    Calibration,
+    Debug,
+    Jobs,
+    Json,
+    Machine,
+    Model,
+    Ray,
+    Settings,
+    app,
+    check_out,
+    examples,
+    load_named,
+)
 from qcompiler.terminal import guarded, print_json, show, stdout, steps, unwarned
 
 
@@ -25,18 +39,9 @@ from qcompiler.terminal import guarded, print_json, show, stdout, steps, unwarne
     ),
 )
 def compile_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name from 'qcompiler models'; file.py:function that returns a ModelSpec; a "
-            ".pt2 file of torch.export.save; or hf:FOLDER with a Hugging Face model.",
-        ),
-    ],
+    model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
-    target: Annotated[
-        str, typer.Option(metavar="TARGET", help="What will run it: 'qcompiler targets'.")
-    ] = "ort:cpu",
+    target: Machine = "ort:cpu",
     kernels: Annotated[
         str,
         typer.Option(
@@ -51,21 +56,8 @@ def compile_command(
             metavar="NAME|FILE", help="Number formats: 'qcompiler recipes', or a .yaml file."
         ),
     ] = "w8a8",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DIR|FUNCTION",
-            help="Real inputs: texts (.txt, .jsonl), tensors (.npz, .safetensors, .pt), a folder "
-            "of images or tensors, or module:function; the model's own where not given. A quarter "
-            "is held out, for verification only.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one field of the recipe; repeatable."
-        ),
-    ] = None,
+    calibration: Calibration = None,
+    settings: Settings = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact that is there.")
     ] = False,
@@ -190,28 +182,21 @@ def compile_command(
     ),
 )
 def sensitivity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compile.")],
+    model: Model,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="The folder of the study; gone on with.")
     ],
-    target: Annotated[
-        str, typer.Option(metavar="TARGET", help="What will run the model: 'qcompiler targets'.")
-    ] = "ort:cpu",
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|DIR|FUNCTION", help="As for compile.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one field of the recipe 'mixed'; repeatable."
-        ),
-    ] = None,
+    target: Machine = "ort:cpu",
+    calibration: Calibration = None,
+    settings: Settings = None,
     jobs: Jobs = 1,
     ray: Ray = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure what each number format of each layer costs the model: table, plots and JSON.
+
+    The recipe is 'mixed'.
 
     An interrupted study goes on where it stopped when the command is given again.
     """
