@@ -39,8 +39,8 @@ from qcompiler.backends.ort_surgery import MICROSOFT, operate
 from qcompiler.backends.ort_translate import INTERNAL, OPSET, translations
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Generate
+from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Program
-from qcompiler.regions import CONVS, LINEAR
 
 __all__ = ["MODEL", "SHARED", "load", "load_model", "lower", "session"]
 

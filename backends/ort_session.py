@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.errors import InputError, UnsupportedError, first_line
 
 MODEL = "model.onnx"
 CPU = "CPUExecutionProvider"
@@ -55,7 +55,7 @@ def session_options(path: Path) -> Any:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # of a class that onnxruntime does not export
-            raise UnsupportedError(f"{library}: {_first_line(error)}") from error
+            raise UnsupportedError(f"{library}: {first_line(error)}") from error
     return options
 
 
@@ -72,9 +72,5 @@ def open_session(path: Path, options: Any, providers: Sequence[Any] = (CPU,)) ->
                 f"{missing} is missing, which {path.name} needs; compile it again"
             ) from error
         if LIBRARY in str(error):
-            raise InputError(f"{path}: {_first_line(error)}") from error
+            raise InputError(f"{path}: {first_line(error)}") from error
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, first_line
 from qcompiler.models.hf_decoder import (
     Tokens,
     decoder_spec,
@@ -38,7 +38,6 @@ from qcompiler.models.hf_decoder import (
 )
 from qcompiler.models.hf_inputs import (
     companions,
-    first_line,
     image_encoder,
     load_tokenizer,
     processor_size,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, first_line
 from qcompiler.models.images import read_image
 from qcompiler.models.packages import optional
 from qcompiler.spec import Inputs
@@ -135,9 +135,3 @@ def companions(folder: Path) -> dict[str, Path]:
         for path in sorted(found)
         if path.is_file() and not path.name.endswith(".index.json")
     }
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an exception, cut to one line; its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

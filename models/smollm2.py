@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, first_line
 from qcompiler.models.hf_decoder import Tokens, decoder_spec, tokenizer_files
-from qcompiler.models.hf_inputs import first_line, text_encoder
+from qcompiler.models.hf_inputs import text_encoder
 from qcompiler.models.packages import optional
 from qcompiler.spec import ModelSpec
 

@@ -23,11 +23,11 @@ from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.format import FLOAT, Format
+from qcompiler.op_families import ADDS, CONVS, LINEAR, MOVES, PADS
 from qcompiler.plan import Assignment, Plan, Site
 from qcompiler.program import Program, Refusal
 from qcompiler.qtype import QType
 from qcompiler.recipe import Recipe
-from qcompiler.regions import ADDS, CONVS, LINEAR, MOVES, PADS
 from qcompiler.rewrite import Draft, module_path, operand, place
 from qcompiler.target import Target
 

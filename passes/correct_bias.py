@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
+from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Batch, Program, unpadded
-from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import Draft, operand, rewrite
 
 

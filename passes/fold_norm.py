@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.regions import (
-    ADDS,
-    LINEAR,
-    MULS,
-    NORMS,
-    SHAPE_KEEPING,
-    Reader,
-    Region,
-    find_regions,
-    keeps_last_axis,
-)
+from qcompiler.op_families import ADDS, LINEAR, MULS, NORMS, SHAPE_KEEPING, keeps_last_axis
+from qcompiler.regions import Reader, Region, find_regions
 from qcompiler.rewrite import Draft, operand, place, rewrite
 
 aten = torch.ops.aten

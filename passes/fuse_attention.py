@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
-from qcompiler.regions import SDPA, concrete_shape
+from qcompiler.op_families import SDPA, concrete_shape
 from qcompiler.rewrite import Draft, operand, rewrite
 
 aten = torch.ops.aten

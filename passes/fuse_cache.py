@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import cached
-from qcompiler.regions import RESHAPES, SDPA, concrete_shape
+from qcompiler.op_families import RESHAPES, SDPA, concrete_shape
 from qcompiler.rewrite import Draft, evaluate, operand, rewrite
 
 aten = torch.ops.aten

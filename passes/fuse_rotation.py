@@ -28,15 +28,8 @@ from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.hadamard import Rotation, randomized
-from qcompiler.regions import (
-    LINEAR,
-    MOVES,
-    SDPA,
-    Region,
-    before_repeat,
-    concrete_shape,
-    find_regions,
-)
+from qcompiler.op_families import LINEAR, MOVES, SDPA, concrete_shape
+from qcompiler.regions import Region, before_repeat, find_regions
 from qcompiler.rewrite import Draft, following, operand, place, rewrite
 from qcompiler.rotatable import (
     EMBEDDING,

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
+from qcompiler.op_families import CONVS, LINEAR, PADS
 from qcompiler.plan import Assignment, Plan, Rounded, Site
 from qcompiler.qtype import QType
-from qcompiler.regions import CONVS, LINEAR, PADS
 from qcompiler.rewrite import Draft, following, rewrite
 from qcompiler.rounding import weight_axis
 

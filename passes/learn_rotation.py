@@ -36,10 +36,11 @@ from torch.fx import Node
 
 from qcompiler.differentiable import differentiable
 from qcompiler.errors import InputError
+from qcompiler.op_families import SDPA
 from qcompiler.plan import Plan
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
-from qcompiler.regions import SDPA, before_repeat, find_regions
+from qcompiler.regions import before_repeat, find_regions
 from qcompiler.rewrite import Draft, operand
 from qcompiler.rotatable import heads_obstacle, stream_obstacle, stream_readers
 

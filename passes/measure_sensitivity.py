@@ -26,11 +26,11 @@ from qcompiler.errors import InputError
 from qcompiler.format import Format
 from qcompiler.hessian import Hessian
 from qcompiler.observe import Statistics, choose_range
+from qcompiler.op_families import LINEAR, MOVES
 from qcompiler.outliers import bytes_beside, round_weight
 from qcompiler.plan import Rounded
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
-from qcompiler.regions import LINEAR, MOVES
 from qcompiler.rewrite import module_path, operand, place
 from qcompiler.rounding import Factor, outlier_columns
 from qcompiler.stages import Function, Stages

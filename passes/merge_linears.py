@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from qcompiler.regions import LINEAR
+from qcompiler.op_families import LINEAR
 from qcompiler.rewrite import Draft, operand, place, rewrite
 
 aten = torch.ops.aten

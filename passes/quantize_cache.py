@@ -21,8 +21,9 @@ from typing import Any
 from torch.fx import Node
 
 from qcompiler import ops
+from qcompiler.op_families import SDPA
 from qcompiler.qtype import QType
-from qcompiler.regions import SDPA, before_repeat
+from qcompiler.regions import before_repeat
 from qcompiler.rewrite import Draft, operand, rewrite
 
 

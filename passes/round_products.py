@@ -22,9 +22,9 @@ from torch.fx import Node
 from qcompiler import ops
 from qcompiler.cached import cached_attention
 from qcompiler.format import Format
+from qcompiler.op_families import CONVS, LINEAR, SDPA
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
-from qcompiler.regions import CONVS, LINEAR, SDPA
 from qcompiler.rewrite import Draft, following, module_path, operand, rewrite
 
 aten = torch.ops.aten

@@ -28,10 +28,10 @@ import torch
 from qcompiler.errors import InputError
 from qcompiler.hessian import Hessian
 from qcompiler.journal import Journal
+from qcompiler.op_families import LINEAR
 from qcompiler.outliers import round_weight
 from qcompiler.plan import Plan, Rounded, Site
 from qcompiler.program import Batch, Program
-from qcompiler.regions import LINEAR
 from qcompiler.rewrite import operand, place
 from qcompiler.rounding import DAMPING, Factor, keep_moment, memory_needed
 from qcompiler.stages import BUDGET, Stages

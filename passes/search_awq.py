@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler.observe import Observations
+from qcompiler.op_families import LINEAR
 from qcompiler.plan import Factor, Plan
 from qcompiler.program import Program
 from qcompiler.qtype import QType
-from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle
+from qcompiler.regions import Region, find_regions
 from qcompiler.rewrite import Draft, operand
 from qcompiler.rounding import weight_axis
+from qcompiler.scaling import merge_obstacle
 
 ALPHAS = tuple(step / 20 for step in range(1, 20))
 

@@ -29,12 +29,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler.observe import Observations, Statistics
+from qcompiler.op_families import LINEAR
 from qcompiler.plan import Factor
 from qcompiler.program import Program
 from qcompiler.qtype import QType
-from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle
+from qcompiler.regions import Region, find_regions
 from qcompiler.rewrite import Draft, operand
 from qcompiler.rounding import weight_axis
+from qcompiler.scaling import merge_obstacle
 
 aten = torch.ops.aten
 ACTIVATIONS = (

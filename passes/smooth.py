@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.op_families import LINEAR
 from qcompiler.plan import Factor
-from qcompiler.regions import LINEAR, Region, find_regions, merge_obstacle, scale_writer
+from qcompiler.regions import Region, find_regions
 from qcompiler.rewrite import Draft, rewrite
+from qcompiler.scaling import merge_obstacle, scale_writer
 
 aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
+from qcompiler.op_families import LINEAR
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
-from qcompiler.regions import LINEAR
 from qcompiler.rewrite import Draft, module_path, operand, rewrite
 
 aten = torch.ops.aten

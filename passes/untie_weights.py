@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qcompiler.regions import LINEAR
+from qcompiler.op_families import LINEAR
 from qcompiler.rewrite import Draft, operand, rewrite
 
 EMBEDDING = torch.ops.aten.embedding.default

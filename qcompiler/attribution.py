@@ -28,9 +28,9 @@ from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.divergence import Divergence
+from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import FLOATS, QType
-from qcompiler.regions import CONVS, LINEAR
 from qcompiler.rewrite import module_path, operand
 from qcompiler.stages import Function, Stages
 

@@ -29,10 +29,10 @@ from qcompiler.errors import VerifyError
 from qcompiler.findings import INNER
 from qcompiler.lowering import Job, Run, integer_layers, lower
 from qcompiler.observe import Statistics
+from qcompiler.op_families import LINEAR
 from qcompiler.plan import Factor, Plan, Site
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
-from qcompiler.regions import LINEAR
 from qcompiler.rewrite import module_path
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target, cpu_feature

@@ -34,3 +34,9 @@ def nearest(word: str, known: list[str]) -> str:
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     listed = ", ".join(sorted(known))
     return f"did you mean '{close[0]}'? Known: {listed}" if close else f"known: {listed}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to 300 characters; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

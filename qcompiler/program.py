@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from qcompiler.errors import CaptureError, InputError
+from qcompiler.errors import CaptureError, InputError, first_line
+from qcompiler.export_errors import explain_export
 
 Batch = tuple[Tensor, ...]
 Watch = Callable[[Node, Any], None]
@@ -343,7 +343,7 @@ def capture(
                 module, args, kwargs or None, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:
-        raise CaptureError(_explain(error, module)) from error
+        raise CaptureError(explain_export(error, module)) from error
     return Program(exported)
 
 
@@ -358,7 +358,7 @@ def load_pt2(path: Path) -> Program:
     except Exception as error:
         raise InputError(
             f"{path}: not a program that torch {torch.__version__} can read "
-            f"({_first_line(error)}); save it again with torch.export.save of this or an older "
+            f"({first_line(error)}); save it again with torch.export.save of this or an older "
             "version"
         ) from error
 
@@ -400,62 +400,3 @@ def _widen(value: Any, dynamic: Mapping[int, str], name: str) -> Tensor:
     # torch marks the tensor itself as dynamic, and leaves it so; of a part of a tensor it would
     # keep the strides.
     return widened.detach().contiguous()
-
-
-_REMEDIES = (
-    (
-        ("data-dependent", "GuardOnDataDependent", "Could not guard",
-         "Could not extract specialized integer"),
-        "the model branches on the values of a tensor: compute both sides and choose with "
-        "torch.where, or use torch.cond",
-    ),
-    (
-        ("specialized", "Constraints violated", "ConstraintViolation", "marked as dynamic but"),
-        "the model fixes a size that was asked to be dynamic: leave that dimension out of "
-        "dynamic_shapes",
-    ),
-    (
-        ("shapes cannot be multiplied", "size mismatch", "must match the size", "same dtype",
-         "expected scalar type", "Expected input", "normalized_shape", "channels, but got",
-         "same reduction dim"),
-        "the example inputs do not fit the model: check their shapes and dtypes",
-    ),
-    (
-        ("missing a required argument", "positional argument", "unexpected keyword"),
-        "the example inputs are not the arguments of forward: check their number and names",
-    ),
-)  # fmt: skip
-
-
-def _explain(error: BaseException, module: torch.nn.Module) -> str:
-    text = f"{type(error).__name__}: {error}"
-    remedy = next(
-        (hint for words, hint in _REMEDIES if any(word in text for word in words)),
-        "try torch.export.export(model, inputs, strict=False) alone; "
-        "parts that it cannot capture must be rewritten in plain tensor operations",
-    )
-    where = _source_line(error)
-    return f"{type(module).__name__} does not export: {_first_line(error)}{where}; {remedy}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def _source_line(error: BaseException) -> str:
-    """The innermost frame of the user's model: outside torch and outside this package."""
-    frames: list[traceback.FrameSummary] = []
-    current: BaseException | None = error
-    while current is not None and not frames:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(current.__traceback__)
-            if "/torch/" not in frame.filename
-            and not frame.filename.startswith((str(Path(__file__).parent), "<"))
-        ]
-        current = current.__cause__ or current.__context__
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"

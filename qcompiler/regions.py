@@ -23,37 +23,23 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompiler.op_families import (
+    ADDS,
+    CONVS,
+    LINEAR,
+    MOVES,
+    MULS,
+    NORMS,
+    SCALE_INVARIANT,
+    SDPA,
+    SHAPE_KEEPING,
+    concrete,
+    concrete_shape,
+    keeps_last_axis,
+)
 from qcompiler.rewrite import Draft, evaluate, operand, place
 
 aten = torch.ops.aten
-
-NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-LINEAR = aten.linear.default
-CONVS = (aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
-ADDS = (aten.add.Tensor, aten.add_.Tensor)
-MULS = (aten.mul.Tensor, aten.mul_.Tensor)
-# Ops that only move elements (or keep them): run on channel numbers to follow the channels.
-MOVES = (
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default,
-    aten.contiguous.default, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.default, aten.expand.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.slice.Tensor, aten.select.int, aten.alias.default, aten.repeat_interleave.self_int,
-    aten.dropout.default, aten.detach.default, aten.t.default, aten._unsafe_view.default,
-    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
-)  # fmt: skip
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
-SCALE_INVARIANT = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default)
-SHAPE_KEEPING = (
-    aten.dropout.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-)
-RESHAPES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-    aten.flatten.using_ints, aten.unflatten.int,
-)  # fmt: skip
-SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -152,40 +138,6 @@ def _is_writer(draft: Draft, node: Node) -> bool:
     return node.target is aten.embedding.default and draft.is_constant(node.args[0])
 
 
-def _concrete(value: Any) -> Any:
-    """A node argument with sizes as plain integers (the example's, for dynamic ones)."""
-
-    def size(node: Node) -> Any:
-        found = node.meta["val"]
-        return _hint(found) if isinstance(found, torch.SymInt) else found
-
-    value = torch.fx.node.map_arg(value, size)
-    return torch.utils._pytree.tree_map(
-        lambda v: _hint(v) if isinstance(v, torch.SymInt) else v, value
-    )
-
-
-def _hint(size: Any) -> int:
-    return (
-        int(size.node.hint)
-        if isinstance(size, torch.SymInt) and size.node.hint is not None
-        else int(size)
-    )
-
-
-def keeps_last_axis(node: Node) -> bool:
-    """Whether a node is a reshape that leaves the rows along the last axis whole."""
-    if node.target not in RESHAPES:
-        return False
-    before: list[int] = concrete_shape(operand(node, 0))
-    return before[-1:] == concrete_shape(node)[-1:]
-
-
-def concrete_shape(node: Node) -> list[int]:
-    """The example's shape of a node's value."""
-    return [_hint(s) for s in node.meta["val"].shape]
-
-
 class _Walk:
     """One region while it grows.
 
@@ -279,12 +231,12 @@ def _rows(labels: Tensor) -> Tensor:
 
 
 def _move(walk: _Walk, labels: Tensor, user: Node) -> None:
-    rest = _concrete(user.args[1:])
+    rest = concrete(user.args[1:])
     try:
         moved = (
             labels
             if user.target in SHAPE_KEEPING
-            else evaluate(user, (labels.contiguous(), *rest), _concrete(user.kwargs))
+            else evaluate(user, (labels.contiguous(), *rest), concrete(user.kwargs))
         )
     except RuntimeError as error:
         return walk.block(user, f"{place(user)}: channels lost ({error})", labels)
@@ -405,49 +357,6 @@ def _attend(walk: _Walk, value: Node, labels: Tensor, user: Node) -> None:
         return walk.block(user, f"{place(user)} mixes channels along the sequence", labels)
     walk.region.attentions.append(Attention(user, _rows(labels)))
     return walk.add(user, row.expand(concrete_shape(user)))
-
-
-def merge_obstacle(draft: Draft, region: Region) -> str | None:
-    """Why the writers and readers of a region cannot take a per-channel factor, or None."""
-    if region.blockers:
-        return region.blockers[0].reason
-    if not region.readers:
-        return "nothing with weights reads it"
-    members = {r.node for r in region.readers}
-    for reader in region.readers:
-        if set(operand(reader.node, 1).users) - members:
-            return f"the weight of {place(reader.node)} has another reader"
-    for writer in region.writers:
-        position = (
-            0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
-        )
-        if set(operand(writer, position).users) - {writer}:
-            return f"the weight of {place(writer)} has another reader"
-    return None
-
-
-def scale_writer(draft: Draft, writer: Node, scale: Tensor, shift: Tensor) -> None:
-    """Let a writer produce (y − shift) / scale for its output y; both (channels,) float64."""
-    if writer.target is aten.embedding.default:
-        table = draft.constant(writer.args[0]).double()
-        draft.set_constant(writer.args[0], ((table - shift) / scale).float())
-        return
-    position = 2 if writer.target in NORMS else 1
-    weight = draft.constant(writer.args[position]).double()
-    shaped = scale.reshape([-1] + [1] * (weight.ndim - 1))
-    draft.set_constant(writer.args[position], (weight / shaped).float())
-    position += 1
-    if writer.target is aten.rms_norm.default:
-        assert not bool((shift != 0).any()), "an RMSNorm has no bias that could take a shift"
-        return
-    bias = writer.args[position] if len(writer.args) > position else None
-    if bias is None and not bool((shift != 0).any()):
-        return
-    old = draft.constant(bias).double() if isinstance(bias, Node) else torch.zeros_like(scale)
-    fresh = draft.add_constant(f"{writer.name}_bias", ((old - shift) / scale).float())
-    args = list(writer.args)
-    args[position : position + 1] = [fresh]
-    writer.args = tuple(args)
 
 
 def before_repeat(attention: Node, index: int) -> tuple[Node, int]:

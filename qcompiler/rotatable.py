@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.regions import LINEAR, NORMS, Reader, Region
+from qcompiler.op_families import LINEAR, NORMS
+from qcompiler.regions import Reader, Region
 from qcompiler.rewrite import Draft, operand, place
 
 aten = torch.ops.aten

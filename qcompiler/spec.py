@@ -1,14 +1,17 @@
-"""ModelSpec: what a user hands to the compiler."""
+"""ModelSpec: what a user hands to the compiler; and what is made one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcompiler.errors import InputError
+from qcompiler.program import Program
 
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 Batches = Callable[[], Iterable[Inputs]]
@@ -94,3 +97,44 @@ class ModelSpec:
     encode: Callable[[list[str]], Inputs] | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     generation: Generation | None = None
+
+
+def spec_for(
+    model: ModelSpec | torch.nn.Module | Program,
+    example_inputs: Inputs | None,
+    calibration: Batches | Iterable[Inputs] | None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None,
+) -> ModelSpec:
+    """A model, as `compile` takes it, with its data.
+
+    Raises:
+        InputError: a module without example inputs, or a saved program that brings none.
+    """
+    factory: Batches | None = None
+    if callable(calibration):
+        factory = calibration
+    elif calibration is not None:
+        kept = list(calibration)
+        factory = lambda: kept  # noqa: E731 - a factory is what ModelSpec takes
+    if isinstance(model, ModelSpec):
+        if factory is None:
+            return model
+        return replace(model, calibration=factory, held_out=None, calibration_note="")
+    if isinstance(model, Program):
+        example: Inputs = example_inputs if example_inputs is not None else _examples(model)
+        return ModelSpec("program", torch.nn.Identity(), example, dynamic_shapes or {}, factory)
+    if example_inputs is None:
+        raise InputError(
+            "example_inputs are needed to capture a module: a tuple of tensors, or a mapping by "
+            "name"
+        )
+    return ModelSpec(type(model).__name__, model, example_inputs, dynamic_shapes or {}, factory)
+
+
+def _examples(program: Program) -> Inputs:
+    """The example inputs that were saved with an exported program."""
+    saved = program.exported.example_inputs
+    if saved is None:
+        raise InputError("the saved program brings no example inputs; give --calibration")
+    args, kwargs = saved
+    return tuple(torch.utils._pytree.tree_leaves((args, kwargs)))

@@ -15,14 +15,15 @@ ROOT = Path(__file__).parents[1]
 # The core, lowest first. A module imports from its own level or below.
 LEVELS = (
     {"errors"},
-    {"qtype", "source", "hadamard", "audit", "generated", "gpu", "memory"},
+    {"qtype", "source", "hadamard", "audit", "generated", "gpu", "memory", "export_errors"},
     {"target", "cached", "format"},
     {"ops"},
     {"program"},
     {"rewrite"},
-    {"integer", "regions", "rotatable", "plan", "recipe", "spec"},
+    {"op_families"},
+    {"integer", "regions", "scaling", "rotatable", "plan", "recipe", "spec"},
     {"calibration", "hessian", "rounding", "stages", "journal", "divergence", "differentiable"},
-    {"outliers"},
+    {"outliers", "fitting"},
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
@@ -35,9 +36,9 @@ LEVELS = (
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {
-    "compiler", "mixed", "mixer", "costs", "workers", "deliver", "lowering", "cli", "cli_language",
-    "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists", "benching", "__init__",
-    "__main__",
+    "compiler", "steps", "mixed", "mixer", "costs", "workers", "deliver", "lowering", "cli",
+    "cli_language", "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists", "benching",
+    "__init__", "__main__",
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from qcompiler.passes.normalize import normalize
 from qcompiler.program import capture
-from qcompiler.regions import Region, channel_axis, find_regions, merge_obstacle, scale_writer
+from qcompiler.regions import Region, channel_axis, find_regions
 from qcompiler.rewrite import Draft
+from qcompiler.scaling import merge_obstacle, scale_writer
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
