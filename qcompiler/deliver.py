@@ -369,7 +369,7 @@ def machine() -> dict[str, Any]:
 
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:
-    found = list(manifest["audit"]["broken"])
+    found = [*manifest["audit"]["broken"], *manifest["mixed"].get("warnings", ())]
     slow = [row for row in manifest["latency"] if row["ratio"] > 1]
     found += [
         f"slower than the float model: {row['ratio']:.2f} times its time at {row['shape']}; "

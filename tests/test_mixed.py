@@ -73,6 +73,23 @@ def test_the_budget_is_kept_and_used(made: Any) -> None:
     assert {"greedy", "closed form", "integer program on kl"} <= labels
 
 
+def test_a_better_plan_outside_of_the_budget_is_named(tmp_path: Path) -> None:
+    """`ort:cpu` stores 3 bits in 4: fewer bits are no smaller there."""
+    formats = {"candidates": ("int3:g32:affine", "int4:g32")}
+    found = {}
+    for name, budget in (("bits", 3.5), ("size", 0.02)):
+        recipe = load_recipe("mixed", {**formats, name: budget})
+        made = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / name, study=tmp_path / "s")
+        warnings = [w for w in made.manifest["warnings"] if "loses less" in w]
+        found[name] = made.manifest["mixed"]["chosen"], warnings
+    (mixed, (told,)), (finer, none) = found["bits"], found["size"]
+    assert told.startswith("'all int4:g32' loses less than the chosen plan")
+    assert "ort:cpu" in told
+    assert not none
+    assert finer["bytes"] <= mixed["bytes"]
+    assert finer["loss"] < mixed["loss"]
+
+
 def test_the_artifact_has_the_chosen_formats(made: Any) -> None:
     mixed = made.manifest["mixed"]
     planned = {r["path"]: r["qtype"] for r in made.manifest["plan"] if r["site"].endswith("[1]")}
