@@ -46,7 +46,7 @@ def attention_by_tiles(calls: CudaCalls, g: Group, op: Op) -> None:
     writer.keep(op.out, writer.step("anchor", FLOAT))
     writer.members(g, calls.stored)
     expression = writer.expression()
-    tiles = choose_tiles(heads.batch * heads.heads, heads.queries, heads.size, gpu=calls.gpu)
+    tiles = choose_tiles(heads.queries, heads.size, gpu=calls.gpu)
     calls.launch(
         "flash_attention", op.label, (heads, tiles, expression),
         lambda name: flash_attention(name, writer.kernel_arguments(), heads, tiles, expression),

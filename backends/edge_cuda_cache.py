@@ -80,7 +80,7 @@ def attention_over_cache(calls: CudaCalls, g: Group, op: Op) -> None:
             written=2, also=(3, 4),
         )  # fmt: skip
         return
-    tiles = choose_tiles(heads, new, size, bits, calls.gpu)
+    tiles = choose_tiles(new, size, bits, calls.gpu)
     calls.launch(
         "prompt_attention", op.label, (sizes, tiles, values_of, expression),
         lambda name: prompt_attention(

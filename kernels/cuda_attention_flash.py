@@ -45,9 +45,9 @@ def flash_attention(
     h, size, keys, rows = heads, heads.size, tiles.keys, tiles.queries
     mask, log2 = h.mask, math.log2(math.e)
     blocks = (h.heads, -(-h.queries // rows), h.batch)
-    with cuda_kernel(name, arguments, blocks, tiles.threads, tiles.shared(size, 16)) as (
-        made, buffers, (head, block, member), thread, memory,
-    ):  # fmt: skip
+    with cuda_kernel(
+        name, arguments, blocks, tiles.threads, tiles.shared(size, 16), tiles.resident
+    ) as (made, buffers, (head, block, member), thread, memory):
         flash = Flash(tiles, size, h.scale * log2, thread, memory)
         at_tiles, tile_bytes, line = flash.at_tiles, flash.tile_bytes, flash.line
         lane, warp, columns = flash.lane, flash.warp, flash.columns

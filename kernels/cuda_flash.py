@@ -22,6 +22,7 @@ from qcompiler.kernels.cuda_device import DEVICE
 from qcompiler.kernels.cuda_prompt_device import NEVER, PROMPT
 
 ROWS = 16  # queries of a warp
+FEW = 64  # queries up to which blocks are of two warps, so that there are more of them
 PAD = 16  # bytes behind a row in shared memory: eight rows then lie in different banks
 
 DEVICE |= PROMPT
@@ -34,10 +35,12 @@ class Tiles:
     Attributes:
         warps: of a block, each with 16 queries.
         keys: of a tile, a multiple of 16.
+        resident: blocks that a processor must be able to hold at once; 0: the compiler chooses.
     """
 
     warps: int
     keys: int
+    resident: int = 0
 
     @property
     def queries(self) -> int:
@@ -61,11 +64,10 @@ class Tiles:
         return max(self.queries * line + tiles, self.queries * (size + 8) * 4)
 
 
-def choose_tiles(heads: int, queries: int, size: int, bits: int = 16, gpu: Gpu = HOPPER) -> Tiles:
-    """The largest blocks of which every processor gets one; else small ones.
+def choose_tiles(queries: int, size: int, bits: int = 16, gpu: Gpu = HOPPER) -> Tiles:
+    """Four warps, and as many blocks on a processor as their registers allow; else fewer.
 
     Args:
-        heads: of all texts.
         queries: of a head.
         size: of a head, a multiple of 16.
         bits: of a number of a key or value.
@@ -75,9 +77,10 @@ def choose_tiles(heads: int, queries: int, size: int, bits: int = 16, gpu: Gpu =
         UnsupportedError: if none fits into shared memory.
     """
     keys = 64 if size <= 128 else 32
-    for tiles in (Tiles(8, keys), Tiles(4, keys), Tiles(2, keys), Tiles(2, 16)):
-        many = heads * -(-queries // tiles.queries) >= gpu.processors
-        if tiles.shared(size, bits) <= gpu.shared and (many or tiles.warps == 2):
+    blocks = 3 if size <= 64 else 2 if size <= 128 else 1
+    for tiles in (Tiles(4, keys, blocks), Tiles(4, keys), Tiles(2, keys), Tiles(2, 16)):
+        fits = tiles.shared(size, bits) * max(tiles.resident, 1) <= gpu.shared
+        if fits and (queries > FEW or tiles.warps == 2):
             return tiles
     raise UnsupportedError(f"attention of heads of {size}: no GPU kernel has the room")
 

@@ -44,9 +44,9 @@ def prompt_attention(
     piece_bytes = 16 if raw % 16 == 0 else 8  # that are copied at once
     blocks = (sizes.heads, -(-sizes.new // rows))
     window = sizes.window if sizes.window > 0 else 1 << 30
-    with cuda_kernel(name, arguments, blocks, tiles.threads, tiles.shared(size, bits)) as (
-        made, buffers, (head, block), thread, memory,
-    ):  # fmt: skip
+    with cuda_kernel(
+        name, arguments, blocks, tiles.threads, tiles.shared(size, bits), tiles.resident
+    ) as (made, buffers, (head, block), thread, memory):
         caches, queries = buffers[:2], buffers[3]
         position = T.Cast("int32", buffers[2][0])
         position = T.min(T.max(position, T.int32(0)), T.int32(sizes.capacity - sizes.new))

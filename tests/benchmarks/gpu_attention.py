@@ -117,7 +117,7 @@ def kernel(case: Attention) -> tuple[Any, dict[str, int]]:
     if few:
         found = cuda_decode.attend(c.name, made, sizes, q, *sources, None, write)
     else:
-        tiles = choose_tiles(c.heads, c.new, c.size, c.bits)
+        tiles = choose_tiles(c.new, c.size, c.bits)
         found = cuda_prompt.prompt_attention(c.name, made, sizes, tiles, sources[1], write)
     return found, extra
 

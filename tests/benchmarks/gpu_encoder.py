@@ -103,7 +103,7 @@ def kernel(case: Encoder) -> tuple[Any, dict[str, int]]:
                        ((0, Access(len(given) - 1, "float32", 0, tuple(steps_out))),))  # fmt: skip
     heads = Heads(c.batch, c.heads, c.kv_heads, c.queries, c.keys, c.size, c.size, *accesses, mask,
                   c.size**-0.5, c.causal, c.merged)  # fmt: skip
-    tiles = choose_tiles(c.batch * c.heads, c.queries, c.size)
+    tiles = choose_tiles(c.queries, c.size)
     return flash_attention(c.name, given, heads, tiles, write), {}
 
 
