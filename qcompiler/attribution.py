@@ -17,45 +17,23 @@ so far, which knows neither residual paths nor activations.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler import ops
 from qcompiler.divergence import Divergence
 from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Batch, Program, unpadded
-from qcompiler.qtype import FLOATS, QType
-from qcompiler.rewrite import module_path, operand
+from qcompiler.qtype import QType
+from qcompiler.rewrite import module_path
+from qcompiler.sources import Site, Source, find_sources, float_biases, op_of, relative_error
 from qcompiler.stages import Function, Stages
 
-aten = torch.ops.aten
 CHANGES = 5  # changes of the plan that are measured
 EIGHT = 8
-
-
-@dataclass(frozen=True)
-class Source:
-    """One place that rounds.
-
-    Attributes:
-        node: the dequantize or round trip that its readers see.
-        path: module path of the first reader; of the attention for caches.
-        kind: "weight", "activation" or "kv cache".
-        format: of the integers.
-        readers: module paths of the layers that read it.
-    """
-
-    node: str
-    path: str
-    kind: str
-    format: str
-    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,17 +117,6 @@ class Attribution:
         return found
 
 
-@dataclass
-class _Site:
-    """A source with what bypasses it and what restores it."""
-
-    source: Source
-    start: Node  # the first node that is bypassed
-    bypass: dict[Node, Function]
-    readers: list[Node] = field(default_factory=list)
-    weight: Tensor | None = None  # float, of weights
-
-
 def attribute(
     floating: Program,
     quantized: Program,
@@ -182,9 +149,9 @@ def attribute(
         if node.name in names:
             clean[node.name].append(value)
 
-    reference = Divergence([floating.run(b, keep) for b in batches], masks, logits)
+    reference = Divergence((floating.run(b, keep) for b in batches), masks, logits)
     everything = {n: f for site in sites for n, f in site.bypass.items()}
-    biases = _float_biases(floating, layers)
+    biases = float_biases(floating, layers)
 
     def noise(seen: Mapping[str, list[Tensor]], name: str) -> float:
         rows = zip(seen[name], clean[name], masks, strict=True)
@@ -215,7 +182,7 @@ def attribute(
         for number, site in enumerate(sorted(sites, key=lambda s: index[s.start]), 1):
             say(f"source {number}/{len(sites)}")
             stages.advance(site.start)
-            restored: dict[Node, Function] = {n: _op(n) for n in site.bypass}
+            restored: dict[Node, Function] = {n: op_of(n) for n in site.bypass}
             readers = {n.name for n in site.readers}
             alone[site.source.node], seen = run(stages, restored, readers)
             for name in readers:
@@ -235,7 +202,7 @@ def attribute(
     rows, product = [], 1.0
     weights = {r.name: s for s in sites for r in s.readers if s.source.kind == "weight"}
     for node in layers:
-        product *= 1 + _relative_error(weights.get(node.name), quantized)
+        product *= 1 + relative_error(weights.get(node.name), quantized)
         weight, activation = (own.get((node.name, k), 0.0) for k in ("weight", "activation"))
         inherited = max(0.0, totals[node.name] - weight - activation)
         rows.append(
@@ -251,143 +218,10 @@ def attribute(
     )
 
 
-def _op(node: Node) -> Function:
-    function: Any = node.target
-    return function  # type: ignore[no-any-return]  # a call's target is its op
-
-
-def find_sources(floating: Program, quantized: Program) -> list[_Site]:
-    """Every place in `quantized` that rounds, in graph order."""
-    exact = {n.name: n for n in floating.exported.graph.nodes}
-    constants = floating.constants()
-    packed = quantized.constants()
-    tables = {
-        module_path(n): n for n in floating.exported.graph.nodes
-        if n.target is aten.embedding.default
-    }  # fmt: skip
-    found = []
-    for node in quantized.exported.graph.nodes:
-        if node.target is ops.cache_round_trip:
-            reader = next(iter(node.users), node)
-            source = Source(node.name, module_path(reader), "kv cache", str(node.args[1]))
-            found.append(_Site(source, node, {node: lambda x, _: x}))
-            continue
-        if node.target is not ops.dequantize:
-            continue
-        q = operand(node, 0)
-        readers = [n for n in node.users if n.target in (LINEAR, *CONVS) and n.name in exact]
-        paths = tuple(module_path(n) for n in readers)
-        if q.target is ops.quantize and q.name not in packed:
-            source = Source(node.name, _place(node, readers), "activation", _kind(q, packed), paths)
-            bypass: dict[Node, Function] = {q: lambda x, *_: x, node: lambda x, *_: x}
-            found.append(_Site(source, q, bypass, readers))
-        elif q.target is operator.getitem and q.args[0].target is ops.dynamic_quantize:
-            made = q.args[0]
-            source = Source(
-                node.name, _place(node, readers), "activation", str(made.args[1]), paths
-            )
-            bypass = {made: lambda x, _: (x, x, x), node: lambda x, *_: x}
-            found.append(_Site(source, made, bypass, readers))
-        elif q.target is aten.embedding.default:
-            table = tables.get(module_path(q))
-            if table is None or operand(table, 0).name not in constants:
-                continue
-            weight = constants[operand(table, 0).name]
-            element = _element(packed.get(operand(q, 0).name))
-            source = Source(node.name, module_path(q), "weight", f"{element}:channel", ())
-            bypass = {
-                q: lambda _, i, *rest, w=weight: aten.embedding.default(w, i),
-                node: lambda x, *_: x,
-            }
-            found.append(_Site(source, q, bypass))
-        else:
-            layer = next((n for n in readers if operand(n, 1) is node), None)
-            bias = next((n for n in readers if operand(n, 2) is node), None)
-            if bias is not None or layer is None:
-                continue  # an int32 bias is rounded a thousand times finer than what it is added to
-            weight = constants[operand(exact[layer.name], 1).name]
-            source = Source(
-                node.name, module_path(layer), "weight", _weight_kind(node, q, packed), paths
-            )
-            site = _Site(source, node, {node: lambda *_, w=weight: w}, [layer], weight)
-            found.append(site)
-    return found
-
-
-def _place(node: Node, readers: Sequence[Node]) -> str:
-    return module_path(readers[0]) if readers else module_path(node)
-
-
-def _element(stored: Any) -> str:
-    """The element of a constant that is stored unpacked; int8 where it is no float."""
-    dtype = getattr(stored, "dtype", None)
-    return next((name for name, known in FLOATS.items() if known == dtype), "int8")
-
-
-def _kind(q: Node, constants: Mapping[str, Any]) -> str:
-    """A static activation's format from its bounds, or that of its zero point."""
-    element = _element(constants.get(operand(q, 2).name))
-    if element in FLOATS:
-        return f"{element}:tensor"
-    low, high = int(q.args[5]), int(q.args[6])  # type: ignore[arg-type]  # integers by the schema
-    bits = (high - low + 1).bit_length() - (0 if low + high in (0,) else 1)
-    return f"{'uint' if low == 0 else 'int'}{bits}:tensor" + (":affine" if low == 0 else "")
-
-
-def _weight_kind(node: Node, q: Node, constants: Mapping[str, Any]) -> str:
-    element = str(q.args[1]) if q.target is ops.unpack else _element(constants.get(q.name))
-    group = int(operand(node, 4) or 0)
-    zero = constants.get(operand(node, 2).name)
-    affine = zero is not None and bool((zero != QType(element).middle).any())
-    return f"{element}:{f'g{group}' if group else 'channel'}{':affine' if affine else ''}"
-
-
-def _float_biases(floating: Program, layers: Sequence[Node]) -> dict[Node, Function]:
-    """Layers with the biases that they had before these were corrected."""
-    exact = {n.name: n for n in floating.exported.graph.nodes}
-    constants = floating.constants()
-    found: dict[Node, Function] = {}
-    for node in layers:
-        bias = operand(exact[node.name], 2)
-        value = constants.get(bias.name) if isinstance(bias, Node) else None
-        function: Any = node.target
-
-        def call(
-            x: Tensor, w: Tensor, b: Any = None, *rest: Any, f: Any = function, v: Any = value
-        ) -> Any:
-            return f(x, w, v, *rest)
-
-        found[node] = call
-    return found
-
-
-def _relative_error(site: _Site | None, quantized: Program) -> float:
-    """‖Ŵ − W‖ / ‖W‖ of a layer's weight; 0 where it is float."""
-    if site is None or site.weight is None:
-        return 0.0
-    got = _dequantized(site.start, quantized)
-    return float((got - site.weight).double().norm() / site.weight.double().norm().clamp(min=1e-30))
-
-
-def _dequantized(node: Node, program: Program) -> Tensor:
-    """The weight that a dequantize of constants gives."""
-    constants = program.constants()
-
-    def value(source: Any) -> Any:
-        if not isinstance(source, Node):
-            return source
-        if source.name in constants:
-            return constants[source.name]
-        return _op(source)(*map(value, source.args))
-
-    result: Tensor = value(node)
-    return result
-
-
 def _changes(
     quantized: Program,
     batches: Sequence[Batch],
-    ranked: Sequence[_Site],
+    ranked: Sequence[Site],
     alone: Mapping[str, float],
     total: float,
     reference: Divergence,
@@ -417,7 +251,7 @@ def _changes(
     return sorted(found, key=lambda change: -change.measured), gains
 
 
-def _finer(site: _Site) -> tuple[QType, Function] | None:
+def _finer(site: Site) -> tuple[QType, Function] | None:
     """A weight below 8 bits in 8, rounded to nearest."""
     if site.weight is None or site.source.kind != "weight":
         return None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qcompiler import ops
-from qcompiler.attribution import Attribution, _float_settings, attribute, find_sources
+from qcompiler.attribution import Attribution, _float_settings, attribute
 from qcompiler.compiler import Compiled, compile, quantize
 from qcompiler.data import Data
 from qcompiler.explaining import explain
@@ -21,6 +21,7 @@ from qcompiler.plan import Plan
 from qcompiler.program import Program
 from qcompiler.recipe import load_recipe
 from qcompiler.rewrite import Draft, rewrite
+from qcompiler.sources import find_sources
 from qcompiler.stages import Stages
 from qcompiler.target import Target
 

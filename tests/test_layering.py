@@ -30,7 +30,7 @@ LEVELS = (
     {"mixed_report", "figures"},
     {"distributions"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
-    {"attribution"},
+    {"attribution", "sources"},
     {"explaining"},
     {"language", "language_bench"},
 )

@@ -1,6 +1,6 @@
 """Cycles counted from generated code beside the time that the same code takes here.
 
-    python tests/benchmarks/counted.py [--target tvm:x86-64-v3]
+    python tests/benchmarks/counted.py [--target tvm:x86-64-v3] [--realtime]
 
 What `--latency` estimates for machines that are not here, checked on one that is: linears in every
 format, alone (`qcompiler.costs.micro`), and their counted cycles. Printed are the rank correlation,
@@ -14,7 +14,9 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import measure
 import torch
 from torch import nn
 
@@ -48,7 +50,16 @@ def ranks(values: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="tvm:native")
-    target = Target.parse(parser.parse_args().target)
+    parser.add_argument("--realtime", action="store_true", help="see minilm.py; about 10 seconds")
+    given = parser.parse_args()
+    target = Target.parse(given.target)
+    turns = costs.interleave
+
+    def ahead(*args: Any) -> Any:
+        with measure.ahead(given.realtime):
+            return turns(*args)
+
+    costs.interleave = ahead
     formats = [f for f in FORMATS if f != "bfloat16" or target.multiplies_bfloat16]
     with tempfile.TemporaryDirectory() as folder:
         timed = costs.micro(target, SHAPES, formats, ROWS, Path(folder), lambda text: None)
