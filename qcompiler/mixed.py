@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from qcompiler import allocation, costs, figures
+from qcompiler import allocation, choosing, costs, figures
 from qcompiler.allocation import Choice
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import NARROW, Format
@@ -126,9 +126,9 @@ def choose(mixer: Mixer) -> tuple[Recipe, dict[str, Any]]:
         limits.append(mixer.size_limit(recipe.size))
     if recipe.max_loss is not None:
         allowed = math.log1p(recipe.max_loss) if mixer.settings.logits else 0.5 * recipe.max_loss
-        best, tried = mixer.within(allowed, allocation.size)
+        best, tried = choosing.within(mixer, allowed, allocation.size)
     else:
-        best, tried = mixer.best(limits)
+        best, tried = choosing.best(mixer, limits)
     return recipe_of(mixer, best), _finish(mixer, study, tried, best)
 
 
@@ -144,8 +144,8 @@ def _finish(
     mixer: Mixer, study: Study, tried: Sequence[Point], best: Point | None = None
 ) -> dict[str, Any]:
     """Measure the fronts, write them and their figures; what the manifest says."""
-    uniform, front = mixer.measure(mixer.uniform_choices()), mixer.front()
-    of_time = mixer.front_of_time() if mixer.timed is not None else []
+    uniform, front = mixer.measure(choosing.uniform_choices(mixer)), choosing.front(mixer)
+    of_time = choosing.front_of_time(mixer) if mixer.timed is not None else []
     write(mixer, front, best, of_time)
     described = describe(mixer, study, tried, uniform, front, best)
     described["front_of_time"] = [_row(point) for point in of_time]

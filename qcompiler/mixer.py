@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.fx import Node
 
 from qcompiler import allocation, costs
 from qcompiler.allocation import Choice, Limit
@@ -31,14 +31,10 @@ from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import module_path, operand
 from qcompiler.stages import Function, Stages
-from qcompiler.study import MEASURES, Findings, Settings, Study
+from qcompiler.study import Findings, Settings, Study
 from qcompiler.target import Target
 from qcompiler.workers import Task, measure_in_processes
 
-POINTS = 13  # budgets of the Pareto front
-TRIALS = 10  # neighbours of a chosen plan that are measured as well, at each descent
-DESCENTS = 3  # at most, from the best plan to a better neighbour
-SEARCH = 6  # plans that are measured to find the cheapest within a loss
 TOKENS, SAMPLES = 256, 16  # of the data that each option of each unit is tried on
 JUDGED = 4  # times as much for whole plans: on little data the best of many is a matter of luck
 
@@ -106,6 +102,7 @@ class Mixer:
         self.folder, self.say, self.jobs, self.ray = folder, say, jobs, ray
         self.buckets = buckets
         self.timed: dict[str, float] | None = None
+        self._losses: dict[tuple[str, ...], float] = {}  # of plans that ran, by their formats
         self.formats = [Format.parse(text) for text in recipe.candidates]
         batches = list(data.calibration())
         trials = _trials(batches)
@@ -126,7 +123,7 @@ class Mixer:
             for source in node.all_input_nodes:
                 readers[source.name] = readers.get(source.name, 0) + 1
 
-        def fixed(node: torch.fx.Node) -> bool:
+        def fixed(node: Node) -> bool:
             weight = operand(node, 1).name
             named = recipe.format_of(module_path(node), node.name) != recipe.format
             kept = any(
@@ -269,30 +266,35 @@ class Mixer:
 
     def measure(self, choices: Mapping[str, Choice]) -> list[Point]:
         """Run plans end to end, all units quantized together, on more data than the study's."""
-        trials = self.judged
+        logits = self.settings.logits
         masks = [dict(zip(self.program.inputs, b, strict=True)).get(self.settings.mask)
-                 for b in trials]  # fmt: skip
-        nodes = {n.name: n for n in self.program.exported.graph.nodes}
+                 for b in self.judged]  # fmt: skip
         objective = allocation.measure("kl")
         points = []
-        with Stages(self.program, trials, outputs=1 if self.settings.logits else None) as stages:
-            reference = Divergence(stages.outputs(), masks, self.settings.logits)
+        with Stages(self.program, self.judged, outputs=1 if logits else None) as stages:
+            reference: Divergence | None = None
             for label, choice in choices.items():
-                functions = {}
-                for index, (unit, chosen) in enumerate(zip(self.units, choice, strict=True)):
-                    option = unit.options[chosen]
-                    if option.format == "float":
-                        continue
-                    weights = self.findings.weights(index)[option.format]
-                    wanted = Format.parse(option.format)
-                    fixed = wanted.activation is not None and not wanted.activation.dynamic
-                    ranges = self.findings.ranges(index) if fixed else {}
-                    reach = ranges.get(str(wanted.activation))
-                    for name, weight in zip(unit.nodes, weights, strict=True):
-                        functions[nodes[name]] = _late(weight, wanted, reach)
-                loss = reference(stages.outputs(functions))
-                points.append(self.point(label, choice, loss, objective))
+                plan = tuple(u.options[i].format for u, i in zip(self.units, choice, strict=True))
+                if plan not in self._losses:
+                    reference = reference or Divergence(stages.outputs(), masks, logits)
+                    self._losses[plan] = reference(stages.outputs(self._functions(plan)))
+                points.append(self.point(label, choice, self._losses[plan], objective))
         return points
+
+    def _functions(self, plan: Sequence[str]) -> dict[Node, Function]:
+        """What is computed in place of the layers, each unit in its format."""
+        nodes = {n.name: n for n in self.program.exported.graph.nodes}
+        functions: dict[Node, Function] = {}
+        for index, (unit, text) in enumerate(zip(self.units, plan, strict=True)):
+            if text == "float":
+                continue
+            wanted = Format.parse(text)
+            fixed = wanted.activation is not None and not wanted.activation.dynamic
+            ranges = self.findings.ranges(index) if fixed else {}
+            weights = self.findings.weights(index)[text]
+            for name, weight in zip(unit.nodes, weights, strict=True):
+                functions[nodes[name]] = _late(weight, wanted, ranges.get(str(wanted.activation)))
+        return functions
 
     def point(self, label: str, choice: Choice, loss: float, objective: allocation.Cost) -> Point:
         """A measured plan with its costs."""
@@ -321,114 +323,6 @@ class Mixer:
         """Bytes of the units' weights, scales included."""
         return Limit("MB of weights", lambda u, o: o.bytes / 1e6, megabytes)
 
-    def propose(self, limits: Sequence[Limit]) -> dict[str, Choice]:
-        """Plans within the limits: one for each measure, and the two baselines for the first."""
-        found: dict[str, Choice] = {}
-        for name in MEASURES:
-            found[f"integer program on {name}"] = allocation.solve(
-                self.units, allocation.measure(name), limits
-            )
-        for label, choice in self.uniform_choices().items():
-            kept = (
-                allocation.total(self.units, choice, x.cost) <= x.limit * (1 + 1e-9) for x in limits
-            )
-            if all(kept):
-                found[label] = choice
-        if len(limits) == 1:
-            found["greedy"] = allocation.greedy(self.units, allocation.measure("kl"), limits[0])
-            noise = allocation.noise_weights(self.units)
-            found["closed form"] = allocation.closed_form(self.units, limits[0], noise)
-        return found
-
-    def best(self, limits: Sequence[Limit]) -> tuple[Point, list[Point]]:
-        """The plan with the least measured loss within the limits, and all that were measured."""
-        self.say("measure plans")
-        points = self.measure(self.propose(limits))
-        best = min(points, key=lambda p: p.loss)
-        for _ in range(DESCENTS):
-            tried = {p.choice for p in points}
-            near = allocation.neighbours(self.units, best.choice, allocation.measure("kl"), limits)
-            fresh = [choice for choice in near if choice not in tried][:TRIALS]
-            points += self.measure({f"{best.label}, changed ({i})": c for i, c in enumerate(fresh)})
-            better = min(points, key=lambda p: p.loss)
-            if better.loss >= best.loss:
-                break
-            best = better
-        return best, points
-
-    def within(self, loss: float, cost: allocation.Cost) -> tuple[Point, list[Point]]:
-        """The cheapest plan whose measured loss is at most `loss`.
-
-        The additive model proposes; where its plan loses more than it says, it is asked for less.
-
-        Raises:
-            InputError: no plan loses so little; says what the finest formats lose.
-        """
-        self.say("measure plans")
-        points: list[Point] = []
-        best: Point | None = None
-        low, high = 0.0, loss * 4  # of the additive model
-        asked = loss
-        for step in range(SEARCH):
-            limit = Limit("loss", allocation.measure("kl"), asked)
-            choice = allocation.solve(self.units, cost, [limit])
-            (point,) = self.measure({f"additive loss {asked:.3g}": choice})
-            points.append(point)
-            if point.loss <= loss:
-                low = asked
-                cheaper = best is None or allocation.total(
-                    self.units, choice, cost
-                ) < allocation.total(self.units, best.choice, cost)
-                best = point if cheaper else best
-            else:
-                high = asked
-            asked = min(asked * loss / max(point.loss, 1e-30), high) if step == 0 else 0.0
-            if not low < asked < high:
-                asked = (low + high) / 2
-        if best is None:
-            raise InputError(
-                f"max_loss: {loss:.3g} cannot be kept; the closest plan that was measured loses "
-                f"{min(p.loss for p in points):.3g}: allow more, or add finer --set candidates="
-            )
-        return best, points
-
-    def uniform_choices(self) -> dict[str, Choice]:
-        """Every format for all units; those that do not have it stay float."""
-        found: dict[str, Choice] = {}
-        for wanted in map(str, self.formats):
-            texts = [[o.format for o in unit.options] for unit in self.units]
-            found[f"all {wanted}"] = tuple(
-                t.index(wanted if wanted in t else "float") for t in texts
-            )
-        return found
-
-    def front(self) -> list[Point]:
-        """Measured plans between the fewest and the most bits, evenly spaced."""
-        self.say("Pareto front")
-        least = min(o.bits for u in self.units for o in u.options)
-        most = max(o.bits for u in self.units for o in u.options if o.format != "float")
-        choices: dict[str, Choice] = {}
-        for step in range(POINTS):
-            wanted = least + (most - least) * step / (POINTS - 1)
-            choices[f"{wanted:.2f} bits"] = allocation.solve(
-                self.units, allocation.measure("kl"), [self.bits_limit(wanted)]
-            )
-        return self.measure(choices)
-
-    def front_of_time(self) -> list[Point]:
-        """Measured plans between the fastest and the slowest, evenly spaced in time."""
-        self.say("Pareto front of time")
-        cost = self.latency_limit(1.0).cost
-        ends = [[cost(u, o) for o in u.options] for u in self.units]
-        least, most = sum(map(min, ends)), sum(map(max, ends))
-        choices: dict[str, Choice] = {}
-        for step in range(POINTS):
-            wanted = least + (most - least) * step / (POINTS - 1)
-            choices[f"{wanted:.2f} of the time"] = allocation.solve(
-                self.units, allocation.measure("kl"), [self.latency_limit(wanted * (1 + 1e-9))]
-            )
-        return self.measure(choices)
-
 
 def _late(
     weight: Callable[[], Tensor], wanted: Format, reach: tuple[float, float] | None
@@ -441,7 +335,7 @@ def _late(
     return run
 
 
-def _matches(pattern: str, node: torch.fx.Node) -> bool:
+def _matches(pattern: str, node: Node) -> bool:
     return fnmatch(module_path(node), pattern)
 
 

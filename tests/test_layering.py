@@ -36,9 +36,9 @@ LEVELS = (
 )
 # They know the order of the passes and the names of the backends; nothing else does.
 DRIVERS = {
-    "compiler", "steps", "mixed", "mixer", "costs", "workers", "deliver", "lowering", "cli",
-    "cli_language", "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists", "benching",
-    "__init__", "__main__",
+    "compiler", "steps", "mixed", "mixer", "choosing", "costs", "workers", "deliver", "lowering",
+    "cli", "cli_language", "cli_mixed", "cli_app", "cli_compile", "cli_artifact", "cli_lists",
+    "benching", "__init__", "__main__",
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
