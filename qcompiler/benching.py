@@ -17,10 +17,10 @@ import torch
 from qcompiler import language_bench
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
-from qcompiler.deliver import machine
 from qcompiler.errors import InputError
 from qcompiler.generation import Runtime, runtime, settings_of
 from qcompiler.lowering import Progress, Run, model_size
+from qcompiler.manifest import machine
 from qcompiler.verify import compare
 
 T = TypeVar("T")

@@ -17,9 +17,10 @@ from qcompiler import mixed
 from qcompiler.artifact import Artifact
 from qcompiler.benching import bench
 from qcompiler.data import Data
-from qcompiler.deliver import Compiled, Progress, deliver, verify
+from qcompiler.deliver import Progress, deliver, verify
 from qcompiler.distributions import distributions
 from qcompiler.errors import UnsupportedError
+from qcompiler.manifest import Compiled
 from qcompiler.memory import release
 from qcompiler.mixer import Mixer
 from qcompiler.observe import Statistics, observe

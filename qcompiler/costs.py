@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from qcompiler import artifact as artifacts
 from qcompiler.bench import interleave
-from qcompiler.deliver import machine
 from qcompiler.format import Format
 from qcompiler.lowering import generator
+from qcompiler.manifest import machine
 from qcompiler.outliers import NARROWEST
 from qcompiler.passes.allocate import allocate
 from qcompiler.passes.insert_qdq import insert_qdq

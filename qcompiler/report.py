@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from qcompiler import charts, findings, mixed_report
+from qcompiler import charts, findings, mixed_report, report_formats
 from qcompiler.charts import Bar
 from qcompiler.findings import count, decibels, milliseconds, number, place, size
 from qcompiler.page import Html, code, document, folded, join, pill, section, table, tag
-
-FOLD = 14  # rows beyond which a table is folded
-PLACES = 8  # places of one refusal beyond which they are folded
 
 QUANTIZATION = (
     "The artifact, as it runs, beside the model as it was captured, in float: what quantizing "
@@ -21,20 +18,6 @@ LOWERING = (
     "The artifact, as it runs, beside the quantized program computed step by step: what the "
     "runtime's kernels add. It should be rounding only; a low value here is a fault of the "
     "lowering and says nothing about the number formats."
-)
-RANGES = (
-    "Each box is the spread of the channels' largest magnitudes in one tensor: quartiles, median, "
-    "smallest and largest channel. A tensor has one scale, so one long whisker to the right "
-    "takes resolution from all other channels. Smoothing moves such channels into the weights."
-)
-RUN_TIME = (
-    "The ranges of {} are taken at run time and were not measured: of those only what smoothing "
-    "looked at is shown, its outcome computed from its factors."
-)
-VALUES = (
-    "Weights, and activations on one held-out batch, those first of which most values moved by "
-    "more than half a bin. Heights are logarithms of counts, so that the tails can be seen; the "
-    "bins span what there was before."
 )
 KERNELS = {"integer": "good", "float": "mild", "weights only": "plain", "bfloat16": "plain"}
 
@@ -51,13 +34,13 @@ def render(manifest: Mapping[str, Any]) -> str:
     """
     parts = [
         ("passes", "Passes", _passes(manifest)),
-        ("layers", "Error by layer", _sites(manifest)),
-        ("ranges", "Activation ranges", _ranges(manifest)),
-        ("distributions", "Values before and after", _distributions(manifest)),
+        ("layers", "Error by layer", report_formats.sites(manifest)),
+        ("ranges", "Activation ranges", report_formats.ranges(manifest)),
+        ("distributions", "Values before and after", report_formats.distributions(manifest)),
         ("speed", "Size and latency", _speed(manifest)),
         ("audit", "Fusion audit", _audit(manifest)),
         ("errors", "Errors", _errors(manifest)),
-        ("smoothing", "Smoothing", _smoothing(manifest)),
+        ("smoothing", "Smoothing", report_formats.smoothing(manifest)),
         (
             "mixed",
             "Mixed precision",
@@ -68,8 +51,8 @@ def render(manifest: Mapping[str, Any]) -> str:
             "Where the error comes from",
             mixed_report.account(manifest.get("explanation", {})),
         ),
-        ("plan", "Plan", _plan(manifest)),
-        ("refusals", "Refusals", _refusals(manifest)),
+        ("plan", "Plan", report_formats.plan(manifest)),
+        ("refusals", "Refusals", report_formats.refusals(manifest)),
         ("origin", "How it was made", _origin(manifest)),
     ]
     present = [(anchor, title, content) for anchor, title, content in parts if content]
@@ -211,43 +194,6 @@ def _passes(manifest: Mapping[str, Any]) -> Html | None:
     )
 
 
-def _sites(manifest: Mapping[str, Any]) -> Html | None:
-    sites = manifest.get("sites")
-    if not sites:
-        return None
-    rows = [[i + 1, code(place(s)), decibels(s["sqnr_db"])] for i, s in enumerate(sites)]
-    lead = (
-        "SQNR of each layer's output on held-out data, higher is better. It holds the layer's own "
-        "error and what it inherits from the layers before it."
-    )
-    return join(
-        [
-            tag("p", lead, class_="soft"),
-            tag("figure", charts.layers(sites)),
-            folded("All layers", table(["#", "Layer", "SQNR"], rows, "layers", "n-n")),
-        ]
-    )
-
-
-def _ranges(manifest: Mapping[str, Any]) -> Html | None:
-    rows = [row for row in manifest.get("ranges") or [] if row.get("before") or row.get("after")]
-    if not rows:
-        return None
-    colours = {"pale": "before smoothing", "mark": "after, as quantized"}
-    figure = tag("figure", charts.legend(colours), charts.ranges(rows))
-    unseen = int(manifest.get("unobserved") or 0)
-    lead = RANGES + (f" {RUN_TIME.format(count(unseen, 'tensor'))}" if unseen else "")
-    return join([tag("p", lead, class_="soft"), figure])
-
-
-def _distributions(manifest: Mapping[str, Any]) -> Html | None:
-    rows = manifest.get("distributions")
-    if not rows:
-        return None
-    legends = charts.legend({"pale": "in float", "mark": "as quantized"})
-    return join([tag("p", VALUES, class_="soft"), tag("figure", legends, charts.histograms(rows))])
-
-
 def _speed(manifest: Mapping[str, Any]) -> Html | None:
     parts: list[Html] = []
     sizes = manifest.get("size")
@@ -332,7 +278,7 @@ def _audit(manifest: Mapping[str, Any]) -> Html | None:
     # What needs attention comes first: the layers are in graph order within each group.
     notable = [row for row in rows if row[3]]
     full = table(["Layer", "Operator", "Kernel", "Why"], rows, "layers and their kernels")
-    if len(rows) > FOLD:
+    if len(rows) > report_formats.FOLD:
         attention = (
             table(["Layer", "Operator", "Kernel", "Why"], notable, "layers not on integer kernels")
             if notable
@@ -383,77 +329,6 @@ def _errors(manifest: Mapping[str, Any]) -> Html | None:
         head = ["Metric", "Float", "Quantized"]
         parts += [tag("h3", "The task's metric"), table(head, [row], "metric", "-nn")]
     return join(parts)
-
-
-def _fold_long(rows: Sequence[Sequence[Any]], title: str, inner: Html) -> Html:
-    return folded(title, inner) if len(rows) > FOLD else inner
-
-
-def _smoothing(manifest: Mapping[str, Any]) -> Html | None:
-    factors = manifest.get("smoothing")
-    if not factors:
-        return None
-    rows = [
-        [
-            code(place(f)),
-            f["method"],
-            f"{f['gain_db']:+.2f} dB",
-            "merged into the layer before" if f["merged"] else "one multiplication",
-        ]
-        for f in factors
-    ]
-    merged = sum(bool(f["merged"]) for f in factors)
-    lead = (
-        f"{count(len(rows), 'tensor')} smoothed: {merged} at no cost, {len(rows) - merged} by a "
-        "multiplication. The gain is that in the SQNR of the tensor's readers."
-    )
-    body = table(["Tensor", "Method", "Gain", "How"], rows, "smoothing", "--n-")
-    return join([tag("p", lead, class_="soft"), _fold_long(rows, "All smoothed tensors", body)])
-
-
-def _plan(manifest: Mapping[str, Any]) -> Html | None:
-    plan = manifest.get("plan")
-    if not plan:
-        return None
-    formats: dict[str, int] = {}
-    rows = []
-    for entry in plan:
-        formats[entry["qtype"]] = formats.get(entry["qtype"], 0) + 1
-        ranges = [number(entry.get("low")), number(entry.get("high"))]
-        rows.append(
-            [code(entry["site"]), code(entry.get("path") or ""), code(entry["qtype"]), *ranges]
-        )
-    lead = ["Which tensor use gets which number format: "]
-    for index, (name, uses) in enumerate(formats.items()):
-        lead += [", " if index else "", tag("code", name), f" {count(uses, 'time')}"]
-    body = table(["Site", "Layer", "Format", "Low", "High"], rows, "plan", "---nn")
-    return join([tag("p", *lead, ".", class_="soft"), folded(f"All {len(rows)} entries", body)])
-
-
-def _reasons(groups: Sequence[tuple[str, Sequence[str]]]) -> Html:
-    parts = []
-    for reason, places in groups:
-        named = join(part for p in places for part in (code(p), ", "))
-        listed = tag("div", Html(named.removesuffix(", ")), class_="where")
-        if len(places) > PLACES:
-            listed = folded(count(len(places), "place"), listed)
-        times = pill(f"{len(places)} ×", "plain") if len(places) > 1 else None
-        title = tag("p", reason, " " if times else None, times)
-        parts.append(tag("div", title, listed, class_="reason"))
-    return join(parts)
-
-
-def _refusals(manifest: Mapping[str, Any]) -> Html | None:
-    parts: list[Html] = []
-    if manifest.get("refusals"):
-        kept = findings.grouped(manifest["refusals"])
-        parts += [tag("h3", "By the plan"), _reasons(kept)]
-    for name, groups in findings.passes_refusals(manifest):
-        parts += [tag("h3", "By ", code(name)), _reasons(groups)]
-    if not parts:
-        return tag("p", "Nothing was refused.", class_="soft") if "history" in manifest else None
-    lead = "What was not done, and why."
-    return join([tag("p", lead, class_="soft"), *parts])
 
 
 def _origin(manifest: Mapping[str, Any]) -> Html:

@@ -12,7 +12,7 @@ import torch
 from qcompiler.backends import ort
 from qcompiler.compiler import quantize
 from qcompiler.data import Data
-from qcompiler.deliver import Compiled
+from qcompiler.manifest import Compiled
 from qcompiler.models.families import FAMILIES, build
 from qcompiler.program import Program, capture
 from qcompiler.recipe import load_recipe

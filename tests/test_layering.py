@@ -27,10 +27,10 @@ LEVELS = (
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},
-    {"mixed_report", "figures"},
+    {"mixed_report", "figures", "report_formats"},
     {"distributions"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
-    {"attribution", "sources"},
+    {"attribution", "manifest", "sources"},
     {"explaining"},
     {"language", "language_bench"},
 )

@@ -19,10 +19,10 @@ from qcompiler import ops
 from qcompiler.backends import ort, ort_audit
 from qcompiler.compiler import quantize
 from qcompiler.data import Data
-from qcompiler.deliver import Compiled
 from qcompiler.errors import UnsupportedError
 from qcompiler.hadamard import randomized
 from qcompiler.lowering import integer_layers
+from qcompiler.manifest import Compiled
 from qcompiler.models import ZOO
 from qcompiler.passes.fuse_attention import fuse_attention
 from qcompiler.passes.normalize import normalize

@@ -26,7 +26,7 @@ from minilm import ROOT, numbers
 from numpy.typing import NDArray
 from peers import Candidate, Feeds
 
-from qcompiler.deliver import machine
+from qcompiler.manifest import machine
 
 BUILD = ROOT / "build" / "bench" / "efficientnet"
 IMAGES = Path("vision/imagenet-sample-256")

@@ -37,7 +37,7 @@ from measure import (
 from numpy.typing import NDArray
 from peers import Candidate, Feeds
 
-from qcompiler.deliver import machine
+from qcompiler.manifest import machine
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
 
