@@ -21,7 +21,7 @@ from qcompiler.deliver import Progress, deliver, verify
 from qcompiler.distributions import distributions
 from qcompiler.errors import UnsupportedError
 from qcompiler.manifest import Compiled
-from qcompiler.memory import release
+from qcompiler.memory import Sampler, release
 from qcompiler.mixer import Mixer
 from qcompiler.observe import Statistics, observe
 from qcompiler.op_families import CONVS, LINEAR
@@ -129,7 +129,7 @@ def compile(
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
     out = Path(out)
-    with artifacts.writing(out, force) as folder:
+    with artifacts.writing(out, force) as folder, say:
         say("capture")
         program = model if isinstance(model, Program) else capture(
             spec.module, spec.example_inputs, spec.dynamic_shapes
@@ -138,7 +138,7 @@ def compile(
         journal = out.with_name(f"{out.name}.journal") if resume else None
         kept = Path(study) if study is not None else out.with_name(f"{out.name}.study")
         compiled = quantize(program, data, recipe, target, say, journal, kept, jobs, ray, buckets)
-        compiled.seconds = say.seconds
+        compiled.seconds, compiled.memory = say.seconds, say.memory
         deliver(folder, spec, compiled, data, compiled.recipe, target, buckets or {}, say, command)
     if journal is not None:
         shutil.rmtree(journal, ignore_errors=True)
@@ -146,16 +146,26 @@ def compile(
 
 
 class _Clock:
-    """Passes the steps' names on and keeps how long each took, in seconds."""
+    """Passes the steps' names on; keeps how long each took, in seconds, and its most bytes held."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+        self._sampler = Sampler()
         self._step, self._since = "start", time.perf_counter()
+
+    def __enter__(self) -> _Clock:
+        self._sampler.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sampler.__exit__()
 
     def __call__(self, step: str) -> None:
         now = time.perf_counter()
         self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
+        self.memory[self._step] = max(self.memory.get(self._step, 0), self._sampler.take())
         self._step, self._since = step, now
         release()
         if self.progress is not None:

@@ -25,7 +25,8 @@ from qcompiler.data import Data
 from qcompiler.errors import VerifyError
 from qcompiler.findings import INNER
 from qcompiler.lowering import Job, Run, integer_layers, lower
-from qcompiler.manifest import Compiled, manifest_of, peak_memory
+from qcompiler.manifest import Compiled, manifest_of
+from qcompiler.memory import peak_memory
 from qcompiler.op_families import LINEAR
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe

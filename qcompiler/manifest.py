@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,7 +38,8 @@ class Compiled:
         sites: SQNR in dB of each layer's output on held-out batches.
         distributions: histograms of the plan's sites before and after quantization.
         choice: how the formats were chosen, for the report; empty without a budget.
-        seconds: wall time of the phases.
+        seconds: wall time of the steps.
+        memory: bytes that the process held at most in each step, its mapped files included.
     """
 
     source: Program
@@ -55,6 +55,7 @@ class Compiled:
     distributions: Mapping[Site, Distribution] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 def manifest_of(
@@ -129,6 +130,7 @@ def manifest_of(
         "distributions": described(compiled.distributions, compiled.floating, compiled.plan),
         "mixed": dict(compiled.choice),
         "seconds": compiled.seconds,
+        "memory": compiled.memory,
     }  # fmt: skip
 
 
@@ -184,16 +186,6 @@ def _origin(compiled: Compiled, name: str) -> str:
         if str(node.target) == "aten.mul.Tensor" and isinstance(first, torch.fx.Node)
         else name
     )
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process has held at most; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine() -> dict[str, Any]:

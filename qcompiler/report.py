@@ -182,14 +182,17 @@ def _passes(manifest: Mapping[str, Any]) -> Html | None:
         "rounding explains."
     )
     head = ["Pass", "Claim", "Residual", "Bound", "", "What it did", "Refusals", "Time"]
-    steps = [[name, findings.seconds(value)] for name, value in manifest.get("seconds", {}).items()]
+    held = manifest.get("memory", {})
+    steps = [
+        [name, findings.seconds(value), size(held[name]) if held.get(name) else ""]
+        for name, value in manifest.get("seconds", {}).items()
+    ]
+    step_table = table(["Step", "Time", "Memory, at most"], steps, "steps", "-nn")
     return join(
         [
             tag("p", lead, class_="soft"),
             table(head, rows, "passes", "--nn--nn"),
-            folded("Time of each step", table(["Step", "Time"], steps, "steps", "-n"))
-            if steps
-            else None,
+            folded("Time and memory of each step", step_table) if steps else None,
         ]
     )
 
@@ -275,10 +278,17 @@ def _audit(manifest: Mapping[str, Any]) -> Html | None:
         "What the runtime really runs, read from its optimised graph: every matrix product and "
         "convolution, with the reason where its kernel is not integer."
     )
-    # What needs attention comes first: the layers are in graph order within each group.
-    notable = [row for row in rows if row[3]]
     full = table(["Layer", "Operator", "Kernel", "Why"], rows, "layers and their kernels")
     if len(rows) > report_formats.FOLD:
+        # What needs attention comes first, layers with one reason together, in graph order.
+        alike: dict[tuple[str, str, str], list[list[Any]]] = {}
+        for layer, row in zip(audit.get("layers", []), rows, strict=True):
+            if row[3]:
+                alike.setdefault((layer["op"], layer["kernel"], row[3]), []).append(row)
+        notable = [
+            [join([of[0][0], f" and {len(of) - 1} more" if of[1:] else None]), *of[0][1:]]
+            for of in alike.values()
+        ]
         attention = (
             table(["Layer", "Operator", "Kernel", "Why"], notable, "layers not on integer kernels")
             if notable

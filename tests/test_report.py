@@ -255,6 +255,14 @@ def test_summary(manifest: Manifest) -> None:
     assert "DequantizeLinear stayed before it" in text
 
 
+def test_layers_with_one_reason_stand_together(manifest: Manifest) -> None:
+    layer = {**manifest["audit"]["layers"][0], "reason": "read in blocks"}
+    manifest["audit"]["layers"] = [{**layer, "path": f"layers.{i}"} for i in range(20)]
+    page = without_breaks(render(manifest))
+    assert page.count(" and 19 more") == 1
+    assert all(f"layers.{i}<" in page for i in range(20))  # every one, folded
+
+
 def test_analyses_say_what_they_found(manifest: Manifest) -> None:
     """Rounding is an analysis: it changes no program, and is not nothing."""
     entry = {**manifest["history"][0], "name": "round_weights", "changed": False}
