@@ -16,6 +16,7 @@ from qcompiler.backends.edge_cache import attention_over_cache
 from qcompiler.backends.edge_convolution import bordered, convolution
 from qcompiler.backends.edge_decoder import Decoding
 from qcompiler.backends.edge_dynamic import dynamic_quantize
+from qcompiler.backends.edge_float import float_linear, product
 from qcompiler.backends.edge_group import (
     CONV,
     LINEAR,
@@ -43,15 +44,13 @@ from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, dense_order
 from qcompiler.backends.edge_packed import packed_product
 from qcompiler.backends.edge_pool import pool
 from qcompiler.backends.edge_rotate import rotation
+from qcompiler.backends.edge_rows import reduce, row_kernel
 from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import cached_attention
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import attention, matmul_float
+from qcompiler.kernels import attention
 from qcompiler.kernels.elementwise import elementwise
-from qcompiler.kernels.expression import Access
 from qcompiler.kernels.isa import Isa
-from qcompiler.kernels.rows import reduction, rows
-from qcompiler.kernels.tiles import Product
 
 aten = torch.ops.aten
 
@@ -152,7 +151,7 @@ class Calls:
         elif op.target is LINEAR:
             self._linear(g, op)
         elif op.target in PRODUCTS:
-            self._product(g, op, op.args[0], op.args[1])
+            product(self, g, op, op.args[0], op.args[1])
         elif op.target in ATTENTION:
             self._attention(g, op)
         elif op.target in FOLDS:
@@ -167,9 +166,9 @@ class Calls:
         elif in_integers(op):
             reduced(self, op)
         elif op.target in ROWS:
-            self._rows(g, op)
+            row_kernel(self, g, op)
         elif op.target in edge_steps.REDUCE:
-            self._reduce(g, op)
+            reduce(self, g, op)
         elif op.target is aten.cat.default:
             self._cat(op)
         elif op.target is aten.constant_pad_nd.default:
@@ -256,8 +255,8 @@ class Calls:
         return flat_ref(Storage(dtype, prod(shape)), shape)
 
     def _linear(self, g: Group, op: Op) -> None:
-        x, weight, bias = op.args[0], op.args[1], op.args[2] if len(op.args) > 2 else None
         if op in self.packings:
+            x, bias = op.args[0], op.args[2] if len(op.args) > 2 else None
             source = self.integer.get(op)
             rows_of = self.contiguous(source.ref if source is not None else x, op.label)
             count = prod(op.out.shape[:-1])
@@ -266,48 +265,12 @@ class Calls:
         if op in self.integer:
             integer_linear(self, g, op, self.integer[op])
             return
-        if weight.storage.constant is None and weight.storage.weight is None:
-            turned = Ref(weight.storage, weight.dtype, weight.offset, weight.shape[::-1],
-                         weight.strides[::-1])  # fmt: skip
-            self._product(g, op, x, turned, bias)
-            return
-        x = self.contiguous(x, op.label)
-        packed = self.packed(weight)
-        n, k = weight.shape
-        product = Product(prod(x.shape[:-1]), n, k, k, x.offset)
-        self.float_product(g, op, x.storage, packed.storage, product, bias)
+        float_linear(self, g, op)
 
     @staticmethod
     def order(op: Op) -> tuple[int, ...] | None:
         """The order in which a layer's kernel goes over the output's dimensions."""
         return (0, 2, 3, 1) if op.target is CONV else None
-
-    def packed(self, weight: Ref) -> Ref:
-        """A constant weight as the float product reads it."""
-        known = self.constants.known(weight)
-        tensor = known.storage.constant
-        assert tensor is not None
-        matrix = tensor.reshape(-1).as_strided(weight.shape, weight.strides, weight.offset)
-        key = (id(known.storage), weight.offset, weight.strides, "panels", self.isa.panel)
-        return self.constant(key, lambda: matmul_float.pack(matrix.float(), self.isa))
-
-    def float_product(
-        self, g: Group, op: Op, left: Storage, right: Storage, product: Product, bias: Ref | None
-    ) -> None:
-        """A float matrix product and what follows it."""
-        writer = self.writer(op.out.shape, [left, right], self.order(op))
-        value = writer.step("anchor", "float32")
-        if bias is not None:
-            value = writer.step("add", "float32", value, writer.value(bias, "float32"))
-        writer.keep(op.out, value)
-        writer.members(g, self.stored)
-        expression, isa = writer.expression(), self.isa
-        self.add(
-            "matmul_float", op.label, (product, expression, isa),
-            lambda name: matmul_float.matmul_float(
-                name, writer.kernel_arguments(), product, expression, isa
-            ), writer,
-        )  # fmt: skip
 
     def lengthened(self, q: Ref, count: int, k: int, deep: int, label: str) -> Ref:
         """Rows made longer, so that the dot product's steps come out even."""
@@ -332,52 +295,6 @@ class Calls:
         self.copy(ref, made, label)
         return made
 
-    def _product(self, g: Group, op: Op, a: Ref, b: Ref, bias: Ref | None = None) -> None:
-        """(…, M, K) × (…, K, N), both computed at run time or constant."""
-        isa = self.isa
-        m, k, n = a.shape[-2] if len(a.shape) > 1 else 1, a.shape[-1], b.shape[-1]
-        batch = tuple(op.out.shape[:-2])
-        if len(b.shape) == 2 and b.storage.constant is not None and not batch:
-            turned = Ref(b.storage, b.dtype, b.offset, b.shape[::-1], b.strides[::-1])
-            a, packed = self.contiguous(a, op.label), self.packed(turned)
-            product = Product(m, n, k, k, a.offset)
-            self.float_product(g, op, a.storage, packed.storage, product, bias)
-            return
-        if a.strides[-1] not in (1, 0) or (k > 1 and a.strides[-1] != 1):
-            a = self.contiguous(a, op.label)
-        panels, own = -(-n // isa.panel), tuple(b.shape[:-2])
-        packed = self.temporary(torch.float32, (*own, panels, k, isa.panel))
-        if n % isa.panel:
-            self.fill(packed, 0.0, op.label)
-        size = isa.panel * k
-        for first, count, width in (
-            (0, n // isa.panel, isa.panel),
-            (n // isa.panel, 1 if n % isa.panel else 0, n % isa.panel),
-        ):
-            if not count:
-                continue
-            step_n, step_k = b.strides[-1], b.strides[-2]
-            shape = (*own, count, k, width)
-            offset = b.offset + first * isa.panel * step_n
-            source = Ref(b.storage, b.dtype, offset, shape,
-                         (*b.strides[:-2], isa.panel * step_n, step_k, step_n))  # fmt: skip
-            inner = packed.strides[: len(own)]
-            target = Ref(packed.storage, packed.dtype, first * size, shape,
-                         (*inner, size, isa.panel, 1))  # fmt: skip
-            self.copy(source, target, op.label)
-
-        def strides(ref: Ref, sizes: tuple[int, ...]) -> tuple[int, ...]:
-            kept = tuple(0 if s == 1 else t for s, t in zip(sizes, ref.strides, strict=False))
-            return (0,) * (len(batch) - len(sizes)) + kept
-
-        row = a.strides[-2] if len(a.shape) > 1 else 0
-        product = Product(
-            m, n, k, row, a.offset, batch, strides(a, a.shape[:-2]), strides(packed, own)
-        )
-        if prod(batch) == 1:
-            product = Product(m, n, k, row, a.offset)
-        self.float_product(g, op, a.storage, packed.storage, product, bias)
-
     def _attention(self, g: Group, op: Op) -> None:
         found = attended(op)
         narrow = self.isa.narrow and found.size % self.isa.narrow_depth == 0
@@ -392,74 +309,6 @@ class Calls:
             "attention", op.label, (sizes, expression, isa),
             lambda name: attention.attention(
                 name, writer.kernel_arguments(), sizes, expression, isa
-            ), writer,
-        )  # fmt: skip
-
-    @staticmethod
-    def norm_operands(op: Op) -> tuple[Ref | None, Ref | None, float]:
-        """Scale, shift and epsilon of a norm over the last dimension."""
-        schema = op.target._schema.arguments
-        given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
-        given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}
-        if len(given["normalized_shape"]) != 1:
-            raise UnsupportedError("a norm over more than one dimension")
-        epsilon = given["eps"] if given["eps"] is not None else 1.1920928955078125e-07
-        return given["weight"], given.get("bias"), epsilon
-
-    def _rows(self, g: Group, op: Op) -> None:
-        x, kind = op.args[0], ROWS[op.target]
-        scale = shift = None
-        epsilon = 0.0
-        if kind == "softmax":
-            if op.args[1] % len(x.shape) != len(x.shape) - 1:
-                raise UnsupportedError("softmax over other than the last dimension")
-        else:
-            scale, shift, epsilon = self.norm_operands(op)
-        arguments: list[Storage] = []
-        read = self.writer(x.shape, arguments)
-        read.value(x, "float32")
-        source = read.expression()
-        writer = self.writer(op.out.shape, arguments)
-        value = writer.step("anchor", "float32")
-        if scale is not None:
-            value = writer.step("mul", "float32", value, writer.value(scale, "float32"))
-        if shift is not None:
-            value = writer.step("add", "float32", value, writer.value(shift, "float32"))
-        writer.keep(op.out, value)
-        writer.members(g, self.stored)
-        expression = writer.expression()
-        self.add(
-            kind, op.label, (source, expression, epsilon),
-            lambda name: rows(
-                name, writer.kernel_arguments(), kind, source, expression, epsilon
-            ), writer,
-        )  # fmt: skip
-
-    def _reduce(self, g: Group, op: Op) -> None:
-        x, kind = op.args[0], edge_steps.REDUCE[op.target]
-        given = op.args[1] if len(op.args) > 1 and op.args[1] is not None else []
-        dims = [d % len(x.shape) for d in (given if isinstance(given, list | tuple) else [given])]
-        dims = dims or list(range(len(x.shape)))
-        kept = [d for d in range(len(x.shape)) if d not in dims]
-        order = (*kept, *sorted(dims))
-        arguments: list[Storage] = []
-        read = self.writer(x.shape, arguments, order)
-        read.value(x, "float32")
-        source = read.expression()
-        writer = self.writer(op.out.shape, arguments)
-        writer.keep(op.out, writer.step("anchor", "float32"))
-        writer.members(g, self.stored)
-        full = writer.expression()
-        # Kept dimensions of size 1 stand in the output only: drop them for the kernel.
-        names = list(range(len(op.out.shape)))
-        if len(op.out.shape) == len(x.shape):
-            names = [d for d in names if d not in dims]
-        expression = _narrowed(full, names)
-        outer = len(kept)
-        self.add(
-            "reduce", op.label, (kind, source, outer, expression),
-            lambda name: reduction(
-                name, writer.kernel_arguments(), kind, source, outer, expression
             ), writer,
         )  # fmt: skip
 
@@ -499,21 +348,3 @@ def flat_ref(storage: Storage, shape: tuple[int, ...]) -> Ref:
 def _walk(ref: Ref) -> tuple[int, ...]:
     """The order of dimensions that goes through memory in steps that grow smaller."""
     return tuple(sorted(range(len(ref.shape)), key=lambda d: (-ref.strides[d], d)))
-
-
-def _narrowed(expression: Any, dims: list[int]) -> Any:
-    """The expression over some of its dimensions; the others have size 1."""
-    from dataclasses import replace
-
-    def cut(access: Access) -> Access:
-        return replace(access, strides=tuple(access.strides[d] for d in dims))
-
-    steps = tuple(
-        replace(s, access=s.access and cut(s.access), indices=tuple(map(cut, s.indices)))
-        for s in expression.steps
-    )
-    stores = tuple((i, replace(a, strides=tuple(a.strides[d] for d in dims)))
-                   for i, a in expression.stores)  # fmt: skip
-    return replace(
-        expression, shape=tuple(expression.shape[d] for d in dims), steps=steps, stores=stores
-    )

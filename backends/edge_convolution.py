@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompiler import ops
 from qcompiler.backends import edge_steps
+from qcompiler.backends.edge_float import float_product
 from qcompiler.backends.edge_group import CONV, Group, whole
 from qcompiler.backends.edge_integer import Source, integer_product, scaled, start
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
@@ -197,7 +198,7 @@ def _product(
             (id(known.storage), *key),
             lambda: packed(lambda part: matmul_float.pack(part.float(), isa)),
         )
-        calls.float_product(g, op, x.storage, panels.storage, product, _spread(bias))
+        float_product(calls, g, op, x.storage, panels.storage, product, _spread(bias))
         return
     panels = calls.constant(
         (id(held.q), *key), lambda: packed(lambda part: matmul_int8.pack(part, isa))

@@ -25,6 +25,7 @@ from qcompiler.backends.edge_cuda_products import SMALL, is_tall
 from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_rotate import factors_of
+from qcompiler.backends.edge_rows import norm_operands
 from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
@@ -242,7 +243,7 @@ class CudaCalls(Calls):
         """A norm whose result the quantization computes itself."""
         op = g.anchor
         assert op is not None
-        scale, shift, epsilon = self.norm_operands(op)
+        scale, shift, epsilon = norm_operands(op)
         writer = self.writer(op.out.shape, arguments)
         value = writer.step("anchor", FLOAT)
         if scale is not None:
