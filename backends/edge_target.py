@@ -10,8 +10,9 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+from qcompiler.devices import cpu_flags
 from qcompiler.errors import UnsupportedError
-from qcompiler.target import Target, cpu_flags
+from qcompiler.target import Target
 
 _V2 = ("sse4.2", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qcompiler import artifact as artifacts
 from qcompiler.bench import interleave
+from qcompiler.devices import cpu_feature
 from qcompiler.format import Format
 from qcompiler.lowering import generator
 from qcompiler.manifest import machine
@@ -44,7 +45,7 @@ from qcompiler.recipe import Recipe
 from qcompiler.rewrite import operand
 from qcompiler.rounding import half
 from qcompiler.study import Option, Unit
-from qcompiler.target import Target, cpu_feature
+from qcompiler.target import Target
 
 BYTES = 32 << 20  # of float weights in a micro-benchmark, about
 COPIES = (2, 12)  # linears in one, at least and at most

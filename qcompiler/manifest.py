@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from qcompiler import artifact as artifacts
+from qcompiler.devices import cpu_feature
 from qcompiler.distributions import Distribution, described
 from qcompiler.observe import Statistics
 from qcompiler.plan import Factor, Plan, Site
@@ -20,7 +21,7 @@ from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import module_path
 from qcompiler.spec import ModelSpec
-from qcompiler.target import Target, cpu_feature
+from qcompiler.target import Target
 
 
 @dataclass

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from qcompiler.artifact import Artifact
+from qcompiler.devices import CPU_FEATURES, cpu_feature
 from qcompiler.errors import UnsupportedError
 from qcompiler.qtype import QType
-from qcompiler.target import CPU_FEATURES, Target, cpu_feature, known_targets
+from qcompiler.target import Target, known_targets
 
 
 @pytest.mark.parametrize("text", known_targets())
