@@ -248,12 +248,13 @@ def test_a_language_model_keeps_its_cache(
 
 @nvcc
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["", "int8:channel", "int4:tensor"])
+@pytest.mark.parametrize("kind", ["", "int8:channel", "int4:tensor", "fp8"])
 def test_a_gpu_reads_its_cache(kind: str, tmp_path: Path) -> None:
     """Chunks and single tokens agree, and both with the quantized program."""
     from safetensors.torch import load_file
 
     settings: dict[str, object] = {"keys": kind, "values": kind} if kind else {}
+    settings = {**FP8} if kind == "fp8" else settings
     made = language(tmp_path / "a", settings, [1, 16, 20])
     run = load(made.folder).run  # type: ignore[attr-defined]
     given = load_file(made.folder / "verify" / "calibration.safetensors")["0/input_ids"][0]
@@ -300,6 +301,26 @@ def test_the_gpu_gives_what_the_quantized_program_gives(artifact: Artifact) -> N
     for key, want in wanted.items():
         (got,) = run(held[f"{key.partition('/')[0]}/{name}"])
         assert (got - want).norm() / want.norm() < 2e-3  # float16 activations
+
+
+@nvcc
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "limit"), [(5, 1e-6), (100, 5e-3)])
+def test_8_bit_floats_on_the_gpu(tokens: int, limit: float, tmp_path: Path) -> None:
+    """Sums of more than 64 tokens keep fewer bits than float32: `cuda_matmul_8bit`."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(tokens, 64),) for _ in range(2)]
+    made = qcompiler.compile(
+        Block().eval(), batches[0], calibration=batches, target="tvm:cuda:sm_90",
+        recipe=load_recipe("fp8", {"rounding": "rtn"}), out=tmp_path / "block",
+    )  # fmt: skip
+    held = load_file(made.folder / "verify" / "held-out.safetensors")
+    wanted = load_file(made.folder / "verify" / "held-out-quantized.safetensors")
+    (x,), (want,) = held.values(), wanted.values()
+    (got,) = load(made.folder)(x)
+    assert (got - want).norm() / want.norm() < limit
 
 
 def test_prompts_are_read_in_few_runs() -> None:
