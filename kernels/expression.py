@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
+from qcompiler.kernels.scalar_ops import UNARY, binary, quantized, select, truth, unary
 
 FLOAT = code.FLOAT
 NARROW = "bfloat16"  # in memory 16 bits, declared as uint16; in registers a float32
@@ -46,10 +47,10 @@ class Step:
     """One value of an expression.
 
     Attributes:
-        op: a name in `OPS`, or `anchor` (the result of the kernel that the expression follows),
-            `load` (with an access), `lookup` (an access into a table whose rows, in one or more
-            of its dimensions, are read from `indices`; numbers: for each of them the elements
-            from row to row and the rows; negative ones count from the end), `constant`.
+        op: a name in `scalar_ops.OPS`, or `anchor` (the result of the kernel that the expression
+            follows), `load` (with an access), `lookup` (an access into a table whose rows, in one
+            or more of its dimensions, are read from `indices`; numbers: for each of them the
+            elements from row to row and the rows; negative ones count from the end), `constant`.
         dtype: of the value.
         values: indices of earlier steps.
         access: for `load` and `lookup`.
@@ -98,169 +99,6 @@ class Expression:
     def width(self) -> int:
         """The last dimension."""
         return self.shape[-1] if self.shape else 1
-
-
-def _select(condition: Any, yes: Any, no: Any) -> Any:
-    return T.Select(condition, yes, no)
-
-
-def _truth(value: bool, lanes: int) -> Any:
-    return code.spread(T.Cast("bool", T.int32(value)), lanes)
-
-
-def _quantize(lanes: int, quotient: Any, zero: Any, numbers: tuple[float, ...]) -> Any:
-    low, high = (code.number(bound, lanes) for bound in numbers)
-    zero = code.cast(zero, "int32", lanes)
-    shift = code.bind(code.cast(zero, FLOAT, lanes))
-    q = code.minimum(code.maximum(quotient, low - shift), high - shift)
-    return code.round_to_int(code.bind(q), lanes) + zero
-
-
-def _gelu(lanes: int, x: Any, tanh: bool) -> Any:
-    half = code.number(0.5, lanes)
-    if tanh:
-        inner = x * code.number(0.7978845608028654, lanes) * (
-            code.number(1.0, lanes) + code.number(0.044715, lanes) * x * x
-        )  # fmt: skip
-        bent = code.tanh(code.bind(inner), lanes)
-    else:
-        bent = code.erf(x * code.number(0.7071067811865476, lanes), lanes)
-    scaled = code.bind(x * half)
-    return code.fma(scaled, bent, scaled, lanes)
-
-
-def _unary(name: str, lanes: int, dtype: str, x: Any, numbers: tuple[float, ...]) -> Any:
-    zero = code.spread(T.Cast(dtype, T.int32(0)), lanes) if dtype != "bool" else None
-    match name:
-        case "neg":
-            return zero - x
-        case "abs":
-            return code.maximum(x, zero - x)
-        case "relu":
-            return code.maximum(x, zero)
-        case "sqrt":
-            return code.intrinsic("llvm.sqrt", code.named(FLOAT, lanes), x)
-        case "rsqrt":
-            root = code.intrinsic("llvm.sqrt", code.named(FLOAT, lanes), x)
-            return code.number(1.0, lanes) / root
-        case "reciprocal":
-            return code.number(1.0, lanes) / x
-        case "exp":
-            return code.exp(x, lanes)
-        case "erf":
-            return code.erf(x, lanes)
-        case "sigmoid":
-            return code.sigmoid(x, lanes)
-        case "tanh":
-            return code.tanh(x, lanes)
-        case "silu":
-            return x * code.sigmoid(x, lanes)
-        case "gelu":
-            return _gelu(lanes, x, False)
-        case "gelu_tanh":
-            return _gelu(lanes, x, True)
-        case "hardsigmoid" | "hardswish":
-            gate = code.minimum(
-                code.maximum(x + code.number(3.0, lanes), code.number(0.0, lanes)),
-                code.number(6.0, lanes),
-            ) / code.number(6.0, lanes)
-            return gate if name == "hardsigmoid" else x * gate
-        case "clamp":
-            low, high = (code.number(bound, lanes) for bound in numbers)
-            return code.minimum(code.maximum(x, low), high)
-        case "leaky_relu":
-            return _select(x > zero, x, x * code.number(numbers[0], lanes))
-        case "round":
-            return code.round_half_even(x, lanes)
-        case "not":
-            return _select(x, _truth(False, lanes), _truth(True, lanes))
-        case "isnan":
-            return code.is_nan(x, lanes)
-        case "sign":
-            one = code.spread(T.Cast(dtype, T.int32(1)), lanes)
-            return _select(x > zero, one, _select(x < zero, zero - one, x))
-        case "expm1":
-            return code.expm1(x, lanes)
-        case "log1p":
-            return code.log1p(x, lanes)
-        case _ if name in LIBRARY:
-            return code.intrinsic(f"llvm.{name}", code.named(FLOAT, lanes), x)
-    raise UnsupportedError(f"no elementwise op '{name}'")
-
-
-LIBRARY = frozenset({
-    "log", "log2", "log10", "exp2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
-    "floor", "ceil", "trunc",
-})  # fmt: skip
-UNARY = LIBRARY | frozenset({
-    "neg", "abs", "relu", "sqrt", "rsqrt", "reciprocal", "exp", "erf",
-    "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "clamp",
-    "leaky_relu", "round", "not", "sign", "expm1", "log1p", "isnan",
-})  # fmt: skip
-BINARY = frozenset({
-    "add", "sub", "mul", "div", "maximum", "minimum", "pow", "eq",
-    "ne", "lt", "le", "gt", "ge", "and", "or", "atan2", "fmod", "remainder", "floordiv",
-    "xor", "bitand", "bitor", "bitxor", "shl", "shr",
-})  # fmt: skip
-# quantize divides by a scale; quantize_by multiplies with the two factors of `division.factors`.
-OTHER = frozenset({"where", "cast", "quantize", "quantize_by", "dequantize"})
-OPS = UNARY | BINARY | OTHER
-
-
-def _binary(name: str, lanes: int, dtype: str, a: Any, b: Any) -> Any:
-    match name:
-        case "add":
-            return a + b
-        case "sub":
-            return a - b
-        case "mul":
-            return a * b
-        case "div":
-            return a / b
-        case "maximum":
-            return code.maximum(a, b)
-        case "minimum":
-            return code.minimum(a, b)
-        case "pow":
-            return code.intrinsic("llvm.pow", code.named(FLOAT, lanes), a, b)
-        case "eq":
-            return T.EQ(a, b)
-        case "ne":
-            return T.NE(a, b)
-        case "lt":
-            return a < b
-        case "le":
-            return a <= b
-        case "gt":
-            return a > b
-        case "ge":
-            return a >= b
-        case "and":
-            return T.And(a, b) if lanes == 1 else _select(a, b, a)
-        case "xor":
-            turned = _select(b, _truth(False, lanes), _truth(True, lanes))
-            return _select(a, turned, b)
-        case "or":
-            return T.Or(a, b) if lanes == 1 else _select(a, a, b)
-        case "atan2":
-            return code.intrinsic("llvm.atan2", code.named(FLOAT, lanes), a, b)
-        case "fmod" | "remainder":
-            if dtype != FLOAT:
-                return T.truncmod(a, b) if name == "fmod" else T.floormod(a, b)
-            return code.remainder(a, b, name == "remainder", lanes)
-        case "floordiv":
-            return T.floordiv(a, b)
-        case "bitand":
-            return T.bitwise_and(a, b)
-        case "bitor":
-            return T.bitwise_or(a, b)
-        case "bitxor":
-            return T.bitwise_xor(a, b)
-        case "shl":
-            return T.shift_left(a, b)
-        case "shr":
-            return T.shift_right(a, b)
-    raise UnsupportedError(f"no elementwise op '{name}'")
 
 
 class Emitter:
@@ -318,7 +156,7 @@ class Emitter:
             value, dtype = values[index], access.dtype
             have = self.expression.steps[index].dtype
             if dtype == "bool":
-                value = _select(
+                value = select(
                     value, code.spread(T.uint8(1), lanes), code.spread(T.uint8(0), lanes)
                 )
             elif dtype == NARROW:
@@ -353,23 +191,23 @@ class Emitter:
             if step.dtype in (FLOAT, NARROW, FLOAT8):
                 return code.number(step.numbers[0], lanes)
             if step.dtype == "bool":
-                return _truth(bool(step.numbers[0]), lanes)
+                return truth(bool(step.numbers[0]), lanes)
             return code.spread(T.Cast(step.dtype, T.int64(int(step.numbers[0]))), lanes)
         if step.op == "where":
-            return _select(*given)
+            return select(*given)
         if step.op == "cast":
             return self._cast(step, given[0], lanes)
         if step.op == "quantize":
-            return _quantize(lanes, given[0] / given[1], given[2], step.numbers)
+            return quantized(lanes, given[0] / given[1], given[2], step.numbers)
         if step.op == "quantize_by":
             x, high, low, zero = given
-            return _quantize(lanes, code.fma(x, high, x * low, lanes), zero, step.numbers)
+            return quantized(lanes, code.fma(x, high, x * low, lanes), zero, step.numbers)
         if step.op == "dequantize":
             q = code.cast(given[0], FLOAT, lanes) - code.cast(given[2], FLOAT, lanes)
             return q * given[1]
         if step.op in UNARY:
-            return _unary(step.op, lanes, step.dtype, given[0], step.numbers)
-        return _binary(step.op, lanes, step.dtype, *given)
+            return unary(step.op, lanes, step.dtype, given[0], step.numbers)
+        return binary(step.op, lanes, step.dtype, *given)
 
     def _cast(self, step: Step, value: Any, lanes: int) -> Any:
         have = self.expression.steps[step.values[0]].dtype
@@ -380,7 +218,7 @@ class Emitter:
             return code.round_bfloat16(value, lanes)
         if have == "bool":
             one, zero = (code.spread(T.Cast(want, T.int32(n)), lanes) for n in (1, 0))
-            return _select(value, one, zero)
+            return select(value, one, zero)
         if want == "bool":
             return T.Cast(code.named("bool", lanes), value)
         if have in ("int8", "uint8"):

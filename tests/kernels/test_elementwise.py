@@ -17,7 +17,7 @@ from qcompiler import ops
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import isa as isas
 from qcompiler.kernels.elementwise import CHUNK, collapsed, elementwise
-from qcompiler.kernels.expression import BINARY, OPS, UNARY
+from qcompiler.kernels.scalar_ops import BINARY, OPS, UNARY
 
 Run = Callable[..., Any]
 
