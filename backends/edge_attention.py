@@ -107,11 +107,25 @@ def attended(op: Op) -> Attended:
     """What an attention reads.
 
     Raises:
-        UnsupportedError: if it is not over four dimensions.
+        UnsupportedError: if it is not over four dimensions, or causal over more or fewer keys than
+            queries: torch lets the first query see the first key alone, our kernels the last query
+            the last key.
     """
     if op.target is ops.attention:
         q, k, v, mask, heads, kv_heads, scale, causal = op.args
-        return Attended(q, k, v, mask, heads, kv_heads, float(scale), bool(causal), True)
+        found = Attended(q, k, v, mask, heads, kv_heads, float(scale), bool(causal), True)
+    else:
+        found = _attended(op)
+    position = 1 if found.merged else 2
+    if found.causal and found.q.shape[position] != found.k.shape[position]:
+        raise UnsupportedError(
+            f"'{op.label}': causal attention of {found.q.shape[position]} queries over "
+            f"{found.k.shape[position]} keys has no kernel here; give a mask instead of is_causal"
+        )
+    return found
+
+
+def _attended(op: Op) -> Attended:
     schema = op.target._schema.arguments
     given = {a.name: a.default_value for a in schema} | dict(op.kwargs)
     given |= {a.name: v for a, v in zip(schema, op.args, strict=False)}

@@ -186,6 +186,12 @@ class Refused(nn.Module):
         (lambda x: x + torch.rand_like(x), "rand_like"),
         (lambda x: x.erfinv(), "erf_inv"),
         (lambda x: x.median(-1)[0], "median"),
+        (
+            lambda x: F.scaled_dot_product_attention(
+                x[:, None, :3], x[:, None], x[:, None], is_causal=True
+            ),
+            "causal attention of 3 queries over 6 keys",
+        ),
     ],
 )
 def test_what_stays_refused(function: Any, reason: str, tmp_path: Path) -> None:
