@@ -74,7 +74,7 @@ def _cycles(call: Call, where: Machine) -> float:
     if isinstance(product, Product):
         found = [loop for loop in found if loop.products] or [whole]
         return max(_of_product(found, product), _constant_bytes(call) / counted.stream)
-    if not any(loop.writes for loop in found):
+    if not any(loop.reads or loop.writes for loop in found):
         return whole.cycles
     return _of_others(found, call)
 
@@ -116,5 +116,7 @@ def _of_others(found: Sequence[Loop], call: Call) -> float:
     if reading:
         main = max(reading, key=lambda loop: loop.reads)
         total += amounts[0] / main.reads * main.cycles
-    main = max(writing, key=lambda loop: loop.writes)
-    return total + amounts[1] / main.writes * main.cycles
+    if writing:  # a sum or an extreme leaves its loop in a register
+        main = max(writing, key=lambda loop: loop.writes)
+        total += amounts[1] / main.writes * main.cycles
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,15 +21,17 @@ DOT, MATRIX, NEON = (
 INT8, INT4 = "int8:channel/int8:token", "int4:g32/int8:token"
 
 
-def cycles(target: Target, rows: int, text: str = "float", outputs: int = 192) -> float:
-    """Of one linear with 256 inputs."""
-    program = normalize(capture(nn.Linear(256, outputs), (torch.randn(rows, 256),)))
+def cycles(
+    target: Target, rows: int, text: str = "float", outputs: int = 192, inputs: int = 256
+) -> float:
+    """Of one linear."""
+    program = normalize(capture(nn.Linear(inputs, outputs), (torch.randn(rows, inputs),)))
     if text != "float":
         fields = {"weights": None, "activations": None, "formats": {"*": text}}
         made = quantized_program(program, Recipe().updated(fields), target)
         assert made is not None
         program = made
-    return edge_count.cycles(program, target, {program.inputs[0]: [rows, 256]})
+    return edge_count.cycles(program, target, {program.inputs[0]: [rows, inputs]})
 
 
 def test_products_run_at_most_at_what_the_core_can() -> None:
@@ -60,6 +64,21 @@ def test_one_row_waits_for_its_weights() -> None:
 def test_single_weights_beside_the_grid_are_counted() -> None:
     plain, kept = (cycles(DOT, 64, text) for text in (INT4, "int4:g32~4/int8:token"))
     assert kept > plain + 64 * 192 * 4 / 8
+
+
+def test_what_is_only_read_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, 32 bytes a cycle: a row's smallest and largest number leave loops in registers."""
+    found, count = [], edge_count._cycles
+
+    def kept(call: Any, where: Any) -> float:
+        if call.key[0] == "range":
+            found.append(count(call, where))
+        return count(call, where)
+
+    monkeypatch.setattr(edge_count, "_cycles", kept)
+    cycles(DOT, 64, "int8:channel/uint8:token:affine", inputs=2048)
+    assert len(found) == 2
+    assert min(found) >= 64 * 2048 * 4 / 32
 
 
 def test_what_is_counted() -> None:
