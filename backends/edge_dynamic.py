@@ -89,13 +89,14 @@ def _rows(calls: Calls, op: Op, kind: QType) -> None:
         sums = calls.temporary(torch.int32, (count,))
         calls.sums[id(q.storage)] = sums.storage
         arguments.append(sums.storage)
+    written = len(arguments)  # the writer adds what is read
     writer = calls.writer(x.shape, arguments)
     writer.value(x, FLOAT)
     source, bounds = writer.expression(), (kind.qmin, kind.qmax)
     calls.add(
         "quantize_rows", op.label, (source, bounds, group),
         lambda name: quantize_rows(name, writer.kernel_arguments(), source, bounds, group),
-        writer, written=len(arguments) if not group else 3,
+        writer, written=written,
     )  # fmt: skip
 
 

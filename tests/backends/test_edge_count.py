@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from qcompiler.backends import edge_count
-from qcompiler.costs import quantized_program
+from qcompiler.backends.edge import choose_isa
+from qcompiler.backends.edge_calls import Calls
+from qcompiler.backends.edge_group import Constants
+from qcompiler.backends.edge_target import machine
+from qcompiler.backends.edge_trace import trace
+from qcompiler.costs import in_format
 from qcompiler.passes.normalize import normalize
 from qcompiler.program import capture
-from qcompiler.recipe import Recipe
 from qcompiler.target import Target
 
 DOT, MATRIX, NEON = (
@@ -27,8 +31,7 @@ def cycles(
     """Of one linear."""
     program = normalize(capture(nn.Linear(inputs, outputs), (torch.randn(rows, inputs),)))
     if text != "float":
-        fields = {"weights": None, "activations": None, "formats": {"*": text}}
-        made = quantized_program(program, Recipe().updated(fields), target)
+        made = in_format(program, text, target)
         assert made is not None
         program = made
     return edge_count.cycles(program, target, {program.inputs[0]: [rows, inputs]})
@@ -59,6 +62,19 @@ def test_one_row_waits_for_its_weights() -> None:
     assert cycles(DOT, 1) >= 192 * 256 * 4 / 4
     assert cycles(DOT, 1, INT4) < cycles(DOT, 1, INT8) < cycles(DOT, 1)
     assert cycles(DOT, 64, INT8) < cycles(DOT, 64, INT4) < cycles(DOT, 64)
+
+
+def test_what_a_row_is_quantized_from_is_not_written() -> None:
+    """Its cost follows the integers, a quarter of the bytes of the numbers they are made of."""
+    program = normalize(capture(nn.Linear(256, 192), (torch.randn(64, 256),)))
+    made = in_format(program, INT8, DOT)
+    assert made is not None
+    calls = Calls(
+        trace(made, {made.inputs[0]: [64, 256]}), choose_isa(machine(DOT)), Constants()
+    ).calls
+    (rows,) = [call for call in calls if call.kind == "quantize_rows"]
+    assert sorted(storage.size for storage in rows.writes) == [64, 64 * 256]
+    assert [s.dtype for s in rows.writes] == [torch.int8, torch.float32]
 
 
 def test_single_weights_beside_the_grid_are_counted() -> None:

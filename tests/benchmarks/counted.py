@@ -1,18 +1,18 @@
 """Cycles counted from generated code beside the time that the same code takes here.
 
-    python tests/benchmarks/counted.py [--target tvm:x86-64-v3] [--realtime]
+    python tests/benchmarks/counted.py FOLDER [--target tvm:x86-64-v3] [--realtime]
 
 What `--latency` estimates for machines that are not here, checked on one that is: linears in every
 format, alone (`qcompiler.costs.micro`), and their counted cycles. Printed are the rank correlation,
 measured ÷ counted by its quartiles and extremes (as shares of its median, which is the clock's
-period where the count is right), and each format's share of float's time, both ways.
+period where the count is right), and each format's share of float's time, both ways. Times are
+kept in FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def ranks(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--target", default="tvm:native")
     parser.add_argument("--realtime", action="store_true", help="see minilm.py; about 10 seconds")
     given = parser.parse_args()
@@ -61,8 +62,7 @@ def main() -> None:
 
     costs.interleave = ahead
     formats = [f for f in FORMATS if f != "bfloat16" or target.multiplies_bfloat16]
-    with tempfile.TemporaryDirectory() as folder:
-        timed = costs.micro(target, SHAPES, formats, ROWS, Path(folder), lambda text: None)
+    timed = costs.micro(target, SHAPES, formats, ROWS, given.folder, lambda text: None)
     print(f"{target}: counted for a {edge_count.core(target).name}")
     for phase, rows in ROWS.items():
         found = {
