@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from qcompiler import ops
 from qcompiler.backends.edge_group import HELD, Writer
 from qcompiler.backends.edge_ops import Op, Ref
@@ -13,8 +11,8 @@ from qcompiler.backends.edge_steps import NAMES
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.expression import Access
 from qcompiler.kernels.heads import Heads
+from qcompiler.op_families import SDPA
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 ATTENTION = frozenset({ops.attention, SDPA})
 
 

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 
 from qcompiler.audit import Audit, Layer
 from qcompiler.backends.edge_calls import Calls
-from qcompiler.backends.edge_group import CONV, LINEAR
+from qcompiler.backends.edge_group import CONV
 from qcompiler.backends.edge_ops import Op
+from qcompiler.op_families import LINEAR
 
 
 def audited(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -> Audit:

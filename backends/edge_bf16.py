@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcompiler.backends.edge_group import LINEAR, PRODUCTS, Group, whole
+from qcompiler.backends.edge_group import PRODUCTS, Group, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
 from qcompiler.kernels import bfloat16
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.matmul_bf16 import matmul_bf16
 from qcompiler.kernels.tiles import Product
+from qcompiler.op_families import LINEAR
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_calls import Calls

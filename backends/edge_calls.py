@@ -19,7 +19,6 @@ from qcompiler.backends.edge_dynamic import dynamic_quantize
 from qcompiler.backends.edge_float import float_linear, product
 from qcompiler.backends.edge_group import (
     CONV,
-    LINEAR,
     POOLS,
     PRODUCTS,
     ROWS,
@@ -51,6 +50,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.isa import Isa
+from qcompiler.op_families import LINEAR
 
 aten = torch.ops.aten
 

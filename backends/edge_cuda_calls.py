@@ -22,7 +22,7 @@ from qcompiler.backends.edge_cuda_attention import attention_by_tiles, by_tiles,
 from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
 from qcompiler.backends.edge_cuda_products import SMALL, is_tall
-from qcompiler.backends.edge_group import ANCHORS, LINEAR, ROWS, Group, Writer, whole
+from qcompiler.backends.edge_group import ANCHORS, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_rotate import factors_of
 from qcompiler.backends.edge_rows import norm_operands
@@ -36,6 +36,7 @@ from qcompiler.kernels.cuda_quantize import Norm, half_units, quantize_units
 from qcompiler.kernels.cuda_skinny import FEW
 from qcompiler.kernels.cuda_units import unit_bytes
 from qcompiler.kernels.isa import SCALAR
+from qcompiler.op_families import LINEAR
 from qcompiler.qtype import QType
 
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns

@@ -23,6 +23,7 @@ from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.expression import Access, Expression, Step
+from qcompiler.op_families import LINEAR
 
 aten = torch.ops.aten
 
@@ -31,7 +32,6 @@ HELD = {
     torch.bool: "uint8", torch.bfloat16: "uint16", torch.float16: "float16", torch.int16: "int16",
     torch.float8_e4m3fn: "uint8",
 }  # fmt: skip
-LINEAR = aten.linear.default
 CONV = aten.conv2d.default
 ROWS = {
     aten.layer_norm.default: "layer_norm",

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from qcompiler import ops
-from qcompiler.backends.edge_group import CONV, LINEAR, Group, Writer, quantized_operand
+from qcompiler.backends.edge_group import CONV, Group, Writer, quantized_operand
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_packed import packing
 from qcompiler.kernels import matmul_int8
 from qcompiler.kernels.isa import Isa, zero_shift
 from qcompiler.kernels.packing import Packing
 from qcompiler.kernels.tiles import Product
+from qcompiler.op_families import LINEAR
 from qcompiler.qtype import QType
 
 if TYPE_CHECKING:

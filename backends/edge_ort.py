@@ -20,7 +20,7 @@ from qcompiler.backends.edge import choose_isa
 from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_entries import Code, Weights, build_kernels, make_entry
 from qcompiler.backends.edge_folder import HEADER, OPTIONS, SOURCES, Tools
-from qcompiler.backends.edge_group import LINEAR, Constants
+from qcompiler.backends.edge_group import Constants
 from qcompiler.backends.edge_integer import int8_panels
 from qcompiler.backends.edge_memory import ALIGN
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
@@ -29,6 +29,7 @@ from qcompiler.backends.edge_target import Machine, machine
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Library, Operator, Step
 from qcompiler.kernels.isa import Isa
+from qcompiler.op_families import LINEAR
 from qcompiler.qtype import QType
 from qcompiler.target import Target
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qcompiler.backends.edge_group import CONV, LINEAR, Group
+from qcompiler.backends.edge_group import CONV, Group
 from qcompiler.backends.edge_ops import Op, Ref, Weight
 from qcompiler.kernels import matmul_packed
 from qcompiler.kernels import packing as forms
@@ -15,6 +15,7 @@ from qcompiler.kernels.code import LANES
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.packing import Packing
 from qcompiler.kernels.tiles import Product
+from qcompiler.op_families import LINEAR
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_calls import Calls

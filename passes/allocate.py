@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.format import FLOAT, Format
-from qcompiler.op_families import ADDS, CONVS, LINEAR, MOVES, PADS
+from qcompiler.op_families import ADDS, CONVS, EMBEDDING, LINEAR, MOVES, PADS
 from qcompiler.plan import Assignment, Plan, Site
 from qcompiler.program import Program, Refusal
 from qcompiler.qtype import QType
@@ -34,7 +34,6 @@ from qcompiler.target import Target
 aten = torch.ops.aten
 CLIPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
 POOLS = (aten.adaptive_avg_pool2d.default, aten.max_pool2d.default)
-EMBEDDING = aten.embedding.default
 
 
 def allocate(program: Program, recipe: Recipe, target: Target) -> Plan:

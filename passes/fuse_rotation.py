@@ -28,11 +28,10 @@ from torch.fx import Node
 
 from qcompiler import ops
 from qcompiler.hadamard import Rotation, randomized
-from qcompiler.op_families import LINEAR, MOVES, SDPA, concrete_shape
+from qcompiler.op_families import EMBEDDING, LINEAR, MOVES, SDPA, concrete_shape
 from qcompiler.regions import Region, before_repeat, find_regions
 from qcompiler.rewrite import Draft, following, operand, place, rewrite
 from qcompiler.rotatable import (
-    EMBEDDING,
     SMALLEST_HEAD,
     heads_obstacle,
     is_shared,

@@ -7,12 +7,8 @@ and a decoder write different streams. The copies cost memory, which is noted.
 
 from __future__ import annotations
 
-import torch
-
-from qcompiler.op_families import LINEAR
+from qcompiler.op_families import EMBEDDING, LINEAR
 from qcompiler.rewrite import Draft, operand, rewrite
-
-EMBEDDING = torch.ops.aten.embedding.default
 
 
 @rewrite(exact=True)

@@ -22,11 +22,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qcompiler import ops, qtype
+from qcompiler.op_families import LINEAR
 from qcompiler.program import Batch, Program
 from qcompiler.rewrite import operand
 
 aten = torch.ops.aten
-LINEAR = aten.linear.default
 CONVS = {aten.conv1d.default, aten.conv2d.default}
 INT32 = float(1 << 31)
 

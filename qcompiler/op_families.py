@@ -13,6 +13,7 @@ aten = torch.ops.aten
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 LINEAR = aten.linear.default
+EMBEDDING = aten.embedding.default
 CONVS = (aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
 ADDS = (aten.add.Tensor, aten.add_.Tensor)
 MULS = (aten.mul.Tensor, aten.mul_.Tensor)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.op_families import LINEAR, NORMS
+from qcompiler.op_families import EMBEDDING, LINEAR, NORMS
 from qcompiler.regions import Reader, Region
 from qcompiler.rewrite import Draft, operand, place
 
 aten = torch.ops.aten
-EMBEDDING = aten.embedding.default
 RMS_NORM = aten.rms_norm.default
 SMALLEST_HEAD = 2  # channels; smaller heads have nothing to spread
 
