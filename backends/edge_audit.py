@@ -11,6 +11,14 @@ from qcompiler.backends.edge_group import CONV
 from qcompiler.backends.edge_ops import Op
 from qcompiler.op_families import LINEAR
 
+PRODUCTS = (
+    "matmul",
+    "skinny",
+    "gemm",
+    "depthwise",
+)  # what the names of products' kernels begin with
+AS_STORED = ("integer", "float8")  # kernels that multiply both operands as they are stored
+
 
 def audited(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) -> Audit:
     """Each layer with the kernel that computes it; what was promised as integer and is not."""
@@ -20,9 +28,7 @@ def audited(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) 
         g.anchor.label: g.anchor for g in calls.grouping.groups if g.anchor is not None
         and g.anchor.target in (LINEAR, CONV)
     }  # fmt: skip
-    main = {"matmul_int8", "matmul_packed", "matmul_bf16", "matmul_float", "depthwise",
-            "skinny", "gemm", "gemm_hopper", "skinny_int8"}  # fmt: skip
-    by_label = {call.label: call for call in calls.calls if call.kind in main}
+    by_label = {call.label: call for call in calls.calls if call.kind.startswith(PRODUCTS)}
     for label, op in computed.items():
         made = by_label.get(label)
         name = made.kind if made is not None else str(op.target)
@@ -32,7 +38,7 @@ def audited(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) 
         f"{layer.path or layer.name} was planned as integer and runs in float: {layer.reason}"
         for layer in layers
         if layer.name in planned
-        and (layer.kernel == "float" or (layer.kernel != "integer" and layer.name in integer))
+        and (layer.kernel == "float" or (layer.kernel not in AS_STORED and layer.name in integer))
     ]
     return Audit(tuple(layers), kernels, 0, tuple(broken))
 
@@ -40,7 +46,7 @@ def audited(calls: Calls, planned: Mapping[str, str], integer: Collection[str]) 
 def _kernel(op: Op, calls: Calls) -> tuple[str, str]:
     """Which kind of kernel computes a layer, and why it is not integer."""
     if op in calls.integer:
-        return "integer", ""
+        return "float8" if calls.integer[op].ref.dtype.is_floating_point else "integer", ""
     if op in calls.narrow:
         return "bfloat16", ""
     if op in calls.packings:

@@ -15,8 +15,8 @@ class Layer:
         path: its module path, where the plan knows it.
         op: the operator or kernel that runs.
         kernel: "integer", "weights only" (integer weights, activations quantized inside or
-            float), "bfloat16" (both operands; sums in float32) or "float".
-        reason: why it is not integer; empty for integer and bfloat16 kernels.
+            float), "float8" or "bfloat16" (both operands; sums in float32) or "float".
+        reason: why it is not integer; empty for integer, float8 and bfloat16 kernels.
     """
 
     name: str

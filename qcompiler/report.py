@@ -19,7 +19,8 @@ LOWERING = (
     "runtime's kernels add. It should be rounding only; a low value here is a fault of the "
     "lowering and says nothing about the number formats."
 )
-KERNELS = {"integer": "good", "float": "mild", "weights only": "plain", "bfloat16": "plain"}
+KERNELS = {"integer": "good", "float8": "good", "float": "mild", "weights only": "plain",
+           "bfloat16": "plain"}  # fmt: skip
 
 
 def render(manifest: Mapping[str, Any]) -> str:

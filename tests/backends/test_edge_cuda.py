@@ -144,6 +144,9 @@ def test_many_tokens(
     assert set(found) - {"elementwise"} == kernels | {"softmax"} | (
         {"layer_norm"} if recipe == "w4a16" else set()
     )
+    kind = {"w4a16": "weights only", "fp8": "float8"}.get(recipe, "integer")
+    layers = {(layer["op"], layer["kernel"]) for layer in made.manifest["audit"]["layers"]}
+    assert layers == {(name, kind) for name in kernels - {"quantize_rows", "half_units"}}
     (entry,) = json.loads((tmp_path / "block" / edge_cuda_load.PROGRAM).read_text())["entries"]
     halves = [t for t in entry["tensors"] if t["dtype"] == "float16"]
     # Rows of float16 are stored by the kernels that make them; Hopper's large products read units.
