@@ -20,7 +20,6 @@ rotation is not recognised (an online Hadamard follows it), it stays outside of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -31,111 +30,22 @@ from torch.fx import Node
 
 from qcompiler import cached
 from qcompiler.op_families import RESHAPES, SDPA, concrete_shape
-from qcompiler.rewrite import Draft, evaluate, operand, rewrite
+from qcompiler.probing import Probe
+from qcompiler.rewrite import Draft, operand, rewrite
+from qcompiler.rotary import Rotation, find_rotation
 
 aten = torch.ops.aten
 FAR = 1 << 15  # tokens of the past, at most, with which a window is looked for
 LOW = -1e4  # what an additive mask has at most where nothing may be read
-PROBES = (0, 1, 2, 5, 11)  # positions at which a rotation's matrix is looked at, and the last one
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Tables of a rotary embedding.
-
-    Attributes:
-        cos, sin: constants, float32 (positions, pairs).
-        positions: the input with the positions.
-        interleaved: pairs are neighbours; else one from each half.
-    """
-
-    cos: Node
-    sin: Node
-    positions: Node
-    interleaved: bool
-
-
-Turned = tuple[Node, Node, Rotation]  # query and key before their rotation
 
 
 @dataclass
-class Sizes:
-    """The program's inputs, given values of chosen sizes.
+class Found:
+    """What several attentions share: rotations, and what masks are."""
 
-    Attributes:
-        draft: the program.
-        pasts: the inputs that are caches, (batch, heads, past, size) each.
-        rotations: those found so far.
-        windows: masks found so far.
-    """
-
-    draft: Draft
-    pasts: set[Node] = field(default_factory=set)
+    probe: Probe
     rotations: list[Rotation] = field(default_factory=list)
     windows: dict[Node, tuple[Node, int] | str] = field(default_factory=dict)
-
-    def inputs(self, batch: int, new: int, past: int) -> dict[Node, Tensor]:
-        """Values for the inputs: zeros for integer matrices, NaN for all that is float.
-
-        So that a mask or a rotation which reads an activation is noticed.
-        """
-        found: dict[Node, Tensor] = {}
-        for node in self.draft.graph.nodes:
-            if node.op != "placeholder" or self.draft.is_constant(node):
-                continue
-            value = node.meta["val"]
-            if node in self.pasts:
-                heads, size = concrete_shape(node)[1], concrete_shape(node)[3]
-                # One number seen as many: a far past of all layers would take gigabytes.
-                found[node] = torch.full((1, 1, 1, 1), math.nan).expand(batch, heads, past, size)
-            elif isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
-                found[node] = torch.zeros(batch, new, dtype=value.dtype)
-            elif isinstance(value, Tensor) and value.ndim == 3:
-                found[node] = torch.full((batch, new, concrete_shape(node)[2]), math.nan)
-        return found
-
-    @property
-    def matrices(self) -> list[Node]:
-        """The inputs that are integer matrices: tokens, their mask, their positions."""
-        found = self.inputs(1, 1, 1)
-        return [n for n, value in found.items() if value.ndim == 2]
-
-    def compute(self, target: Node, given: Mapping[Node, Tensor]) -> Tensor | None:
-        """The value of a node from given ones; None where it depends on something else."""
-        values: dict[Node, Any] = dict(given)
-        for node in self.cone(target, given):
-            if node.op == "placeholder":
-                if not self.draft.is_constant(node):
-                    return None
-                values[node] = self.draft.constant(node)
-                continue
-            if node.op != "call_function":
-                return None
-            args = torch.fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-            try:
-                values[node] = evaluate(node, args, kwargs)
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                IndexError,
-            ):  # sizes that do not go together
-                return None
-        result = values[target]
-        return result if isinstance(result, Tensor) else None
-
-    def cone(self, target: Node, given: Mapping[Node, Tensor]) -> list[Node]:
-        """What a node depends on, up to what is given, in order of computation."""
-        seen: set[Node] = set()
-        queue = [target]
-        while queue:
-            node = queue.pop()
-            if node in seen or node in given:
-                continue
-            seen.add(node)
-            queue += node.all_input_nodes
-        return sorted(seen)
 
 
 @rewrite(exact=True)
@@ -149,12 +59,13 @@ def fuse_cache(draft: Draft, context: int, multiple: int = 16) -> None:
             kernel.
     """
     nodes = list(draft.calls(SDPA))
-    sizes = Sizes(draft)
+    probe = Probe(draft)
+    found = Found(probe)
     for node in nodes:
-        sizes.pasts |= {past for i in (1, 2) if (past := _joined(draft, node, i)[0]) is not None}
+        probe.pasts |= {past for i in (1, 2) if (past := _joined(draft, node, i)[0]) is not None}
     rotated = fused = 0
     for node in nodes:
-        result = _fuse(draft, node, sizes, context, multiple)
+        result = _fuse(draft, node, found, context, multiple)
         if isinstance(result, str):
             draft.refuse(node, result)
         else:
@@ -166,7 +77,7 @@ def fuse_cache(draft: Draft, context: int, multiple: int = 16) -> None:
         draft.note(f"{fused} attentions joined with their caches, {rotated} with their rotation")
 
 
-def _fuse(draft: Draft, node: Node, sizes: Sizes, context: int, multiple: int) -> str | bool:
+def _fuse(draft: Draft, node: Node, found: Found, context: int, multiple: int) -> str | bool:
     """Fuse one attention; whether its rotation went along, or why not."""
     names = ("attn_mask", "dropout_p", "is_causal")
     options = dict(zip(names, node.args[3:], strict=False)) | dict(node.kwargs)
@@ -188,16 +99,16 @@ def _fuse(draft: Draft, node: Node, sizes: Sizes, context: int, multiple: int) -
         return f"its head size {size} is no multiple of {multiple}"
     if not isinstance(mask, Node) or options.get("is_causal"):
         return "it has no mask that is computed from the inputs"
-    if mask not in sizes.windows:
+    if mask not in found.windows:
         # Some models compute a mask of far × far.
-        sizes.windows[mask] = _window(sizes, mask, min(FAR, context))
-    window = sizes.windows[mask]
+        found.windows[mask] = _window(found.probe, mask, min(FAR, context))
+    window = found.windows[mask]
     if isinstance(window, str):
         return window
     final = _merged(node)
     if final is None:
         return "its heads are read by something else than their merge"
-    turned = _rotation(sizes, query, new_key, context, multiple)
+    turned = find_rotation(found.probe, found.rotations, query, new_key, context, multiple)
     query, new_key, rotation = turned or (query, new_key, None)
     tables = (rotation.cos, rotation.sin, rotation.positions) if rotation else (None, None, None)
     scale = options.get("scale")
@@ -290,10 +201,10 @@ def _flat(draft: Draft, node: Node, before: Node) -> Node:
     return draft.call(aten.flatten.using_ints, split, 2, before=before)
 
 
-def _window(sizes: Sizes, mask: Node, most: int) -> tuple[Node, int] | str:
+def _window(probe: Probe, mask: Node, most: int) -> tuple[Node, int] | str:
     """The padding input that a mask reads and its window (−1: none), or why it is another mask."""
-    for candidate in sizes.matrices:
-        far = _allowed(sizes, mask, candidate, torch.ones(1, most + 1), 1)
+    for candidate in probe.matrices:
+        far = _allowed(probe, mask, candidate, torch.ones(1, most + 1), 1)
         if far is None:
             continue
         seen = int(far.sum())
@@ -301,18 +212,18 @@ def _window(sizes: Sizes, mask: Node, most: int) -> tuple[Node, int] | str:
         past = 4 if window < 0 else window + 2
         padding = torch.ones(3, past + 3)
         padding[1, -2:], padding[2, :3] = 0, 0  # behind and before the text
-        got = _allowed(sizes, mask, candidate, padding, 3)
+        got = _allowed(probe, mask, candidate, padding, 3)
         if got is not None and torch.equal(got, cached.visible(padding, 3, window)):
             return candidate, window
     return "its mask is not that of a causal language model with padding"
 
 
-def _allowed(sizes: Sizes, mask: Node, candidate: Node, padding: Tensor, new: int) -> Tensor | None:
+def _allowed(probe: Probe, mask: Node, candidate: Node, padding: Tensor, new: int) -> Tensor | None:
     """What the mask lets each of `new` queries read, bool (batch, 1, new, total)."""
     batch, total = padding.shape
-    given = sizes.inputs(batch, new, total - new)
+    given = probe.inputs(batch, new, total - new)
     given[candidate] = padding.to(candidate.meta["val"].dtype)
-    value = sizes.compute(mask, given)
+    value = probe.compute(mask, given)
     if value is None or value.ndim != 4 or value.shape[-2:] != (new, total):
         return None
     if value.dtype != torch.bool:
@@ -320,108 +231,3 @@ def _allowed(sizes: Sizes, mask: Node, candidate: Node, padding: Tensor, new: in
             return None
         value = value == 0
     return value.expand(batch, -1, -1, -1)[:, :1] if value.shape[1] == 1 else None
-
-
-def _rotation(sizes: Sizes, query: Node, key: Node, context: int, multiple: int) -> Turned | None:
-    """The rotation of both, if it is one and the same."""
-    found = [_turned(sizes, node, context, multiple) for node in (query, key)]
-    if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
-        return None
-    return found[0][0], found[1][0], found[0][1]
-
-
-def _turned(sizes: Sizes, node: Node, context: int, multiple: int) -> tuple[Node, Rotation] | None:
-    """The tensor of which `node` is a rotation, the earliest one."""
-    shape = concrete_shape(node)
-    for start in sizes.cone(node, {}):
-        value = start.meta.get("val")
-        if start is node or not isinstance(value, Tensor) or concrete_shape(start) != shape:
-            continue
-        rotation = _rotation_of(sizes, node, start, context, multiple)
-        if rotation is not None:
-            return start, rotation
-    return None
-
-
-def _rotation_of(
-    sizes: Sizes, node: Node, start: Node, context: int, multiple: int
-) -> Rotation | None:
-    size, heads = concrete_shape(node)[3], concrete_shape(node)[1]
-    probes = torch.tensor([*PROBES, context - 1])
-    for candidate in sizes.matrices:
-        basis = torch.eye(size)[:, None, None].expand(size, heads, len(probes), size)
-        given = sizes.inputs(size, len(probes), 0)
-        given[candidate] = probes.expand(size, -1).to(candidate.meta["val"].dtype)
-        turned = sizes.compute(node, {**given, start: basis})
-        if turned is None or turned.shape != basis.shape:
-            continue
-        matrices = turned[:, 0].permute(1, 2, 0)  # (probes, out, in)
-        form = _form(matrices)
-        if form is None or not torch.equal(turned, turned[:, :1].expand_as(turned)):
-            continue
-        pairs, interleaved = form
-        if 2 * pairs % multiple:
-            continue
-        tables = _tables(sizes, node, start, candidate, context, form)
-        if tables is None:
-            continue
-        rotation = _shared(sizes, *tables, candidate, interleaved)
-        cos, sin = (sizes.draft.constant(t)[probes] for t in (rotation.cos, rotation.sin))
-        expected = cached.turn(basis[:, :1], cos, sin, interleaved)
-        if pairs == cos.shape[1] and torch.allclose(expected, turned[:, :1], atol=1e-6):
-            return rotation
-    return None
-
-
-def _shared(sizes: Sizes, cos: Tensor, sin: Tensor, positions: Node, interleaved: bool) -> Rotation:
-    """A rotation by these tables, one for all layers that have the same."""
-    draft = sizes.draft
-    for known in sizes.rotations:
-        same = (known.positions, known.interleaved) == (positions, interleaved)
-        if same and all(
-            torch.equal(draft.constant(a), b) for a, b in ((known.cos, cos), (known.sin, sin))
-        ):
-            return known
-    nodes = [draft.add_constant(n, t) for n, t in (("rotary_cos", cos), ("rotary_sin", sin))]
-    sizes.rotations.append(Rotation(nodes[0], nodes[1], positions, interleaved))
-    return sizes.rotations[-1]
-
-
-def _form(matrices: Tensor) -> tuple[int, bool] | None:
-    """Number of pairs and whether they are interleaved, from (positions, out, in) matrices."""
-    size = matrices.shape[-1]
-    moved = ~torch.isclose(matrices, torch.eye(size)).all(0)
-    channels = moved.any(0) | moved.any(1)
-    count = int(channels.sum())
-    if not count or count % 2 or not bool(channels[:count].all()):
-        return None
-    for interleaved in (False, True):
-        first, second = _pairs(count // 2, interleaved)
-        allowed = torch.eye(size, dtype=torch.bool)
-        allowed[first, second] = allowed[second, first] = True
-        if bool((matrices[:, ~allowed] == 0).all()):
-            return count // 2, interleaved
-    return None
-
-
-def _pairs(count: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """First and second channel of each pair."""
-    index = torch.arange(count)
-    return (2 * index, 2 * index + 1) if interleaved else (index, index + count)
-
-
-def _tables(
-    sizes: Sizes, node: Node, start: Node, positions: Node, context: int, form: tuple[int, bool]
-) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines over the context: what the first channels of each pair become."""
-    first, second = _pairs(*form)
-    heads, size = concrete_shape(node)[1], concrete_shape(node)[3]
-    one = torch.zeros(1, heads, context, size)
-    one[..., first] = 1.0
-    given = sizes.inputs(1, context, 0)
-    given[positions] = torch.arange(context)[None].to(positions.meta["val"].dtype)
-    turned = sizes.compute(node, {**given, start: one})
-    if turned is None:
-        return None
-    row = turned[0, 0]
-    return row[:, first].contiguous(), row[:, second].contiguous()

@@ -21,7 +21,7 @@ LEVELS = (
     {"program"},
     {"rewrite"},
     {"op_families"},
-    {"integer", "regions", "scaling", "rotatable", "plan", "recipe", "spec"},
+    {"integer", "regions", "scaling", "rotatable", "probing", "rotary", "plan", "recipe", "spec"},
     {"calibration", "hessian", "rounding", "stages", "journal", "divergence", "differentiable"},
     {"outliers", "fitting"},
     {"data", "bench", "study"},
