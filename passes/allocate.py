@@ -23,9 +23,10 @@ from torch.fx import Node
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.format import FLOAT, Format
+from qcompiler.history import Refusal
 from qcompiler.op_families import ADDS, CONVS, EMBEDDING, LINEAR, MOVES, PADS
 from qcompiler.plan import Assignment, Plan, Site
-from qcompiler.program import Program, Refusal
+from qcompiler.program import Program
 from qcompiler.qtype import QType
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import Draft, module_path, operand, place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError
-from qcompiler.program import Refusal
+from qcompiler.history import Refusal
 from qcompiler.qtype import QType, dequantize
 
 

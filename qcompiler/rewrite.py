@@ -16,7 +16,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from qcompiler.errors import QCompilerError, RewriteError
-from qcompiler.program import Entry, Program, Refusal
+from qcompiler.history import Entry, Refusal
+from qcompiler.program import Program
 
 P = ParamSpec("P")
 

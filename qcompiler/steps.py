@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompiler.data import Data
 from qcompiler.errors import UnsupportedError, VerifyError
+from qcompiler.history import Entry, Refusal
 from qcompiler.journal import Journal, fingerprint
 from qcompiler.lowering import Progress
 from qcompiler.observe import Statistics, choose_range, observe
@@ -26,7 +27,7 @@ from qcompiler.passes.quantize_cache import quantize_cache
 from qcompiler.passes.round_weights import round_weights, rounding_notes
 from qcompiler.passes.store_cache import measure_cache, store_cache
 from qcompiler.plan import Assignment, Plan, Rounded, Site
-from qcompiler.program import Batch, Entry, Program, Refusal
+from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import module_path, operand
 from qcompiler.rounding import outlier_columns

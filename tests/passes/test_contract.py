@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qcompiler.errors import RewriteError
+from qcompiler.history import Entry
 from qcompiler.models import ZOO
 from qcompiler.observe import observe
 from qcompiler.passes.allocate import allocate
@@ -32,7 +33,7 @@ from qcompiler.passes.split_outliers import split_outliers
 from qcompiler.passes.store_cache import store_cache
 from qcompiler.passes.untie_weights import untie_weights
 from qcompiler.plan import Assignment, Factor, Plan
-from qcompiler.program import Entry, Program
+from qcompiler.program import Program
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.rewrite import Draft, operand, rewrite
