@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from qcompiler.backends.edge_model import MOST_ELEMENTS
 from qcompiler.backends.edge_sizes import Formula
 from qcompiler.errors import InputError, UnsupportedError
 
 ALIGN = 64
-MOST_ELEMENTS = 2**31 - 1  # of a buffer: kernels count in int32
 
 
 def load(path: Path, described: Mapping[str, Any], threads: int | None = None) -> AnySize:

@@ -16,10 +16,11 @@ import torch
 
 from qcompiler.backends.edge_calls import Call, Calls
 from qcompiler.backends.edge_memory import ALIGN, plan
-from qcompiler.backends.edge_model import Entry, Step
+from qcompiler.backends.edge_model import MOST_ELEMENTS, Entry, Step
 from qcompiler.backends.edge_model import Tensor as Placed
 from qcompiler.backends.edge_ops import Ref, Storage, Trace
 from qcompiler.backends.edge_target import Machine
+from qcompiler.errors import UnsupportedError
 
 # Floats that the C runtime does not know, stored as their bits.
 AS_BITS = {torch.bfloat16: "uint16", torch.float8_e4m3fn: "uint8"}
@@ -86,7 +87,17 @@ def make_entry(
         outputs: what the entry returns.
         calls: in order.
         code, weights: get the kernels and constants that are new.
+
+    Raises:
+        UnsupportedError: for a tensor with more numbers than kernels count.
     """
+    made = [(f"'{op.label}'", ref.storage) for op in traced.ops for ref in op.outputs]
+    for label, storage in [*(("an input", ref.storage) for ref in traced.inputs), *made]:
+        if storage.size > MOST_ELEMENTS:
+            raise UnsupportedError(
+                f"{label} has {storage.size} numbers at the sizes {dict(sizes)}, and generated "
+                f"code counts to {MOST_ELEMENTS}: compile for smaller ones (--bucket …)"
+            )
     fixed: dict[int, tuple[str, int]] = {}
     for number, ref in enumerate(traced.inputs):
         fixed[id(ref.storage)] = ("input", number)

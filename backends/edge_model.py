@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Space = Literal["weights", "arena", "input", "output", "state"]
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: kernels count in int32
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,15 @@ def test_models_of_torch(tmp_path: Path, name: str, recipe: str) -> None:
         agree(want if isinstance(want, tuple) else (want,), run(*batch))
 
 
+def test_sizes_that_kernels_cannot_count_are_refused(tmp_path: Path) -> None:
+    program = capture(nn.Linear(16, 64), (torch.randn(4, 16),), {"input": {0: "rows"}})
+    with pytest.raises(UnsupportedError, match=r"4294967296 numbers at the sizes .*--bucket"):
+        edge.lower(
+            program, Target.parse("tvm:native"), tmp_path,
+            dynamic_shapes={"input": {0: "rows"}}, buckets={"rows": [1 << 26]},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "said"),
     [
