@@ -277,12 +277,6 @@ def _operands(node: Node, *ops: Any) -> list[Any]:
     return list(node.args[:2]) if node.op == "call_function" and node.target in ops else []
 
 
-def _through_casts(node: Any) -> Any:
-    while isinstance(node, Node) and str(node.target).startswith(("aten.to.", "aten._to_copy")):
-        node = node.args[0]
-    return node
-
-
 def _recognise_rms_norms(draft: Draft) -> None:
     count = 0
     for root in draft.calls(aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar):

@@ -289,16 +289,6 @@ def module_path(node: Node) -> str:
     return next((path for path, _ in reversed(stack.values()) if path), "")
 
 
-def source_line(node: Node) -> str:
-    """`file:line` of the model's code that made the node, or an empty string."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
-    if not frames:
-        return ""
-    file, _, rest = frames[-1].removeprefix("File ").partition(", line ")
-    return f"{file.strip(chr(34))}:{rest.split(',')[0]}"
-
-
 def place(node: Node) -> str:
     """A node as reports name it: its name, and its module path where known."""
     path = module_path(node)
