@@ -20,12 +20,13 @@
 #endif
 
 enum { OLDEST = 12000, ALIGNMENT = 256, MAX_PRODUCTS = 16, MAX_CONTEXTS = 64 };
-enum { UNIT_ROWS = 64, UNIT_BYTES = 128 }; /* kernels/cuda_units.py */
 enum { COUNTER_COUNT = 256 };              /* edge_cuda_products.py */
 
 /* The driver API's own numbers and layouts. */
 enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, PROCESSORS = 16, MAX_DYNAMIC_SHARED = 8 };
 enum { PROGRAMMATIC_SERIALIZATION = 6 };
+enum { MAP_FLOAT16 = 6, MAP_PLAIN = 0, MAP_SWIZZLE_128 = 3, MAP_FETCH_128 = 2, MAP_ZEROS = 0 };
+enum { MAP_BYTES = 128, MAP_COLUMNS = 64 }; /* columns of a tile: 128 bytes, kernels/cuda_units.py */
 
 struct attribute {
   int id, padding;
@@ -56,6 +57,9 @@ struct config {
   F(cuFuncSetAttribute, (void *function, int attribute, int value))      \
   F(cuLaunchKernelEx,                                                    \
     (const struct config *config, void *function, void **parameters, void **extra)) \
+  F(cuTensorMapEncodeTiled,                                              \
+    (void *map, int type, uint32_t rank, void *at, const uint64_t *sizes, const uint64_t *strides, \
+     const uint32_t *tile, const uint32_t *steps, int interleave, int swizzle, int fetch, int fill)) \
   F(cuMemsetD8Async, (uint64_t at, unsigned char value, size_t count, void *stream)) \
   F(cuGetErrorName, (int code, const char **name))
 
@@ -82,7 +86,7 @@ static void open_driver(void) {
     return;
   }
   if (!cu.cuDriverGetVersion || cu.cuDriverGetVersion(&version) || version < OLDEST ||
-      !cu.cuLaunchKernelEx)
+      !cu.cuLaunchKernelEx || !cu.cuTensorMapEncodeTiled)
     snprintf(absent, sizeof absent,
              "the GPU's driver is made for CUDA %d.%d; %d.%d or later is needed", version / 1000,
              version % 1000 / 10, OLDEST / 1000, OLDEST % 1000 / 10);
@@ -258,7 +262,8 @@ static ort_status *launch(struct queue *queue, int number, int rows, void *const
   for (int i = 0; i < kernel->parameter_count; i++) {
     uint8_t role = kernel->parameters[i];
     held[i] = role < TOKENS ? values[role] : NULL;
-    parameters[i] = role < TOKENS ? (void *)&held[i]
+    parameters[i] = role == MAP      ? values[MAP]
+                    : role < TOKENS  ? (void *)&held[i]
                     : role == TOKENS ? (void *)&rows
                                      : (void *)&config.grid[role - BLOCKS_X];
   }
@@ -268,20 +273,30 @@ static ort_status *launch(struct queue *queue, int number, int rows, void *const
                kernel->name);
 }
 
-/* Memory for a call: units, workspace, counters, one behind the other. */
+/* How the copy engine brings tiles of x, as warpgroup products read them: rows of 128 bytes, swizzled,
+ * `each` of them. */
+static ort_status *map_rows(ort_api api, uint8_t *map, void *x, int64_t rows, int64_t depth,
+                            int64_t each) {
+  uint64_t sizes[2] = {(uint64_t)depth, (uint64_t)rows}, stride = (uint64_t)depth * 2;
+  uint32_t tile[2] = {MAP_COLUMNS, (uint32_t)each}, steps[2] = {1, 1};
+  return check(api,
+               cu.cuTensorMapEncodeTiled(map, MAP_FLOAT16, 2, x, sizes, &stride, tile, steps,
+                                         MAP_PLAIN, MAP_SWIZZLE_128, MAP_FETCH_128, MAP_ZEROS),
+               "describing the activations");
+}
+
+/* Memory for a call: workspace, then counters. */
 struct scratch {
-  int64_t units, room, counters; /* bytes */
+  int64_t room, counters; /* bytes */
 };
 
 static struct scratch measure(const struct module *module, const struct operator_of *op,
                               int64_t rows) {
-  struct scratch found = {0, 0, 0};
+  struct scratch found = {0, 0};
   for (int i = 0; i < op->count; i++) {
     const struct choice *choice = choose(module, op->products[i].form, rows);
     int64_t pieces = up(rows, choice->each) * choice->across;
     int64_t room = aligned(pieces * choice->splits * choice->room * (int64_t)sizeof(float));
-    if (choice->units >= 0)
-      found.units = up(rows, UNIT_ROWS) * up(op->depth * 2, UNIT_BYTES) * UNIT_ROWS * UNIT_BYTES;
     if (room > found.room) found.room = room;
     if (room) found.counters = COUNTER_COUNT * 4;
   }
@@ -291,9 +306,9 @@ static struct scratch measure(const struct module *module, const struct operator
 static ort_status *multiply(struct queue *queue, const struct operator_of *op, const uint8_t *weights,
                             void *x, int64_t rows, uint8_t *memory, void *const *ys) {
   struct scratch scratch = measure(queue->module, op, rows);
-  void *values[ROLES] = {[X] = x, [UNITS] = memory, [ROOM] = memory + scratch.units,
-                         [COUNTERS] = memory + scratch.units + scratch.room};
-  int stored = 0; /* whether x lies there as units */
+  uint8_t map[MAP_BYTES] __attribute__((aligned(64)));
+  void *values[ROLES] = {[X] = x, [MAP] = map, [ROOM] = memory,
+                         [COUNTERS] = memory + scratch.room};
   if (scratch.counters) {
     TRY(check(queue->api,
               cu.cuMemsetD8Async((uint64_t)(uintptr_t)values[COUNTERS], 0,
@@ -304,10 +319,7 @@ static ort_status *multiply(struct queue *queue, const struct operator_of *op, c
   for (int i = 0; i < op->count; i++) {
     const struct product *product = &op->products[i];
     const struct choice *choice = choose(queue->module, product->form, rows);
-    if (choice->units >= 0 && !stored) {
-      TRY(launch(queue, choice->units, (int)rows, values));
-      stored = 1;
-    }
+    if (choice->mapped) TRY(map_rows(queue->api, map, x, rows, op->depth, choice->each));
     values[WEIGHT] = (void *)(uintptr_t)(weights + product->weight);
     values[SCALES] = (void *)(uintptr_t)(weights + product->scales);
     values[BIAS] = (void *)(uintptr_t)(weights + product->bias);
@@ -358,7 +370,7 @@ static ort_status *compute(void *given, ort_object *context) {
   int64_t halves = 0;
   for (int64_t done = 0; done < rows; done += step) {
     struct scratch part = measure(queue.module, op, rows - done < step ? rows - done : step);
-    int64_t size = (part.units + part.room + part.counters + 1) / 2;
+    int64_t size = (part.room + part.counters + 1) / 2;
     if (size > halves) halves = size;
   }
   TRY(output(api, context, (size_t)op->count, &halves, 1, (void **)&memory));

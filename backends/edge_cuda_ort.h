@@ -5,7 +5,7 @@
 #include "edge_ort_api.h"
 
 /* What a kernel's parameter is. */
-enum role { X, UNITS, WEIGHT, SCALES, BIAS, ROOM, COUNTERS, OUT, TOKENS, BLOCKS_X, BLOCKS_Y, ROLES };
+enum role { X, MAP, WEIGHT, SCALES, BIAS, ROOM, COUNTERS, OUT, TOKENS, BLOCKS_X, BLOCKS_Y, ROLES };
 
 struct extent {
   unsigned fixed, each; /* blocks: fixed · ⌈tokens / each⌉, or fixed where `each` is 0 */
@@ -23,7 +23,7 @@ struct gpu_kernel {
  * outputs; `splits` blocks share a piece, and leave `room` floats each in the workspace. */
 struct choice {
   int64_t most; /* tokens that it is for; 0: any number */
-  int kernel, units; /* units: the kernel that stores x so, or -1 */
+  int kernel, mapped; /* mapped: whether it is given x by a tensor map */
   int64_t each, across, splits, room;
 };
 

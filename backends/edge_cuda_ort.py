@@ -21,9 +21,7 @@ from qcompiler.backends.edge_cuda_products import (
     Choice,
     Extent,
     choices,
-    half_units,
     roles,
-    takes,
 )
 from qcompiler.backends.edge_folder import OPTIONS, SOURCES, Tools
 from qcompiler.backends.edge_ops import Weight
@@ -62,11 +60,10 @@ def build(operators: Sequence[Operator], target: Target) -> Library:
     tools = _tools()
     forms: dict[Form, int] = {}
     packed = [_pack(operator, forms) for operator in operators]
-    depths = sorted({form.depth for form, _ in forms})
     named = [int(target.feature.removeprefix("sm_"))] if target.feature else ALL
     lines, rows, images = [], [], []
     for number, capability in enumerate(named):
-        tables = _Kernels(f"gpu_{number}", forms, depths, GPUS[capability])
+        tables = _Kernels(f"gpu_{number}", forms, GPUS[capability])
         image, _ = build_kernels(tables.kernels, [capability])
         images.append(image)
         lines += [IMAGE.format(number), *tables.lines()]
@@ -116,11 +113,6 @@ def _pack(
     for linear in operator.linears:
         weight = _weight(linear)
         form = weights_form(weight, linear.name)
-        if not takes(form.depth):
-            raise UnsupportedError(
-                f"'{linear.name}': GPU kernels for ONNX Runtime read no rows of {form.depth} "
-                "numbers; keep it in float (--set keep_float=…)"
-            )
         held: list[Tensor | None] = [
             packed_weight(weight, form),
             row_scales(weight, form) if form.scaled_after else None,
@@ -150,16 +142,11 @@ def _products(number: int, products: list[tuple[int, int, list[int]]]) -> list[s
 class _Kernels:
     """The kernels of one GPU generation, and the C tables that describe them."""
 
-    def __init__(self, name: str, forms: dict[Form, int], depths: Sequence[int], gpu: Gpu) -> None:
+    def __init__(self, name: str, forms: dict[Form, int], gpu: Gpu) -> None:
         self.name = name
         self.kernels: list[CudaKernel] = []
         self.grids: list[tuple[Extent, ...]] = []
         self.found = [choices(f"form{n}", *form, gpu) for form, n in forms.items()]
-        self.forms = [*forms]
-        self.units: dict[int, int] = {}
-        tall = any(choice.units for found in self.found for choice in found)
-        for depth in depths if tall else ():
-            self.units[depth] = self._add(*half_units(f"units{depth}", depth))
         self.numbers = {
             id(choice): self._add(choice.kernel, choice.grid)
             for found in self.found
@@ -187,17 +174,15 @@ class _Kernels:
         lists = []
         for number, found in enumerate(self.found):
             name = f"list_{self.name}_{number}"
-            depth = self.forms[number][0].depth
-            chosen = [self._row(choice, depth) for choice in found]
+            chosen = [self._row(choice) for choice in found]
             lines.append(array("struct choice", name, chosen))
             lists.append(f"{{{len(found)}, {name}}}")
         lines.append(array("struct choices", f"choices_{self.name}", lists))
         return lines
 
-    def _row(self, choice: Choice, depth: int) -> str:
-        units = self.units[depth] if choice.units else -1
+    def _row(self, choice: Choice) -> str:
         fields = (
-            choice.most, self.numbers[id(choice)], units, choice.each, choice.across,
+            choice.most, self.numbers[id(choice)], int(choice.mapped), choice.each, choice.across,
             choice.splits, choice.room,
         )  # fmt: skip
         return f"{{{', '.join(map(str, fields))}}}"

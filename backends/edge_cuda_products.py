@@ -8,7 +8,7 @@ the weight's columns are shared out among blocks as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.tirx import Var
@@ -17,23 +17,22 @@ from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import HOPPER, CudaKernel, Gpu
 from qcompiler.kernels.cuda_gemm import Blocks, choose_blocks, gemm
 from qcompiler.kernels.cuda_gemm_hopper import Tall, choose_tall, gemm_hopper
-from qcompiler.kernels.cuda_rows import PIECE, Rows, cuda_rows
+from qcompiler.kernels.cuda_hopper import MAP_BYTES
 from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
-from qcompiler.kernels.cuda_units import unit_bytes
 from qcompiler.kernels.cuda_weights import Weights
 from qcompiler.kernels.expression import Access, Expression, Step
 
 SIZES = (1, 4, 8, 16, 32, FEW)  # tokens of blocks for few
 MOST = 2048  # tokens from which on a partition is the same for any more
+MIDDLE = 1 << 21, 1 << 23  # likewise, as far as the second
 LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
 # Multiplications up to which tiled products take longer than reading twice: on an H200 one of 4-bit
 # weights takes 11 µs, however small it is.
 SMALL = 300_000_000
 COUNTERS = 256  # more than there are pieces that blocks share; as in edge_cuda_ort.c
-LONGEST = 32768  # numbers of a row that units are made of
 # What a kernel's argument is, in the order of edge_cuda_ort.h.
 ROLES = (
-    "x", "units", "weight", "scales", "bias", "room", "counters", "out", "tokens", "blocks_x",
+    "x", "map", "weight", "scales", "bias", "room", "counters", "out", "tokens", "blocks_x",
     "blocks_y",
 )  # fmt: skip
 
@@ -57,7 +56,7 @@ class Choice:
         each, across: tokens of a piece of the output; pieces along the outputs.
         splits: blocks that share a piece.
         room: float32 numbers that such a block leaves in the workspace; 0: it needs none.
-        units: whether it reads x as units.
+        mapped: whether it is given x by a tensor map.
     """
 
     most: int
@@ -67,7 +66,7 @@ class Choice:
     across: int
     splits: int
     room: int
-    units: bool
+    mapped: bool
 
 
 def is_tall(tokens: int, numbers: int, gpu: Gpu) -> bool:
@@ -91,11 +90,10 @@ def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:
         biased: whether a bias (N float32) is added.
         gpu: that runs them.
     """
-    numbers = form.rows * form.depth
-    found = [
-        _few(f"{name}_few{n}", form, biased, n, gpu) for n in SIZES if not is_tall(n, numbers, gpu)
-    ]
-    if is_tall(FEW, numbers, gpu):
+    sizes, most = _few_tokens(form, gpu)
+    found = [_few(f"{name}_few{n}", form, biased, n, gpu) for n in sizes]
+    found[-1] = replace(found[-1], most=most)
+    if most < FEW:
         found.append(_many(f"{name}_few{FEW}", form, biased, FEW, gpu, FEW))
     tokens, how = 2 * FEW, _partition(2 * FEW, form, gpu)
     while True:
@@ -109,26 +107,25 @@ def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:
         tokens, how = 2 * tokens, more
 
 
+def _few_tokens(form: Weights, gpu: Gpu) -> tuple[Sequence[int], int]:
+    """Tokens of a block of each kernel for few, and how many the last takes.
+
+    As measured: on an H200 warpgroup products take 5 to 7 µs at least, and a block of 64 tokens up
+    to 8.
+    """
+    numbers, short = form.rows * form.depth, SIZES[:-1]
+    if gpu.capability != HOPPER.capability:
+        return SIZES, max(FEW, SMALL // numbers)
+    if numbers < MIDDLE[0]:
+        return short, FEW
+    return (SIZES, FEW) if MIDDLE[1] <= numbers < LARGE else (short, FEW // 2)
+
+
 def _partition(tokens: int, form: Weights, gpu: Gpu) -> Tall | Blocks:
     """How so many tokens are shared out."""
     if gpu.capability == HOPPER.capability:
-        return choose_tall(tokens, form)
+        return replace(choose_tall(tokens, form), mapped=True)
     return choose_blocks(tokens, form, gpu)
-
-
-def half_units(name: str, depth: int) -> tuple[CudaKernel, tuple[Extent, Extent, Extent]]:
-    """The kernel that stores x as units, and its blocks."""
-    arguments: list[Argument | Size] = [
-        Argument("x", "float16", depth), Argument("units", "uint8", unit_bytes(1, depth, 2)),
-        _tokens(),
-    ]  # fmt: skip
-    made = cuda_rows(name, arguments, Rows(1, depth, False, None, "units"))
-    return made, (Extent(1, 1), Extent(1), Extent(1))
-
-
-def takes(depth: int) -> bool:
-    """Whether rows of that length can be stored as units."""
-    return depth % PIECE == 0 and depth <= LONGEST
 
 
 def _tokens() -> Size:
@@ -138,11 +135,10 @@ def _tokens() -> Size:
 def _few(name: str, form: Weights, biased: bool, most: int, gpu: Gpu) -> Choice:
     how = choose(most, form, gpu)
     arguments, expression = _described(form, biased, Argument("x", "float16", form.depth))
-    tokens = max(most, SMALL // (form.rows * form.depth)) if most == FEW else most
     made = skinny(name, arguments, most, form, how, expression)
     across = -(-form.tiles // how.tiles)
     grid = (Extent(across), Extent(1, most), Extent(1))
-    return Choice(tokens, made, grid, most, across, 1, 0, False)
+    return Choice(most, made, grid, most, across, 1, 0, False)
 
 
 def _many(name: str, form: Weights, biased: bool, tokens: int, gpu: Gpu, most: int) -> Choice:
@@ -151,7 +147,7 @@ def _many(name: str, form: Weights, biased: bool, tokens: int, gpu: Gpu, most: i
     make: Any
     if isinstance(how, Tall):
         across = how.pieces(1, form)[1]
-        x = Argument("units", "uint8", unit_bytes(1, form.depth, 2))
+        x = Argument("map", "uint8", MAP_BYTES)
         grid = (Extent(across, how.tokens), Extent(how.splits), Extent(1))
         make, room = gemm_hopper, 0
     else:

@@ -55,6 +55,7 @@ GPUS = {
 }
 HOPPER = GPUS[90]
 
+_MAP = "struct alignas(64) qc_map { char bytes[128]; };\n"
 _SIGNATURE = re.compile(r'extern "C" __global__ void \S*\s*(\w+)_kernel\(([^)]*)\);')
 
 
@@ -81,6 +82,7 @@ class CudaKernel:
         self.threads, self.shared, self.resident = threads, shared, resident
         self.cluster = 1  # blocks along y that run at once and read one another's shared memory
         self.function: Any = None
+        self.maps: tuple[str, ...] = ()  # arguments that are tensor maps, given by value
         self.order: tuple[int, ...] = ()  # of the generated function's parameters; see `generate`
 
 
@@ -198,6 +200,8 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
             source = source.replace(
                 found, f"{bounds}, {kernel.resident}) {size}{kernel.name}_kernel("
             )
+        for given in kernel.maps:
+            source = _by_value(source, kernel.name, given)
         assert {*names} <= {a.name for a in kernel.arguments}, names
         order = {name: number for number, name in enumerate(names)}
         kernel.order = tuple(
@@ -205,3 +209,15 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
                    key=lambda i: order[kernel.arguments[i].name])
         )  # fmt: skip
     return source
+
+
+def _by_value(source: str, kernel: str, name: str) -> str:
+    """The source with that argument, a pointer to a tensor map, as the map itself."""
+    pointer = re.compile(rf"(?:const )?uchar\* __restrict__ {name}_ptr")
+    opening = re.compile(rf"(\b{kernel}_kernel\([^)]*\))( {{)?")
+
+    def change(found: re.Match[str]) -> str:
+        text = pointer.sub(f"const __grid_constant__ qc_map {name}", found[1])
+        return text + (f" {{\n  uchar* {name}_ptr = (uchar*)&{name};" if found[2] else "")
+
+    return ("" if _MAP in source else _MAP) + opening.sub(change, source)

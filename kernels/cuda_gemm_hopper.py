@@ -57,6 +57,7 @@ class Tall:
         ring: stages under way.
         band: blocks of tokens that share weights in the cache: they run side by side.
         splits: blocks that share out the columns of one piece of the output: a cluster.
+        mapped: whether x is (M, K) float16, given by its tensor map (`cuda_hopper.MAP_BYTES`).
     """
 
     tokens: int = 128
@@ -64,6 +65,7 @@ class Tall:
     ring: int = 4
     band: int = 8
     splits: int = 1
+    mapped: bool = False
 
     @property
     def rows(self) -> int:
@@ -117,9 +119,9 @@ def gemm_hopper(
 
     Args:
         name: of the function.
-        arguments: x as units (uint8), packed weights (uint8); without groups the rows' scales (N
-            float32); then what the expression reads and writes. The last may be M, given by the
-            call.
+        arguments: x as units or its tensor map (uint8), packed weights (uint8); without groups the
+            rows' scales (N float32); then what the expression reads and writes. The last may be M,
+            given by the call.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -142,6 +144,7 @@ def gemm_hopper(
         name, arguments, (down * across, splits), threads, how.shared(form), resident=1
     ) as (made, buffers, (block, split), thread, memory):
         made.cluster = splits
+        made.maps = (arguments[0].name,) if how.mapped else ()
         x, packed = buffers[:2]
         whole = T.Bind(block // (how.band * across))
         height = T.Bind(T.min(down - whole * how.band, how.band))
@@ -188,6 +191,12 @@ def gemm_hopper(
 
         def bring_activations(stage: Any, slot: Any) -> None:
             start = slot * slot_bytes
+            if how.mapped:
+                for chunk in range(chunks):
+                    call("qc_tile_copy", address(memory, start + chunk * (how.tokens * 128)),
+                         address(x), (first + stage) * form.stage + chunk * CHUNK,
+                         token_block * how.tokens, ring.full(slot))  # fmt: skip
+                return
             for chunk in range(chunks):
                 # A chunk past the end has weights of zero: any other chunk serves.
                 column = T.min((first + stage) * chunks + chunk, x_units - 1)

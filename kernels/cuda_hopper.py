@@ -61,6 +61,20 @@ DEVICE["qc_bulk_copy"] = (
                "[%0], [%1], %2, [%3];" :: "r"(at), "l"(from), "r"(bytes), "r"(count) : "memory");
 }""",
 )
+MAP_BYTES = 128  # of a tensor map: where a matrix lies and how a tile of it is to be stored
+# A tile from (row, column) on, counted by a barrier; zeros beyond the matrix. The map is one of
+# the kernel's parameters (`CudaKernel.maps`).
+DEVICE["qc_tile_copy"] = (
+    "void",
+    """__device__ __forceinline__ void qc_tile_copy(
+    void* to, const void* map, int column, int row, void* barrier) {
+  unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  unsigned count = (unsigned)__cvta_generic_to_shared(barrier);
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3}], [%4];"
+               :: "r"(at), "l"(map), "r"(column), "r"(row), "r"(count) : "memory");
+}""",
+)
 # Give registers up, or take them, each warpgroup for itself: 3 × 168 = 40 + 2 × 232.
 for _way, _count in (("dec", 40), ("inc", 232)):
     DEVICE[f"qc_registers_{_way}_{_count}"] = (

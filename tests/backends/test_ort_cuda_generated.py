@@ -39,8 +39,7 @@ from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Library, Operator
-from qcompiler.kernels.cuda_code import HOPPER as HOPPER_GPU
-from qcompiler.kernels.cuda_code import CudaKernel
+from qcompiler.kernels.cuda_code import GPUS, CudaKernel
 from qcompiler.kernels.cuda_weights import Weights
 from qcompiler.qtype import QType
 from qcompiler.target import Target
@@ -107,6 +106,14 @@ int cuMemsetD8Async(unsigned long long at, unsigned char v, size_t count, void *
   memset((void *)at, v, count);
   return printf("[\"clear\", %zu]\n", count), 0;
 }
+typedef unsigned long long wide;
+int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *at, const wide *sizes,
+                           const wide *strides, const unsigned *tile, const unsigned *steps,
+                           int interleave, int swizzle, int fetch, int fill) {
+  printf("[\"map\", %llu, %llu, %llu, %u, %u]\n", sizes[0], sizes[1], strides[0], tile[0],
+         tile[1]);
+  return type != 6 || rank != 2 || swizzle != 3 || steps[0] != 1 || (wide)map % 64;
+}
 int cuLaunchKernelEx(const struct config *c, void *f, void **parameters, void **extra) {
   printf("[\"%s\", %u, %u, %u, %d]\n", (char *)f, c->grid[0], c->grid[1], c->grid[2],
          c->count ? c->attributes[0] : 0);
@@ -160,7 +167,7 @@ class Pretended:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(edge_cuda_ort, "build_kernels", images)
-            patch.setattr(edge_cuda_products, "SMALL", 0)  # these are
+            patch.setattr(edge_cuda_products, "SMALL", 0)  # as all of these are
             options = (*edge_cuda_ort.OPTIONS, "-DPROVIDER=NULL")
             patch.setattr(edge_cuda_ort, "OPTIONS", options)
             made = edge_cuda_ort.build(operators(), Target.parse("ort:cuda+tvm"))
@@ -197,10 +204,13 @@ def test_what_is_launched_for_how_many_rows(pretended: Pretended) -> None:
         [[1, 1, 130], [1, 1, 48]],
     ]  # fmt: skip
     assert [line[0] for line in found[3:5]] == ["form0_few8_kernel", "form1_few8_kernel"]
-    assert [line[0] for line in found[6:8]] == ["form0_few64_kernel", "form1_few64_kernel"]
+    assert found[6:8] == [
+        ["form0_few32_kernel", 9, 2, 1, EARLY], ["form1_few32_kernel", 3, 2, 1, EARLY]
+    ]  # fmt: skip
+    tile = ["map", 264, 65, 528, 64, 64]  # numbers of a row, rows, bytes from row to row; of a tile
     assert found[9:] == [
-        ["units264_kernel", 65, 1, 1, EARLY], ["form0_many2048_1_kernel", 4, 1, 1, EARLY],
-        ["form1_many2048_1_kernel", 2, 1, 1, EARLY], [[1, 65, 130], [1, 65, 48]],
+        tile, ["form0_many2048_1_kernel", 4, 1, 1, EARLY],
+        tile, ["form1_many2048_1_kernel", 2, 1, 1, EARLY], [[1, 65, 130], [1, 65, 48]],
         [[1, 0, 130], [1, 0, 48]],
     ]  # fmt: skip
 
@@ -213,13 +223,24 @@ def test_another_generation_has_its_own_code(pretended: Pretended) -> None:
     ]  # fmt: skip
 
 
-def test_small_products_take_any_number_by_the_kernel_for_few() -> None:
-    form = Weights(192, 576, 4, 32)
-    found = edge_cuda_products.choices("p", form, False, HOPPER_GPU)
-    few = [c for c in found if "few" in c.kernel.name]
-    assert few[-1].kernel.name == "p_few64"
-    assert few[-1].most == edge_cuda_products.SMALL // (192 * 576)
-    assert few[-1].grid[1] == edge_cuda_products.Extent(1, 64)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "capability", "names", "most"),
+    [
+        (576, 1536, 90, ["p_few16", "p_few32", "p_many"], 64),
+        (2048, 2048, 90, ["p_few16", "p_few32", "p_few64_"], 32),
+        (4096, 4096, 90, ["p_few32", "p_few64", "p_many"], 64),
+        (192, 576, 80, ["p_few32", "p_few64", "p_many"], edge_cuda_products.SMALL // (192 * 576)),
+    ],
+)  # fmt: skip
+def test_what_takes_up_to_64_tokens(
+    outputs: int, inputs: int, capability: int, names: list[str], most: int
+) -> None:
+    form = Weights(outputs, inputs, 4, 32)
+    found = edge_cuda_products.choices("p", form, False, GPUS[capability])
+    last = next(i for i, choice in enumerate(found) if choice.most == most)
+    for choice, name in zip(found[last - 1 : last + 2], names, strict=True):
+        assert choice.kernel.name.startswith(name)
+    assert found[last + 1].mapped == (capability == 90)
 
 
 def test_what_a_machine_lacks_is_said(pretended: Pretended) -> None:
@@ -315,10 +336,8 @@ def test_a_language_model_on_its_own_operators(llama: Artifact) -> None:
 
 @pytest.mark.gpu
 @nvcc
-@pytest.mark.parametrize("small", [0, edge_cuda_products.SMALL])
-def test_products_on_the_gpu(tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_on_the_gpu(tmp_path: Path) -> None:
     """Against float64, for numbers of rows at and between those of the kernels' blocks."""
-    monkeypatch.setattr(edge_cuda_products, "SMALL", small)
     made = edge_cuda_ort.build(operators(), Target.parse(HOPPER))
     (tmp_path / LIBRARY).write_bytes(made.content)
     for number, operator in enumerate(operators()):
