@@ -40,8 +40,9 @@ def bench(
 
     Args:
         folder: the artifact; its float model must have been kept.
-        against: `float`, `ort-dynamic`, `ort-static`, `ort-int4`. The float model is always
-            measured: all ratios are to it.
+        against: `float`, `ort-dynamic`, `ort-static`, `ort-int4`, or `ort`: of language models
+            `ort-int4`, of others `ort-dynamic`. The float model is always measured: all ratios are
+            to it.
         threads: of one operator.
         seconds: of measuring, all candidates together.
         shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order; of
@@ -54,7 +55,10 @@ def bench(
     base = artifact.folder / REFERENCE
     if not (base / ort.MODEL).is_file():
         raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
-    if artifact.manifest.get("generation"):
+    writes = bool(artifact.manifest.get("generation"))
+    usual = "ort-int4" if writes else "ort-dynamic"
+    against = list(dict.fromkeys(usual if name == "ort" else name for name in against))
+    if writes:
         return _bench_language(artifact, against, threads, seconds, shape, say)
     batches = artifact.batches("held-out")
     if not batches:

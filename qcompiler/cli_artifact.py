@@ -87,7 +87,9 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            metavar="NAMES", help="Any of float, ort-dynamic, ort-static, ort-int4, with commas."
+            metavar="NAMES",
+            help="Any of float, ort-dynamic, ort-static, ort-int4, with commas; ort: the last for "
+            "language models, the second for others.",
         ),
     ] = "float",
     seconds: Annotated[
@@ -114,7 +116,7 @@ def bench(
     with guarded(debug):
         from qcompiler.errors import InputError, nearest
 
-        known = ["float", "ort-dynamic", "ort-static", "ort-int4"]
+        known = ["float", "ort", "ort-dynamic", "ort-static", "ort-int4"]
         peers = [name.strip() for name in against.split(",") if name.strip()]
         for name in peers:
             if name not in known:

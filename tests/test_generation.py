@@ -259,7 +259,7 @@ def test_bench_times_a_language_model_as_it_writes(
         "--seconds",
         "0",
         "--against",
-        "float,ort-int4",
+        "float,ort",  # the 4-bit tool
     ]
     app([*given, "--shape", "24x8", "--json"], standalone_mode=False)
     rows = json.loads(capsys.readouterr().out)["rows"]
