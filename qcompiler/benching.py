@@ -19,8 +19,10 @@ from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.errors import InputError
 from qcompiler.generation import Runtime, runtime, settings_of
+from qcompiler.gpu import device
 from qcompiler.lowering import Progress, Run, model_size
 from qcompiler.manifest import machine
+from qcompiler.target import Target
 from qcompiler.verify import compare
 
 T = TypeVar("T")
@@ -113,7 +115,7 @@ def bench(
         "rows": rows,
         "threads": threads,
         "shape": "×".join(map(str, first.shape)),
-        "machine": machine(),
+        "machine": _machine(str(artifact.manifest["target"])),
     }
 
 
@@ -156,9 +158,14 @@ def _bench_language(
     absent = {n: note for n, note in notes.items() if n not in writers}
     rows += [{"name": n, "phase": "", "note": note} for n, note in absent.items()]
     return {
-        "rows": rows, "threads": threads, "machine": machine(),
+        "rows": rows, "threads": threads, "machine": _machine(target),
         "shape": f"a prompt of {prompt}, {language_bench.STEPS} after {past}",
     }  # fmt: skip
+
+
+def _machine(target: str) -> dict[str, Any]:
+    """What it ran on, with the GPU's name where that was one."""
+    return machine() | ({"gpu": device().name} if Target.parse(target).device == "cuda" else {})
 
 
 def _open_peers(

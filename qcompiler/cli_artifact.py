@@ -329,6 +329,8 @@ def _bench_table(result: Mapping[str, Any]) -> Iterable[RenderableType]:
     rounds = max((int(row.get("rounds") or 0) for row in result["rows"]), default=0)
     machine = result.get("machine", {})
     cpu = machine.get("cpu", "") if isinstance(machine, dict) else str(machine)
+    if isinstance(machine, dict) and "gpu" in machine:
+        cpu = f"{machine['gpu']}, {cpu}"
     yield rows
     yield (
         f"{result['shape']}, {count(result['threads'], 'thread')}; interleaved, median of "

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto
 
 import qcompiler
-from qcompiler import gpu, integer
+from qcompiler import benching, gpu, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.backends import ort, ort_cuda, ort_cuda_decode
 from qcompiler.backends.ort_phases import PREFILL
@@ -178,6 +178,12 @@ def test_no_gpu_is_said(llama: Artifact) -> None:
         llama.runner()
     with pytest.raises(UnsupportedError, match="no GPU"):
         llama.generate("Hello", 2)
+
+
+def test_bench_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching, "device", lambda: gpu.Device(0, "a GPU", 90, 1 << 30))
+    assert benching._machine("ort:cuda:sm_90+tvm")["gpu"] == "a GPU"
+    assert "gpu" not in benching._machine("ort:cpu")
 
 
 def test_steps_with_a_fixed_mask(
