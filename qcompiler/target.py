@@ -179,11 +179,10 @@ class Target:
             )
         if products == "bfloat16" and not self.multiplies_bfloat16:
             able = [t for t in known_targets() if Target.parse(t).feature in BFLOAT16]
-            why = (
-                f"ONNX Runtime's {self.device.upper()} kernels have no bfloat16 products here"
-                if self.runtime == "ort"
-                else "it has no bfloat16 products"
-            )
+            why = {
+                "ort:cpu": "ONNX Runtime's CPU kernels have no bfloat16 products here",
+                "ort:cuda": "it computes in float16, as fast as bfloat16 and eight times finer",
+            }.get(f"{self.runtime}:{self.device}", "it has no bfloat16 products")
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
         if any(cache) and (self.runtime, self.device) == ("ort", "cuda"):
             return "ort:cuda keeps its cache in float16 (--set keys=none --set values=none)"
