@@ -24,7 +24,7 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
                 preset
                 for preset, (_, recipe) in PRESETS.items()
                 if target.refusal(
-                    recipe.weight_type, recipe.activation_type, products=recipe.products
+                    recipe.weight_type, recipe.activation_type, recipe.cache_types, recipe.products
                 )
                 is None
             ]

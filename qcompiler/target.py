@@ -106,7 +106,8 @@ class Target:
     def meaning(self) -> str:
         """What this target is, for people."""
         text = DEVICES[self.runtime][self.device][self.feature]
-        text = f"{text} ({cpu_feature()})" if str(self).startswith("ort:cpu") else text
+        here = (self.runtime, self.device, self.feature) == ("ort", "cpu", "")
+        text = f"{text} ({cpu_feature()})" if here else text
         which = "linears by token" if self.device == "cpu" else "quantized weights"
         return f"{text}, {which} on kernels of {self.kernels}" if self.kernels else text
 

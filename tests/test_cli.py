@@ -413,6 +413,11 @@ def test_lists(run: Run) -> None:
     targets = json.loads(run("targets", "--json").stdout)
     assert targets[0]["name"] == "ort:cpu"
     assert "w8a8" in targets[0]["recipes"]
+    caching = {row["name"] for row in targets if "w4a8kv8" in row["recipes"]}
+    assert {"ort:cpu", "tvm:cuda:sm_90"} <= caching
+    assert not {"tvm:native", "tvm:aarch64", "ort:cuda"} & caching  # `compile` refuses it there
+    described = {row["name"]: row["description"] for row in targets}
+    assert described["ort:cpu:arm64"] == "64-bit ARM"  # not with what this CPU has
     recipes = json.loads(run("recipes", "--json").stdout)
     assert {"w8a8", "w4a16"} <= {row["name"] for row in recipes}
     assert recipes[0]["fields"]["weights"] == "int8:channel"
