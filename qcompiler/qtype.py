@@ -6,10 +6,10 @@ Language Models" (section 2.2, uniform quantization) and ONNX QuantizeLinear-21,
 (division by the scale, then saturation) is followed bit for bit.
 
 q may be an 8-bit float in place of an integer, and round(x / s) then the nearest of those:
-`float8_e4m3` is E4M3 of the OCP 8-bit Floating Point Specification (revision 1.0, section 5.2):
-3 bits of mantissa, exponents from −6 to 8, subnormal numbers, no infinities, ±448 at most; what is
-larger becomes that (Micikevicius 2022, "FP8 Formats for Deep Learning", section 3). Such formats
-are symmetric.
+`float8_e4m3` is E4M3 of the OCP 8-bit Floating Point Specification (revision 1.0) and of
+Micikevicius 2022, "FP8 Formats for Deep Learning": 3 bits of mantissa, exponents from −6 to 8,
+subnormal numbers, no infinities, ±448 at most, which is what larger numbers become (the
+specification's saturating conversion). Such formats are symmetric.
 
 A QType knows no axis: the axis belongs to the use of the tensor and is an argument of each method.
 """
