@@ -21,7 +21,7 @@ from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_cuda_attention import attention_by_tiles, by_tiles, rows_aligned
 from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
-from qcompiler.backends.edge_cuda_products import SMALL, is_tall
+from qcompiler.backends.edge_cuda_products import is_tall, small_product
 from qcompiler.backends.edge_group import ANCHORS, ROWS, Group, Writer, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_rotate import factors_of
@@ -165,17 +165,18 @@ class CudaCalls(Calls):
     def tall(self, op: Op) -> bool:
         """Whether Hopper's warpgroup products compute it, which read units."""
         count, size = prod(op.out.shape[:-1]), prod(op.args[1].shape)
-        return is_tall(count, size, self.gpu) and (op in self.integer or count * size > SMALL)
+        return is_tall(count, size, self.gpu) and (
+            op in self.integer or count * size > small_product(self.gpu)
+        )
 
     def widened(self, op: Op) -> bool:
         """Whether integers and weights of 4 bits are multiplied in float16."""
         return op in self.integer and op.args[1].storage.weight.group > 0 and not self.small(op)
 
-    @staticmethod
-    def small(op: Op) -> bool:
+    def small(self, op: Op) -> bool:
         """Whether the kernel for few tokens takes it, however many there are."""
         count = prod(op.out.shape[:-1])
-        return count <= FEW or count * prod(op.args[1].shape) <= SMALL
+        return count <= FEW or count * prod(op.args[1].shape) <= small_product(self.gpu)
 
     def _group(self, g: Group) -> None:
         op = g.anchor

@@ -26,9 +26,9 @@ SIZES = (1, 4, 8, 16, 32, FEW)  # tokens of blocks for few
 MOST = 2048  # tokens from which on a partition is the same for any more
 MIDDLE = 1 << 21, 1 << 23  # likewise, as far as the second
 LARGE = 8192 * 8192  # numbers of a weight from which on 33 tokens are many
-# Multiplications up to which tiled products take longer than reading twice: on an H200 one of 4-bit
-# weights takes 11 µs, however small it is.
-SMALL = 300_000_000
+# Multiplications up to which tiled products take longer than reading the weight again for each 64
+# tokens. On an H200 those of warpgroups take 4 to 5 µs at least, the others 11 µs.
+SMALL, SMALL_TALL = 300_000_000, 1 << 26
 COUNTERS = 256  # more than there are pieces that blocks share; as in edge_cuda_ort.c
 # What a kernel's argument is, in the order of edge_cuda_ort.h.
 ROLES = (
@@ -79,6 +79,11 @@ def is_tall(tokens: int, numbers: int, gpu: Gpu) -> bool:
     """
     many = tokens > FEW or (tokens > FEW // 2 and numbers >= LARGE)
     return many and gpu.capability == HOPPER.capability
+
+
+def small_product(gpu: Gpu) -> int:
+    """Multiplications up to which the kernel for few tokens takes any number of them."""
+    return SMALL_TALL if gpu.capability == HOPPER.capability else SMALL
 
 
 def choices(name: str, form: Weights, biased: bool, gpu: Gpu) -> list[Choice]:

@@ -133,7 +133,7 @@ def test_many_tokens(
 ) -> None:
     """More than 64 tokens read tensor cores' own layouts; norms join what quantizes their rows."""
     if kernels & {"gemm_hopper", "gemm"}:
-        monkeypatch.setattr(edge_cuda_calls, "SMALL", 0)
+        monkeypatch.setattr(edge_cuda_calls, "small_product", lambda gpu: 0)
     torch.manual_seed(0)
     batches = [(torch.randn(100, 64),) for _ in range(2)]
     made = qcompiler.compile(
