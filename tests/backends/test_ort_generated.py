@@ -257,6 +257,19 @@ def test_a_tied_embedding_reads_the_packed_head(
         run(torch.full_like(ids, VOCABULARY))
 
 
+def test_a_row_that_a_float_layer_reads_too(tmp_path: Path) -> None:
+    """What is quantized by the row is kept besides: the sum after a float projection is a residual.
+
+    It was taken for something that quantizing writes, and never stored.
+    """
+    formats = {"*": "int8:channel/int8:token", "out": "float"}
+    recipe = load_recipe("w8a8-token", {"rounding": "rtn", "formats": formats})
+    spec = ZOO["tiny-post-norm-block"].build()
+    made = compile(spec, target="ort:cpu+tvm", recipe=recipe, out=tmp_path / "a")
+    assert made.manifest["audit"]["kernels"]["QuantizedMatMul"] == 3
+    assert min(row["sqnr_db"] for row in made.manifest["errors"]["lowering"]) > 100
+
+
 def test_a_missing_library_is_named(decoder: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(decoder.folder, folder)
