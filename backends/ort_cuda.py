@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.ort_session import CPU, MODEL, open_session, session_options
+from qcompiler.backends.ort_store import read_metadata
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.gpu import device, free_memory
 
@@ -86,17 +87,25 @@ def load_model(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     """An ONNX model on the GPU as a function of flat inputs, returning flat outputs.
 
     Tensors are on the CPU. Float inputs are converted to what the model takes, and outputs in
-    float16 to float32: a program has no other.
+    float16, as well as caches that it keeps as integers, to float32: a program has no other.
     """
     running = session(path)
     kinds = {i.name: i.type for i in running.get_inputs()}
+    results = [o.name for o in running.get_outputs()]
+    stores = read_metadata(running.get_modelmeta().custom_metadata_map)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         feed = {}
         for (name, kind), value in zip(kinds.items(), inputs, strict=True):
             value = value.half() if kind == "tensor(float16)" else value
-            feed[name] = np.ascontiguousarray(value.detach().cpu().numpy())
-        found = (torch.from_numpy(np.asarray(y)) for y in running.run(None, feed))
+            array = value.detach().cpu().numpy()
+            feed[name] = np.ascontiguousarray(
+                stores[name].write(array) if name in stores else array
+            )
+        found = (
+            torch.from_numpy(np.asarray(stores[name].read(y) if name in stores else y))
+            for name, y in zip(results, running.run(None, feed), strict=True)
+        )
         return tuple(y.float() if y.dtype == torch.float16 else y for y in found)
 
     return run

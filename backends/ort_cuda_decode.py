@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.backends.ort_cuda import session
+from qcompiler.backends.ort_decode import TYPES
 from qcompiler.backends.ort_phases import PREFILL, TOKENS
 from qcompiler.backends.ort_session import FIRST, MODEL, SHARED
 from qcompiler.errors import InputError, UnsupportedError
@@ -45,8 +46,7 @@ class Decoder:
                 f"{folder}: its attention is not GroupQueryAttention, so its cache cannot stay on "
                 "the GPU; compile it without --set fused=false, or for ort:cpu"
             )
-        self._shapes = [inputs[n].shape for n in self._past]
-        self._kind = np.float16 if "16" in inputs[self._past[0]].type else np.float32
+        self._kinds = [(inputs[n].shape, np.dtype(TYPES[inputs[n].type])) for n in self._past]
         self._positions = "position_ids" in inputs
         optional = {i.name for i in self._step.get_overridable_initializers()}
         self._prunes = FIRST in optional
@@ -72,8 +72,7 @@ class Decoder:
             return  # what lies in the cache is never read again: the mask hides it
         self._caches: list[Any] = []  # their memory is free before more is asked for
         self._binding: Any = None
-        token = sum(int(shape[1]) * int(shape[3]) for shape in self._shapes)
-        token *= np.dtype(self._kind).itemsize
+        token = sum(int(shape[1]) * int(shape[3]) * kind.itemsize for shape, kind in self._kinds)
         # The old cache is free, but not to the driver: ONNX Runtime's arena keeps its memory.
         needed, free = token * capacity, free_memory() + token * self._held
         refusal = (
@@ -86,8 +85,8 @@ class Decoder:
         self._capacity = capacity  # no longer: rotary tables end with the model's context
         self._graph += 1
         try:
-            for shape in self._shapes:
-                zeros = np.zeros((1, int(shape[1]), capacity, int(shape[3])), self._kind)
+            for shape, kind in self._kinds:
+                zeros = np.zeros((1, int(shape[1]), capacity, int(shape[3])), kind)
                 self._caches.append(_value(zeros))
         except Exception as error:  # of a class that onnxruntime does not export
             self._capacity, self._caches = 0, []

@@ -19,7 +19,8 @@ from qcompiler.errors import InputError
 ROUND = 64  # capacities are multiples of this
 # What caches are kept in; 4-bit integers two to a byte.
 TYPES: dict[str, type] = {
-    "tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32, "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
 }  # fmt: skip
 
 

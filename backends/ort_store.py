@@ -10,11 +10,13 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # who runs a model may have no tools that write one
+    import onnx_graphsurgeon as gs
 
 KEY = "qcompiler.stored_caches"  # of the metadata
 Array = NDArray[Any]

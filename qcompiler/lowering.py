@@ -176,6 +176,13 @@ def _onnx(job: Job) -> Lowered:
     )  # fmt: skip
 
 
+OWN_CACHE = (
+    "ONNX Runtime's CUDA kernel lets the tokens of a prompt read each other's keys and values as "
+    "they were before rounding, and later tokens the rounded ones of the cache. The program rounds "
+    "both: a lowering error that is no loss"
+)
+
+
 def _onnx_cuda(job: Job) -> Lowered:
     from qcompiler.backends import ort, ort_audit, ort_cuda
     from qcompiler.backends.ort_phases import DECODE, NOWHERE, PREFILL, TOKENS
@@ -196,6 +203,8 @@ def _onnx_cuda(job: Job) -> Lowered:
     kept = job.planned if writes or generate is not None else {}
     audit = ort_audit.audit(folder, kept, (), written=True)
     notes = _phases(bits, one, many, writes) if job.planned and generate is None else []
+    if any(job.recipe.cache_types):
+        notes.append(OWN_CACHE)
     run: Run = partial(_in_torch, job.quantized)
     run_float, absent = None, ""
     try:

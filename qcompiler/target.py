@@ -185,8 +185,6 @@ class Target:
                 "ort:cuda": "it computes in float16, as fast as bfloat16 and eight times finer",
             }.get(f"{self.runtime}:{self.device}", "it has no bfloat16 products")
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
-        if any(cache) and (self.runtime, self.device) == ("ort", "cuda"):
-            return "ort:cuda keeps its cache in float16 (--set keys=none --set values=none)"
         reason = _cache_refusal(self, *cache) if any(cache) else None
         if reason:
             return reason

@@ -215,13 +215,16 @@ def compiled(tmp_path: Path) -> Callable[..., tuple[Any, Any, Any, int]]:
 @pytest.fixture(scope="session")
 def compiled_llama(
     language_folder: Path, tmp_path_factory: pytest.TempPathFactory, torchlib_once: None
-) -> Callable[[str], Artifact]:
-    """`compiled_llama(target)`: the random Llama with 4-bit weights, rounded to nearest."""
+) -> Callable[..., Artifact]:
+    """`compiled_llama(target, …)`: the random Llama with 4-bit weights, rounded to nearest.
 
-    def make(target: str) -> Artifact:
+    Settings of the recipe may follow.
+    """
+
+    def make(target: str, **settings: Any) -> Artifact:
         spec = find(f"hf:{language_folder}")
         assert not isinstance(spec, Path)
-        recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0})
+        recipe = load_recipe("w4a16", {"rounding": "rtn", "min_sqnr": 0.0, **settings})
         out = tmp_path_factory.mktemp("language") / "llama"
         return qcompiler.compile(spec, target=target, recipe=recipe, out=out)
 

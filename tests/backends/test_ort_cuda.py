@@ -33,8 +33,15 @@ CLOSE = 5e-3  # ‖out − ref‖ / ‖ref‖ of float16 arithmetic in two layer
 
 
 @pytest.fixture(scope="module")
-def llama(compiled_llama: Callable[[str], Artifact]) -> Artifact:
+def llama(compiled_llama: Callable[..., Artifact]) -> Artifact:
     return compiled_llama("ort:cuda")
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def stored(compiled_llama: Callable[..., Artifact], request: pytest.FixtureRequest) -> Artifact:
+    """With its cache in integers."""
+    kind = f"{request.param}:channel"
+    return compiled_llama("ort:cuda", keys=kind, values=kind)
 
 
 def expected(artifact: Artifact) -> tuple[Any, tuple[Any, ...]]:
@@ -42,6 +49,23 @@ def expected(artifact: Artifact) -> tuple[Any, tuple[Any, ...]]:
     batch = artifact.batches("held-out")[0]
     saved = torch.export.load(artifact.folder / REFERENCE / "quantized.pt2")
     return batch, integer.run(Program(saved), batch)
+
+
+def text(artifact: Artifact, tokens: Any) -> torch.Tensor:
+    """The quantized program's logits for a text without a past, by the reference executor."""
+    program = Program(torch.export.load(artifact.folder / REFERENCE / "quantized.pt2"))
+    ids = torch.from_numpy(tokens)[None]
+    known = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(len(tokens))[None],
+    }
+    batch = artifact.batches("held-out")[0]
+    given = zip(program.inputs, batch, strict=True)
+    logits, *_ = integer.run(
+        program, tuple(known[n] if n in known else x[:1, :, :0] for n, x in given)
+    )
+    return logits[0]
 
 
 def error(got: Any, want: torch.Tensor) -> float:
@@ -73,6 +97,23 @@ def test_a_language_model_in_two_forms(llama: Artifact) -> None:
     assert llama.manifest["target"] == "ort:cuda"
     assert any("prefill.onnx" in note for note in llama.manifest["warnings"])
     assert llama.manifest["audit"]["broken"] == []
+
+
+def test_a_cache_of_integers(stored: Artifact) -> None:
+    """Attention in float16, scales in float32, in the model for tokens and that for prompts."""
+    assert any("before rounding" in warning for warning in stored.manifest["warnings"])
+    for name in (MODEL, PREFILL):
+        graph = onnx.load(stored.folder / name).graph
+        constants = {t.name: t.data_type for t in graph.initializer}
+        caches = [v for v in (*graph.input, *graph.output) if v.name.startswith(("past", "pres"))]
+        (kind,) = {v.type.tensor_type.elem_type for v in caches}
+        attentions = [n for n in graph.node if n.op_type == "GroupQueryAttention"]
+        assert len(caches) == 4 * len(attentions)
+        for node in attentions:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert kind == {8: TensorProto.INT8, 4: TensorProto.UINT8}[values["kv_cache_bit_width"]]
+            assert values["k_quant_type"] == values["v_quant_type"] == b"PER_CHANNEL"
+            assert [constants[n] for n in node.input[12:14]] == [TensorProto.FLOAT] * 2
 
 
 def test_an_encoder_falls_back_to_float_weights(tmp_path: Path, torchlib_once: None) -> None:
@@ -135,7 +176,8 @@ def test_what_the_target_refuses() -> None:
     four = QType.parse("int4:g32")
     assert target.refusal(four, None) is None
     assert "two to six times" in str(target.refusal(four, QType.parse("int8:token")))
-    assert "float16" in str(target.refusal(four, None, (QType.parse("int8:channel"),) * 2))
+    assert target.refusal(four, None, (QType.parse("int8:channel"),) * 2) is None
+    assert "kept as int8" in str(target.refusal(four, None, (QType.parse("int8:token"),) * 2))
     assert "bfloat16" in str(target.refusal(four, None, products="bfloat16"))
     assert target.share_of_float(4, 1) < 1 < target.share_of_float(4, 300)
     assert target.share_of_float(8, 1) < 1 < target.share_of_float(8, 1, 2048)
@@ -233,6 +275,19 @@ def test_on_the_gpu(llama: Artifact) -> None:
         assert error(got, reference) < CLOSE
     rows = [r for r in llama.manifest["errors"]["lowering"] if r["data"] == "held-out"]
     assert min(row["sqnr_db"] for row in rows) > 40
+
+
+@pytest.mark.gpu
+def test_integer_caches_on_the_gpu(stored: Artifact, llama: Artifact) -> None:
+    """Later tokens read what is kept; those of a prompt read each other's as they were before."""
+    tokens = np.arange(3, 43, dtype=np.int64)
+    rounded, exact = (text(artifact, tokens) for artifact in (stored, llama))
+    decoder = ort_cuda_decode.Decoder(stored.folder)
+    decoder.reset(44)
+    assert error(decoder.feed(tokens), exact) < 2 * CLOSE
+    decoder.reset(44)
+    one_by_one = np.concatenate([decoder.feed(tokens[i : i + 1]) for i in range(len(tokens))])
+    assert error(one_by_one, rounded) < error(exact, rounded) / 4
 
 
 @pytest.mark.gpu
