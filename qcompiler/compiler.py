@@ -20,6 +20,7 @@ from qcompiler.data import Data
 from qcompiler.deliver import Progress, deliver, verify
 from qcompiler.distributions import distributions
 from qcompiler.errors import UnsupportedError
+from qcompiler.lowering import check_installed
 from qcompiler.manifest import Compiled
 from qcompiler.memory import Sampler, release
 from qcompiler.mixer import Mixer
@@ -128,6 +129,7 @@ def compile(
     )
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
+    check_installed(target)
     out = Path(out)
     with artifacts.writing(out, force) as folder, say:
         say("capture")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,16 @@ def generator(target: Target) -> Generate | None:
     except ImportError as error:
         raise _without_tvm(target, error) from error
     return partial(build, target=target)
+
+
+def check_installed(target: Target) -> None:
+    """Say before anything is computed that what generates the target's code is missing.
+
+    Raises:
+        UnsupportedError: TVM is not installed.
+    """
+    if (target.runtime == "tvm" or target.kernels) and find_spec("tvm") is None:
+        raise _without_tvm(target, ModuleNotFoundError("No module named 'tvm'"))
 
 
 def _without_tvm(target: Target, error: ImportError) -> UnsupportedError:

@@ -19,6 +19,7 @@ from qcompiler import allocation, choosing, costs, figures
 from qcompiler.allocation import Choice
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import NARROW, Format
+from qcompiler.lowering import check_installed
 from qcompiler.mixer import Mixer, Point
 from qcompiler.recipe import Recipe
 from qcompiler.spec import ModelSpec
@@ -75,6 +76,8 @@ def prepared(recipe: Recipe, target: Target, spec: ModelSpec) -> Recipe:
     others = [recipe.bits, recipe.size, recipe.latency]
     if recipe.max_loss is not None and any(value is not None for value in others):
         raise InputError("give max_loss alone: it is what is kept, and size what is minimised")
+    if recipe.latency is not None:
+        check_installed(target)  # kernels are timed, or their instructions counted
     if recipe.latency is not None and not (costs.here(target) or costs.counted(target)):
         raise UnsupportedError(
             f"--latency: this machine is not {target}, so nothing can be timed, and instructions "

@@ -440,19 +440,24 @@ def test_bucket_is_for_generated_code(tmp_path: Path) -> None:
     assert "tvm: targets" in done.stderr
 
 
-def test_without_tvm(tmp_path: Path) -> None:
-    """One line that says what to install; nothing is left behind."""
+@pytest.mark.parametrize(
+    "given",
+    [(NATIVE, "w8"), (NATIVE, "mixed", "--latency", "0.5x"),
+     ("tvm:armv7", "mixed", "--latency", "0.5x"), ("tvm:cuda:sm_90", "mixed", "--latency", "0.5x")],
+)  # fmt: skip
+def test_without_tvm(given: tuple[str, ...], tmp_path: Path) -> None:
+    """One line that says what to install; nothing is computed first, nothing left behind."""
     code = (
         "import sys; sys.modules['tvm'] = None; sys.argv[0] = 'qcompiler';"
         "from qcompiler.cli import main; sys.exit(main())"
     )
     out = tmp_path / "a"
     done = subprocess.run(
-        [sys.executable, "-c", code, "compile", "tiny-mlp", "--target", NATIVE, "--recipe", "w8",
-         "--out", str(out)],
+        [sys.executable, "-c", code, "compile", "tiny-mlp", "--out", str(out), "--target", given[0],
+         "--recipe", *given[1:]],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "pip install 'qcompiler[tvm]'" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-    assert not out.exists()
+    assert not [*tmp_path.iterdir()]
