@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,7 +149,10 @@ def compile(
 
 
 class _Clock:
-    """Passes the steps' names on; keeps how long each took, in seconds, and its most bytes held."""
+    """Passes the steps' names on; keeps how long each took, in seconds, and its most bytes held.
+
+    What is told of as 1/24, 2/24, … is one step.
+    """
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
@@ -168,7 +172,7 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
         self.memory[self._step] = max(self.memory.get(self._step, 0), self._sampler.take())
-        self._step, self._since = step, now
+        self._step, self._since = re.sub(r" \d+/\d+.*", "", step), now
         release()
         if self.progress is not None:
             self.progress(step)

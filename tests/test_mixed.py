@@ -80,6 +80,7 @@ def test_a_better_plan_outside_of_the_budget_is_named(tmp_path: Path) -> None:
     for name, budget in (("bits", 3.5), ("size", 0.02)):
         recipe = load_recipe("mixed", {**formats, name: budget})
         made = qcompiler.compile(tower(), recipe=recipe, out=tmp_path / name, study=tmp_path / "s")
+        assert not any("/" in step for step in made.manifest["seconds"])  # 1/6 … 6/6 are one
         warnings = [w for w in made.manifest["warnings"] if "loses less" in w]
         found[name] = made.manifest["mixed"]["chosen"], warnings
     (mixed, (told,)), (finer, none) = found["bits"], found["size"]
