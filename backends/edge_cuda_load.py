@@ -54,6 +54,11 @@ class CudaModel:
                 f"{found.name} has {found.capability / 10}; compile it with --target "
                 f"tvm:cuda:sm_{found.capability}"
             )
+        if any(launch.get("together") for launch in program["launches"].values()):
+            raise UnsupportedError(
+                f"{folder} was compiled by an earlier qcompiler: blocks of its kernels wait for "
+                "one another, and nothing here sees to it that all of them run; compile it again"
+            )
         self.inputs = tuple(_port(p) for p in program["inputs"])
         self._outputs = tuple(_port(p) for p in program["outputs"])
         self._entries: list[dict[str, Any]] = program["entries"]

@@ -13,7 +13,7 @@ from typing import Any
 from qcompiler.errors import UnsupportedError
 
 DRIVER = 12_000  # CUDA 12
-_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS = 75, 76, 16
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
 
 
 @cache
@@ -65,13 +65,12 @@ def check(code: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its number, name, compute capability such as 90, bytes of memory, processors."""
+    """A GPU: its number, name, compute capability such as 90, bytes of memory."""
 
     number: int
     name: str
     capability: int
     memory: int
-    processors: int = 0
 
 
 def device(number: int = 0) -> Device:
@@ -96,11 +95,11 @@ def _opened(number: int) -> tuple[Device, ctypes.c_void_p]:
     library.cuDeviceGetName(name, 100, handle)
     library.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
     parts = []
-    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS):
+    for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
         value = ctypes.c_int()
         library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
         parts.append(value.value)
-    found = Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value, parts[2])
+    found = Device(number, name.value.decode(), parts[0] * 10 + parts[1], total.value)
     return found, context
 
 

@@ -293,6 +293,21 @@ def test_another_gpu_and_too_little_memory_are_named(
 
 
 @nvcc
+def test_kernels_that_wait_for_one_another_are_refused(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions compiled them, for GPUs of so many processors: others never finish."""
+    stub(monkeypatch, 90, 1 << 30)
+    shutil.copytree(artifact.folder, tmp_path / "old")
+    path = tmp_path / "old" / edge_cuda_load.PROGRAM
+    program = json.loads(path.read_text())
+    next(iter(program["launches"].values()))["together"] = 132
+    path.write_text(json.dumps(program))
+    with pytest.raises(UnsupportedError, match="compile it again"):
+        load(tmp_path / "old")
+
+
+@nvcc
 @pytest.mark.gpu
 def test_the_gpu_gives_what_the_quantized_program_gives(artifact: Artifact) -> None:
     from safetensors.torch import load_file
