@@ -197,6 +197,7 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
             bounds = f"__launch_bounds__({kernel.threads}"
             found = f"{bounds}) {kernel.name}_kernel("
             size = f"__cluster_dims__(1, {kernel.cluster}, 1) " if kernel.cluster > 1 else ""
+            assert found in source, f"{kernel.name}: TVM writes launch bounds otherwise"
             source = source.replace(
                 found, f"{bounds}, {kernel.resident}) {size}{kernel.name}_kernel("
             )
@@ -217,7 +218,8 @@ def _by_value(source: str, kernel: str, name: str) -> str:
     opening = re.compile(rf"(\b{kernel}_kernel\([^)]*\))( {{)?")
 
     def change(found: re.Match[str]) -> str:
-        text = pointer.sub(f"const __grid_constant__ qc_map {name}", found[1])
+        text, count = pointer.subn(f"const __grid_constant__ qc_map {name}", found[1])
+        assert count == 1, f"{kernel}: TVM writes the parameter {name} otherwise"
         return text + (f" {{\n  uchar* {name}_ptr = (uchar*)&{name};" if found[2] else "")
 
     return ("" if _MAP in source else _MAP) + opening.sub(change, source)
