@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -117,7 +118,8 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
     if not check:
         if (folder / DECODER).is_dir():
             summary["decoder"] = decoder.run(folder / DECODER)
-        summary["tests"] = tests()
+        summary["tests"] = told = tests()
+        wrong += bool(re.search(r"\d+ (failed|error)", told))
     if out is not None:
         short = [
             {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -127,7 +129,7 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
         head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
         out.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     print({k: v for k, v in summary.items() if k != "rows"})
-    print(f"{wrong} of {len(table)} wrong" if wrong else f"all {len(table)} right")
+    print(f"{wrong} wrong, of {len(table)} and the tests" if wrong else f"all {len(table)} right")
     return int(wrong > 0)
 
 
