@@ -43,4 +43,4 @@ def test_a_peak_between_two_looks_of_ours_is_seen() -> None:
         after = sampler.take()
     assert during - before > 180e6
     assert after < during - 180e6
-    assert peak_memory() >= during
+    assert peak_memory() > during - 10e6  # the system's two counts differ by some pages
