@@ -156,16 +156,18 @@ def _finish(
     if mixer.timed is not None and costs.counted(mixer.target):
         described["estimate"] = costs.estimate_of(mixer.target)
         described["notes"].append(f"time is an estimate: {described['estimate']}")
-    beaten = best and _beaten(best, [*uniform, *front, *of_time], mixer.target)
+    others = [*uniform, *front, *of_time]
+    beaten = best and _beaten(best, others, mixer.target, mixer.recipe.size is not None)
     described["warnings"] = [beaten] if beaten else []
     figures.write(described, mixer.folder)
     return described
 
 
-def _beaten(best: Point, others: Sequence[Point], target: Target) -> str | None:
+def _beaten(best: Point, others: Sequence[Point], target: Target, sized: bool) -> str | None:
     """Says which measured plan is no worse in anything that the target feels, and loses less.
 
-    A budget of bits is none of size where a target stores weights in more bits than they have.
+    A budget of bits is none of size where a target stores weights in more bits than they have;
+    `sized`: whether one of size was given.
     """
     better = [
         p for p in others
@@ -178,8 +180,8 @@ def _beaten(best: Point, others: Sequence[Point], target: Target) -> str | None:
     return (
         f"'{least.label}' loses less than the chosen plan ({least.loss:.3g} beside "
         f"{best.loss:.3g}) and takes no more room on {target} ({least.bytes / 1e6:.1f} MB of "
-        f"weights beside {best.bytes / 1e6:.1f}, as they are stored there): a budget of --size "
-        "would find it"
+        f"weights beside {best.bytes / 1e6:.1f}, as they are stored there)"
+        + ("" if sized else ": a budget of --size would find it")
     )
 
 

@@ -23,7 +23,8 @@ from qcompiler.cli import app
 from qcompiler.compiler import study
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import Format
-from qcompiler.mixed import prepared
+from qcompiler.mixed import _beaten, prepared
+from qcompiler.mixer import Point
 from qcompiler.recipe import load_recipe
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target
@@ -71,6 +72,13 @@ def test_the_budget_is_kept_and_used(made: Any) -> None:
     assert mixed["chosen"]["loss"] <= min(p["loss"] for p in mixed["tried"])
     labels = {p["label"] for p in mixed["tried"]}
     assert {"greedy", "closed form", "integer program on kl"} <= labels
+
+
+def test_a_budget_of_size_is_not_told_to_give_one() -> None:
+    best, other = (Point("", (), 4.0, 100, loss, loss) for loss in (2.0, 1.0))
+    told = [_beaten(best, [other], Target.parse("ort:cpu"), sized) for sized in (False, True)]
+    assert ["--size" in str(text) for text in told] == [True, False]
+    assert _beaten(other, [best], Target.parse("ort:cpu"), False) is None
 
 
 def test_a_better_plan_outside_of_the_budget_is_named(tmp_path: Path) -> None:
