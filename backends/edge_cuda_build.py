@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -13,25 +14,38 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.cuda_code import CudaKernel, generate
 
 NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
+WHEELS = ("cu*/bin/nvcc", "cuda_nvcc/bin/nvcc")  # in the folder of NVIDIA's Python packages
 STANDARD = "c++17"
 # "variable was declared but never referenced", "set but never used": TVM names every index.
 QUIET = "177,550"
 
 
 def compiler() -> str:
-    """The command of NVIDIA's compiler.
+    """The command of NVIDIA's compiler: of a toolkit, or of its Python package.
 
     Raises:
         UnsupportedError: where it is not installed.
     """
-    for name in NVCC:
-        found = shutil.which(name)
-        if found:
-            return found
-    raise UnsupportedError(
-        "GPU targets need NVIDIA's compiler, and 'nvcc' was not found; install CUDA's toolkit, "
-        "12.3 or later (no GPU is needed)"
-    )
+    found = _found()
+    if found is None:
+        raise UnsupportedError(
+            "GPU targets need NVIDIA's compiler, and 'nvcc' was not found; pip install "
+            "'qcompiler[cuda]', or install CUDA's toolkit, 12.3 or later (no GPU is needed)"
+        )
+    return found
+
+
+def installed() -> bool:
+    """Whether there is a compiler."""
+    return _found() is not None
+
+
+def _found() -> str | None:
+    packages = importlib.util.find_spec("nvidia")
+    folders = (packages and packages.submodule_search_locations) or ()
+    wheels = (p for folder in folders for glob in WHEELS for p in Path(folder).glob(glob))
+    commands = (shutil.which(name) for name in (*NVCC, *map(str, wheels)))
+    return next((command for command in commands if command), None)
 
 
 def architecture(capability: int) -> str:

@@ -22,9 +22,7 @@ from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target, known_targets
 
-nvcc = pytest.mark.skipif(
-    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
-)
+nvcc = pytest.mark.skipif(not edge_cuda_build.installed(), reason="nvcc is not installed")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -69,6 +67,20 @@ def test_what_gpus_do_not_read_is_refused(recipe: str, said: str) -> None:
     refusal = Target.parse("tvm:cuda:sm_90").refusal(chosen.weight_type, chosen.activation_type)
     assert refusal is not None
     assert said in refusal
+
+
+def test_the_compiler_of_a_python_package_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_cuda_build, "NVCC", ("no-such-command",))
+    monkeypatch.setattr(edge_cuda_build, "WHEELS", ("cu0/bin/nvcc",))
+    with pytest.raises(UnsupportedError, match=r"pip install 'qcompiler\[cuda\]'"):
+        edge_cuda_build.compiler()
+    command = tmp_path / "nvidia" / "cu0" / "bin" / "nvcc"
+    command.parent.mkdir(parents=True)
+    command.touch(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert edge_cuda_build.compiler() == str(command)
 
 
 @nvcc

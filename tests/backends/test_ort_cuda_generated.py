@@ -47,9 +47,7 @@ from qcompiler.testing import random_linear
 
 CLOSE = 1e-3  # ‖out − ref‖ / ‖ref‖ of one product with float16 outputs
 HOPPER = "ort:cuda:sm_90+tvm"
-nvcc = pytest.mark.skipif(
-    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
-)
+nvcc = pytest.mark.skipif(not edge_cuda_build.installed(), reason="nvcc is not installed")
 
 
 def operators() -> list[Operator]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -209,9 +208,7 @@ def test_queries_with_the_scales_of_keys_stay_finite(bits: int) -> None:
     assert ("65504" in source.replace("6.550400e+04", "65504")) is (bits == 4)
 
 
-nvcc = pytest.mark.skipif(
-    not any(shutil.which(name) for name in edge_cuda_build.NVCC), reason="nvcc is not installed"
-)
+nvcc = pytest.mark.skipif(not edge_cuda_build.installed(), reason="nvcc is not installed")
 
 
 @nvcc
