@@ -14,6 +14,7 @@ the recipe's format.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,9 +157,10 @@ def _measured(
         for value, mask in zip(stages.values(source), masks, strict=True):
             seen.update(unpadded(value, mask).flatten(0, -2))
     try:
-        hessian = Hessian.of(stages.values(source), masks).matrix
+        found = Hessian.of(stages.values(source), masks)
     except InputError as error:
         raise InputError(f"{place(layers[0])}: {error}") from error
+    hessian, unit = found.matrix, replace(unit, left_out=found.left_out)
     factor = Factor.of(hessian) if settings.gptq else None
     first = len(masks) - settings.trials
     exact = _signal(stages, layers, first, masks)

@@ -174,6 +174,13 @@ class Mixer:
             f"{len(units)} units with {sum(u.weights for u in units) / 1e6:.1f} M weights; "
             f"divergence on {self.settings.trials} calibration batches"
         )
+        spoiled = [u for u in units if u.left_out]
+        if spoiled:
+            worst = max(spoiled, key=lambda u: u.left_out)
+            notes.append(
+                f"NaN or Inf in the inputs of {len(spoiled)} units; these tokens were left out, "
+                f"most in {worst.name} ({worst.left_out})"
+            )
         self.units = list(units)
         found = Study(
             units, self.fingerprint, str(self.target), {}, tuple(notes),

@@ -68,6 +68,7 @@ class Unit:
         shapes: (outputs, inputs) of each.
         variance: of the weights.
         options: cheapest first.
+        left_out: rows of its inputs with a NaN or infinity, which its Hessian leaves out.
     """
 
     nodes: tuple[str, ...]
@@ -76,6 +77,7 @@ class Unit:
     shapes: tuple[tuple[int, int], ...]
     variance: float
     options: tuple[Option, ...] = ()
+    left_out: int = 0
 
     @property
     def name(self) -> str:
@@ -175,7 +177,7 @@ def _unit(row: Mapping[str, Any]) -> Unit:
     options = tuple(Option(**option) for option in row["options"])
     return Unit(
         tuple(row["nodes"]), tuple(row["paths"]), row["weights"],
-        tuple((n, k) for n, k in row["shapes"]), row["variance"], options,
+        tuple((n, k) for n, k in row["shapes"]), row["variance"], options, row.get("left_out", 0),
     )  # fmt: skip
 
 

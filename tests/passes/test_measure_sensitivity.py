@@ -216,6 +216,29 @@ def test_a_study_is_written_and_read(captured: Any, tmp_path: Path) -> None:
     assert made.weights == 32 * 48 + 48 * 8
 
 
+def test_tokens_with_nan_are_left_out_and_counted(captured: Any, tmp_path: Path) -> None:
+    program = captured(Two().eval(), batches()[0][0])
+    units = find_units(program, lambda node: False)
+    settings = replace(PLAIN, gptq=True)
+    found = {}
+    for name, data in (("whole", batches()), ("spoiled", batches())):
+        first = data[0][0]
+        if name == "spoiled":
+            first[2, 5] = torch.nan
+        else:
+            data[0] = (torch.cat([first[:2], first[3:]]),)  # the same without that token
+        findings = Findings(tmp_path / name, "a")
+        measured = measure_sensitivity(
+            program, units, FORMATS[:2], data, settings, findings, stored
+        )
+        found[name] = [measured[i] for i in sorted(measured)]
+        assert [findings.get(i).left_out for i in (0, 1)] == [u.left_out for u in found[name]]
+    assert [u.left_out for u in found["spoiled"]] == [1, 1]
+    assert [u.left_out for u in found["whole"]] == [0, 0]
+    for spoiled, whole in zip(found["spoiled"], found["whole"], strict=True):
+        assert spoiled.options == whole.options
+
+
 def test_columns_in_float_are_an_option_with_their_cost(captured: Any, tmp_path: Path) -> None:
     """Two outlier inputs of a layer: keeping their columns is worth more than the bits it takes."""
     module = nn.Sequential(nn.Linear(32, 48)).eval()
