@@ -118,7 +118,8 @@ def explanation(found: Mapping[str, Any]) -> Iterable[RenderableType]:
     for change in found["changes"]:
         source = change["source"]
         add_row(
-            rows, f"{source['kind']} of {source['path'] or source['node']}", change["to"],
+            rows, f"{source['kind']} of {source['path'] or source['node']}",
+            change["to"] + (" (no kernel)" if change.get("refused") else ""),
             number(change["predicted"]), number(change["measured"]),
         )  # fmt: skip
     yield rows

@@ -14,7 +14,9 @@ import yaml
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.attribution import attribute
 from qcompiler.errors import InputError
+from qcompiler.format import Format
 from qcompiler.program import Batch, Program, load_pt2
+from qcompiler.target import Target
 
 FLOATING, QUANTIZED = "floating.pt2", "quantized.pt2"
 
@@ -36,7 +38,8 @@ def explain(folder: Path, say: Callable[[str], None] = lambda text: None) -> dic
     Returns:
         `Attribution` as plain data; `kinds`, the sum of the shares of each kind; `kernel`, what the
         runtime's kernels add to the error, as a share of the whole; `loss`, what is measured; each
-        change with `recipe`, its fields as YAML for `--recipe`.
+        change with `recipe`, its fields as YAML for `--recipe`, and `refused`, why the target would
+        not take it, or None.
 
     Raises:
         InputError: the artifact keeps no programs or no data.
@@ -72,7 +75,11 @@ def account(
         "kernel": kernel / whole if whole else 0.0,
         "loss": "KL divergence, nats" if logits else "half of noise ÷ signal",
         "changes": [
-            {**asdict(change), "recipe": _recipe(manifest["recipe"], change.settings)}
+            {
+                **asdict(change),
+                "recipe": _recipe(manifest["recipe"], change.settings),
+                "refused": _refusal(str(manifest["target"]), change.settings),
+            }
             for change in found.changes
         ],
     }
@@ -83,6 +90,16 @@ def _noise(rows: list[dict[str, Any]]) -> float:
     for row in [*(r for r in rows if r["data"] == "held-out"), *rows]:
         return float(10 ** (-row["sqnr_db"] / 10))
     return 0.0
+
+
+def _refusal(target: str, settings: Mapping[str, Any]) -> str | None:
+    """Why the target cannot run layers in the formats of a change, or None."""
+    wanted = {*settings.get("formats", {}).values()} - {"float"}
+    reasons = (
+        Target.parse(target).refusal(f.weight, f.activation, products=f.products)
+        for f in map(Format.parse, sorted(wanted))
+    )
+    return next((reason for reason in reasons if reason), None)
 
 
 def _recipe(recipe: dict[str, Any], settings: Any) -> str:

@@ -277,6 +277,7 @@ def _changes(changes: Iterable[Mapping[str, Any]]) -> Iterable[Html]:
             tag("strong", what),
             f": predicted to take {number(change['predicted'])} off the loss, measured alone: "
             f"{number(change['measured'])}",
+            f"; the target would refuse it: {change['refused']}" if change.get("refused") else None,
         )
         yield folded("as a recipe", tag("pre", change["recipe"]))
 

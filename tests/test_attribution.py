@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qcompiler import ops
+from qcompiler import explaining, mixed_report, ops
 from qcompiler.attribution import Attribution, _float_settings, attribute
 from qcompiler.compiler import Compiled, compile, quantize
 from qcompiler.data import Data
@@ -163,8 +163,23 @@ def test_artifacts_explain_themselves(tiny: Callable[[str], Any], tmp_path: Path
     assert found["shares"][0]["source"]["path"] == "up"
     assert 0 <= found["kernel"] < 1
     # The advice is a recipe that compiles, and does what was measured.
+    assert found["changes"][0]["refused"] is None
     (tmp_path / "better.yaml").write_text(found["changes"][0]["recipe"])
     better = load_recipe(str(tmp_path / "better.yaml"))
     assert better.formats == {"up": "int8:g16"}
     compile(model.spec, recipe=better, out=tmp_path / "b")
     assert explain(tmp_path / "b")["total"] < 0.8 * found["total"]
+
+
+def test_changes_that_the_target_has_no_kernel_for_say_so() -> None:
+    alone = {"formats": {"a": "float", "b": "float8_e4m3:channel"}}
+    reason = explaining._refusal("tvm:cuda:sm_90", alone)
+    assert reason is not None
+    assert "not float8_e4m3:channel with float ones" in reason
+    assert explaining._refusal("tvm:cuda:sm_90", {"formats": {"a": "float"}}) is None
+    assert explaining._refusal("ort:cpu", {"keys": None, "values": None}) is None
+    source = {"path": "b", "node": "b", "kind": "activation", "format": "float8_e4m3:token"}
+    change = {"source": source, "to": "float", "predicted": 1.0, "measured": 1.0, "recipe": ""}
+    changes = [{**change, "refused": told} for told in (None, reason)]
+    page = "".join(map(str, mixed_report._changes(changes)))
+    assert page.count("the target would refuse it") == 1
