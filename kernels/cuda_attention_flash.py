@@ -110,21 +110,8 @@ def flash_attention(
                         score = T.Select(there, score, T.float32(NOWHERE))
                         T.buffer_store(flash.scores, score, [column * 4 + i])
 
-        call("qc_after_previous")
-        call("qc_let_next")
-        flash.each(rows, flash.pieces, query)
-        bring(T.int32(0), T.int32(0))
-        call("qc_commit")
-        flash.begin()
-        call("qc_wait", 0)
-        call("qc_sync")
-        flash.keep_queries()
-        with T.serial(0, turns) as turn:
-            call("qc_wait", 0)
-            call("qc_sync")
-            with T.If(turn + 1 < turns), T.Then():
-                bring(turn + 1, (turn + 1) % 2)
-            call("qc_commit")
+        flash.start(query, bring)
+        with flash.tile(turns, bring) as turn:
             at = T.Bind(at_tiles + turn % 2 * (2 * tile_bytes))
             flash.score(at)
             hide(T.Bind(turn * keys + lane % 4 * 2))

@@ -10,7 +10,8 @@ algorithm 1). Scores never leave registers: the sums of one product lie as the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from qcompiler.kernels.cuda_prompt_device import NEVER, PROMPT
 ROWS = 16  # queries of a warp
 FEW = 64  # queries up to which blocks are of two warps, so that there are more of them
 PAD = 16  # bytes behind a row in shared memory: eight rows then lie in different banks
+
+Move = Callable[[Any, Any], None]
 
 DEVICE |= PROMPT
 
@@ -110,14 +113,42 @@ class Flash:
         self.sums = registers(size // 2, "float32")
         self.top, self.total, self.factor = (registers(2, "float32") for _ in range(3))
 
-    def each(self, count: int, pieces: int, body: Callable[[Any, Any], None]) -> None:
+    def each(self, count: int, pieces: int, body: Move) -> None:
         """body(row, piece) for `count` rows, shared out among the threads."""
         for begin in range(0, count * pieces, self.tiles.threads):
             at = T.Bind(self.thread + begin)
             with T.If(at < count * pieces), T.Then():
                 body(T.Bind(at // pieces), T.Bind(at % pieces))
 
-    def begin(self) -> None:
+    def start(self, query: Move, bring: Move) -> None:
+        """Bring the queries and the first tile.
+
+        Args:
+            query: (row, piece): brings 16 bytes of a query.
+            bring: (turn, slot): brings a tile to one of its two places.
+        """
+        call("qc_after_previous")
+        call("qc_let_next")
+        self.each(self.tiles.queries, self.pieces, query)
+        bring(T.int32(0), T.int32(0))
+        call("qc_commit")
+        self._clear()
+        call("qc_wait", 0)
+        call("qc_sync")
+        self._keep_queries()
+
+    @contextmanager
+    def tile(self, turns: Any, bring: Move) -> Iterator[Any]:
+        """What is done with each tile, by its turn, while the next one is on its way."""
+        with T.serial(0, turns) as turn:
+            call("qc_wait", 0)
+            call("qc_sync")
+            with T.If(turn + 1 < turns), T.Then():
+                bring(turn + 1, (turn + 1) % 2)
+            call("qc_commit")
+            yield turn
+
+    def _clear(self) -> None:
         """Set the sums to zero."""
         for buffer, count, start in (
             (self.sums, self.size // 2, 0.0), (self.top, 2, NEVER), (self.total, 2, 0.0),
@@ -129,7 +160,7 @@ class Flash:
         at = (self.warp * ROWS + self.lane % 16) * self.line + (step * 2 + self.lane // 16) * 16
         call("qc_ldmatrix", address(self.a, to, 4), address(self.memory, at))
 
-    def keep_queries(self) -> None:
+    def _keep_queries(self) -> None:
         """Take the queries into registers, where they fit; they lie in shared memory."""
         for step in range(self.steps if self.resident else 0):
             self._fragment(step, step * 4)

@@ -98,23 +98,10 @@ def prompt_attention(
 
             flash.each(keys, raw // 8, both)
 
-        call("qc_after_previous")
-        call("qc_let_next")
-        flash.each(rows, flash.pieces, query)
-        bring(T.int32(0), T.int32(0))
-        call("qc_commit")
-        flash.begin()
-        call("qc_wait", 0)
-        call("qc_sync")
-        flash.keep_queries()
+        flash.start(query, bring)
         # The first row's last key.
         mine = T.Bind(position + first + flash.warp * ROWS + flash.lane // 4)
-        with T.serial(0, turns) as turn:
-            call("qc_wait", 0)
-            call("qc_sync")
-            with T.If(turn + 1 < turns), T.Then():
-                bring(turn + 1, (turn + 1) % 2)
-            call("qc_commit")
+        with flash.tile(turns, bring) as turn:
             place: Any = T.int32(at_tiles)
             if bits == 16:
                 place = T.Bind(at_tiles + turn % 2 * (2 * tile_bytes))
