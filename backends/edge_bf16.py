@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcompiler.backends.edge_float import float_product
 from qcompiler.backends.edge_group import PRODUCTS, Group, whole
-from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace
+from qcompiler.backends.edge_ops import Op, Ref, Trace
 from qcompiler.kernels import bfloat16
 from qcompiler.kernels.isa import Isa
 from qcompiler.kernels.matmul_bf16 import matmul_bf16
@@ -68,7 +69,8 @@ def linear(calls: Calls, g: Group, op: Op) -> None:
     key = (id(weight.storage), weight.offset, weight.strides, "narrow", isa.panel)
     packed = calls.constant(key, lambda: bfloat16.pack(matrix, isa))
     calls.constants.held.append(weight.storage)
-    _product(calls, g, op, x.storage, packed.storage, Product(count, n, deep, deep, x.offset), bias)
+    product = Product(count, n, deep, deep, x.offset)
+    float_product(calls, g, op, x.storage, packed.storage, product, bias, matmul_bf16)
 
 
 def product(calls: Calls, g: Group, op: Op) -> None:
@@ -105,20 +107,4 @@ def product(calls: Calls, g: Group, op: Op) -> None:
                     strides(packed, own))  # fmt: skip
     if prod(batch) == 1:
         sizes = Product(m, n, k, a.strides[-2], a.offset)
-    _product(calls, g, op, a.storage, packed.storage, sizes, None)
-
-
-def _product(
-    calls: Calls, g: Group, op: Op, left: Storage, right: Storage, sizes: Product, bias: Ref | None
-) -> None:
-    writer = calls.writer(op.out.shape, [left, right])
-    value = writer.step("anchor", "float32")
-    if bias is not None:
-        value = writer.step("add", "float32", value, writer.value(bias, "float32"))
-    writer.keep(op.out, value)
-    writer.members(g, calls.stored)
-    expression, isa = writer.expression(), calls.isa
-    calls.add(
-        "matmul_bf16", op.label, (sizes, expression, isa),
-        lambda name: matmul_bf16(name, writer.kernel_arguments(), sizes, expression, isa), writer,
-    )  # fmt: skip
+    float_product(calls, g, op, a.storage, packed.storage, sizes, None, matmul_bf16)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qcompiler.backends.edge_group import Group
 from qcompiler.backends.edge_ops import Op, Ref, Storage
-from qcompiler.kernels import matmul_float
+from qcompiler.kernels.matmul_float import matmul_float, pack
 from qcompiler.kernels.tiles import Product
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ def float_linear(calls: Calls, g: Group, op: Op) -> None:
 
 def float_product(
     calls: Calls, g: Group, op: Op, left: Storage, right: Storage, product: Product,
-    bias: Ref | None,
+    bias: Ref | None, kernel: Callable[..., Any] = matmul_float,
 ) -> None:  # fmt: skip
-    """The kernel, with what follows it; `right` lies in panels."""
+    """A kernel with float32 sums, and what follows it; `right` lies in its panels."""
     writer = calls.writer(op.out.shape, [left, right], calls.order(op))
     value = writer.step("anchor", "float32")
     if bias is not None:
@@ -41,10 +42,8 @@ def float_product(
     writer.members(g, calls.stored)
     expression, isa = writer.expression(), calls.isa
     calls.add(
-        "matmul_float", op.label, (product, expression, isa),
-        lambda name: matmul_float.matmul_float(
-            name, writer.kernel_arguments(), product, expression, isa
-        ), writer,
+        kernel.__name__, op.label, (product, expression, isa),
+        lambda name: kernel(name, writer.kernel_arguments(), product, expression, isa), writer,
     )  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def _panels(calls: Calls, weight: Ref) -> Ref:
     assert tensor is not None
     matrix = tensor.reshape(-1).as_strided(weight.shape, weight.strides, weight.offset)
     key = (id(known.storage), weight.offset, weight.strides, "panels", calls.isa.panel)
-    return calls.constant(key, lambda: matmul_float.pack(matrix.float(), calls.isa))
+    return calls.constant(key, lambda: pack(matrix.float(), calls.isa))
 
 
 def _turned(ref: Ref) -> Ref:
