@@ -236,7 +236,7 @@ def gemm(
 class _Halves(Halves):
     """Sums of a warp with many tokens: fragments of tokens are read anew for each eight of them."""
 
-    form: Weights | Widened  # type: ignore[assignment]
+    form: Weights | Widened  # type: ignore[assignment]  # one kind more than the base reads
 
     def __init__(
         self, form: Weights | Widened, tiles: int, tokens: int, lane: Any, memory: Any

@@ -22,6 +22,7 @@ from torch.fx import Node
 from qcompiler.op_families import ADDS, LINEAR, MULS, NORMS, SHAPE_KEEPING, keeps_last_axis
 from qcompiler.regions import Reader, Region, find_regions
 from qcompiler.rewrite import Draft, operand, place, rewrite
+from qcompiler.scaling import reader_obstacle
 
 aten = torch.ops.aten
 
@@ -66,12 +67,9 @@ def _obstacle(draft: Draft, region: Region) -> str | None:
         return region.blockers[0].reason
     if len(region.writers) > 1:
         return f"{place(region.writers[1])} writes into the same stream"
-    if not region.readers:
-        return "nothing with weights reads it"
-    members = {reader.node for reader in region.readers}
-    for reader in region.readers:
-        if set(operand(reader.node, 1).users) - members:
-            return f"the weight of {place(reader.node)} has another reader"
+    obstacle = reader_obstacle(region)
+    if obstacle:
+        return obstacle
     gamma, beta = _affine(draft, region.writers[0])
     if region.only_scale and bool((gamma <= 0).any()):
         return "an op between the norm and its reader commutes with positive factors only"

@@ -310,6 +310,9 @@ def rounded_through(x: Tensor, kind: QType) -> Tensor:
         scale = (high - low) / (kind.qmax - kind.qmin)
         zero = kind.qmin - low / scale.clamp(min=1e-12)
     scale = scale.clamp(min=1e-12)
-    straight: Callable[[Tensor], Tensor] = lambda v: v + (kind.round(v) - v).detach()  # noqa: E731
+
+    def straight(v: Tensor) -> Tensor:
+        return v + (kind.round(v) - v).detach()
+
     zero = straight(zero).clamp(kind.qmin, kind.qmax)
     return ((straight(x / scale) + zero).clamp(kind.qmin, kind.qmax) - zero) * scale

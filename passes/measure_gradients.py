@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.differentiable import differentiable
-from qcompiler.divergence import sampled_gradient
+from qcompiler.divergence import counting, sampled_gradient
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.rewrite import operand
 from qcompiler.study import Findings, Settings, Unit, with_options
@@ -92,9 +92,7 @@ def measure_gradients(
     for number, batch in enumerate(batches[-settings.trials :]):
         mask = dict(zip(program.inputs, batch, strict=True)).get(settings.mask)
         with torch.enable_grad():
-            made = differentiable(
-                program, batch, leaves, None, 1 if settings.logits else None, segments
-            )
+            made = differentiable(program, batch, leaves, None, counting(settings.logits), segments)
         used = [t for t in made if t.requires_grad]
         rows = unpadded(used[0].detach()[..., :1], mask).numel()
         count += rows if settings.logits else rows * used[0].shape[-1]

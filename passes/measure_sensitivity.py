@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompiler import ops
-from qcompiler.divergence import Divergence
+from qcompiler.divergence import Divergence, counting
 from qcompiler.errors import InputError
 from qcompiler.format import Format
 from qcompiler.hessian import Hessian
@@ -119,7 +119,7 @@ def measure_sensitivity(
         data = list(batches)
         masks = [dict(zip(program.inputs, b, strict=True)).get(settings.mask) for b in data]
         first = len(data) - settings.trials
-        with Stages(program, data, outputs=1 if settings.logits else None) as stages:
+        with Stages(program, data, outputs=counting(settings.logits)) as stages:
             reference = Divergence(stages.outputs(first=first), masks[first:], settings.logits)
             for index in sorted(open_, key=lambda i: order[units[i].nodes[0]]):
                 unit = units[index]

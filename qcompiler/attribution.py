@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.divergence import Divergence
+from qcompiler.divergence import Divergence, counting
 from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Batch, Program, unpadded
 from qcompiler.qtype import QType
@@ -172,7 +172,7 @@ def attribute(
 
     own: dict[tuple[str, str], float] = {}  # (layer, kind) → noise of that kind alone
     alone: dict[str, float] = {}
-    with Stages(quantized, batches, outputs=1 if logits else None) as stages:
+    with Stages(quantized, batches, outputs=counting(logits)) as stages:
         total, seen = run(stages, {}, names)
         totals = {name: noise(seen, name) for name in names}
         uncorrected, _ = run(stages, biases)
@@ -230,7 +230,7 @@ def _changes(
     found, gains = [], {}
     kinds = (s.source for s in ranked if s.source.kind == "weight")
     weights = {path: source.format for source in kinds for path in source.readers}
-    with Stages(quantized, batches, outputs=1 if reference.logits else None) as stages:
+    with Stages(quantized, batches, outputs=counting(reference.logits)) as stages:
         for site in ranked[:CHANGES]:
             gain = total - reference(stages.outputs(site.bypass))
             gains[site.source.node] = gain

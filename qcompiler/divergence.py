@@ -21,6 +21,11 @@ from qcompiler.program import unpadded
 ROWS = 8  # whose probabilities are computed at a time, in the cache: a row is a vocabulary long
 
 
+def counting(logits: bool) -> int | None:
+    """How many of a model's outputs a divergence looks at, from the first; None for all."""
+    return 1 if logits else None
+
+
 class Divergence:
     """Reference outputs of some batches, and the divergence of others from them.
 

@@ -20,7 +20,7 @@ from torch.fx import Node
 from qcompiler import allocation, costs
 from qcompiler.allocation import Choice, Limit
 from qcompiler.data import Data
-from qcompiler.divergence import Divergence
+from qcompiler.divergence import Divergence, counting
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.format import Format
 from qcompiler.journal import fingerprint
@@ -278,7 +278,7 @@ class Mixer:
                  for b in self.judged]  # fmt: skip
         objective = allocation.measure("kl")
         points = []
-        with Stages(self.program, self.judged, outputs=1 if logits else None) as stages:
+        with Stages(self.program, self.judged, outputs=counting(logits)) as stages:
             reference: Divergence | None = None
             for label, choice in choices.items():
                 plan = tuple(u.options[i].format for u, i in zip(self.units, choice, strict=True))

@@ -17,18 +17,26 @@ def merge_obstacle(draft: Draft, region: Region) -> str | None:
     """Why the writers and readers of a region cannot take a per-channel factor, or None."""
     if region.blockers:
         return region.blockers[0].reason
-    if not region.readers:
-        return "nothing with weights reads it"
-    members = {r.node for r in region.readers}
-    for reader in region.readers:
-        if set(operand(reader.node, 1).users) - members:
-            return f"the weight of {place(reader.node)} has another reader"
+    obstacle = reader_obstacle(region)
+    if obstacle:
+        return obstacle
     for writer in region.writers:
         position = (
             0 if writer.target is aten.embedding.default else 2 if writer.target in NORMS else 1
         )
         if set(operand(writer, position).users) - {writer}:
             return f"the weight of {place(writer)} has another reader"
+    return None
+
+
+def reader_obstacle(region: Region) -> str | None:
+    """Why the readers of a region cannot take a factor into their weights, or None."""
+    if not region.readers:
+        return "nothing with weights reads it"
+    members = {r.node for r in region.readers}
+    for reader in region.readers:
+        if set(operand(reader.node, 1).users) - members:
+            return f"the weight of {place(reader.node)} has another reader"
     return None
 
 
