@@ -66,9 +66,8 @@ def linear(calls: Calls, g: Group, op: Op) -> None:
         x = calls.lengthened(x, count, k, deep, op.label)
     held = weight.storage.constant
     matrix = held.reshape(-1).as_strided(weight.shape, weight.strides, weight.offset)
-    key = (id(weight.storage), weight.offset, weight.strides, "narrow", isa.panel)
+    key = (held, weight.offset, weight.strides, "narrow", isa.panel)
     packed = calls.constant(key, lambda: bfloat16.pack(matrix, isa))
-    calls.constants.held.append(weight.storage)
     product = Product(count, n, deep, deep, x.offset)
     float_product(calls, g, op, x.storage, packed.storage, product, bias, matmul_bf16)
 

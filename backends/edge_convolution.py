@@ -195,13 +195,13 @@ def _product(
     key = (pieces, run, deep, f.groups, isa.panel)
     if source is None or held is None:
         panels = calls.constant(
-            (id(known.storage), *key),
+            (known.storage.constant, *key),
             lambda: packed(lambda part: matmul_float.pack(part.float(), isa)),
         )
         float_product(calls, g, op, x.storage, panels.storage, product, _spread(bias))
         return
     panels = calls.constant(
-        (id(held.q), *key), lambda: packed(lambda part: matmul_int8.pack(part, isa))
+        (held.q, *key), lambda: packed(lambda part: matmul_int8.pack(part, isa))
     )
     integer_product(calls, g, op, x.storage, panels.storage, product, bias, source)
 
@@ -248,8 +248,7 @@ def _depthwise(
     stored, first = weight.storage.weight, None
     if source is not None and stored is not None:
         matrix = stored.q.flatten(1)
-        taps = calls.constant((id(stored.q), "taps"), matrix.T.float)
-        calls.constants.held.append(stored)
+        taps = calls.constant((stored.q, "taps"), matrix.T.float)
         first = start(calls, stored, source, 0)
         held = [x.storage, taps.storage, *([first.storage] if first is not None else [])]
         writer = calls.writer(op.out.shape, held, LAST)
@@ -259,7 +258,7 @@ def _depthwise(
         tensor = known.constant
         if tensor is None:
             raise UnsupportedError(f"a convolution whose weight is computed ({op.label})")
-        taps = calls.constant((id(known), "taps"), lambda: tensor.reshape(c, -1).T)
+        taps = calls.constant((tensor, "taps"), lambda: tensor.reshape(c, -1).T)
         writer = calls.writer(op.out.shape, [x.storage, taps.storage], LAST)
         value = writer.step("anchor", "float32")
         if bias is not None:

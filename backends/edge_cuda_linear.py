@@ -42,12 +42,11 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
     count = prod(op.out.shape[:-1])
     tall = calls.tall(op)
     x = calls.units(op.args[0], op.label) if tall else calls.half(op.args[0], op.label)
-    calls.constants.held.append(weight)
-    packed = calls.constant((id(weight.q), form), lambda: packed_weight(weight, form))
+    packed = calls.constant((weight.q, form), lambda: packed_weight(weight, form))
     arguments = [x.storage, packed.storage]
     if not form.group:
         scale = calls.constant(
-            (id(weight.q), "row scales"),
+            (weight.q, "row scales"),
             lambda: row_scales(weight, form),
         )
         arguments.append(scale.storage)
@@ -117,8 +116,7 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
         _grouped(calls, g, op, source, x, count)
         return
     form = Bytes(weight.q.shape[0], weight.q.shape[1], KINDS[source.ref.dtype])
-    calls.constants.held.append(weight)
-    packed = calls.constant((id(weight.q), "units"), lambda: units(weight.q))
+    packed = calls.constant((weight.q, "units"), lambda: units(weight.q))
     writer = calls.writer(op.out.shape, [x.storage, packed.storage])
     zero = source.zero.storage.constant
     plain = zero is not None and not bool(zero.any())  # nothing to take off for zero points
@@ -151,9 +149,8 @@ def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: 
             "bits, and activations are int8"
         )
     form = Nibbles(found.rows, found.depth, found.group)
-    calls.constants.held.append(weight)
     packed = calls.constant(
-        (id(weight.q), form),
+        (weight.q, form),
         lambda: pack_nibbles(weight.q, weight.scale.reshape(form.rows, -1).float(), form),
     )
     arguments = [x.storage, packed.storage]

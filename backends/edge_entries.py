@@ -49,12 +49,12 @@ class Weights:
         self.parts: list[bytes] = []
         self.size = 0
         self.places: dict[bytes, int] = {}
-        self.known: dict[int, int] = {}
+        self.known: dict[Storage, int] = {}
 
     def place(self, storage: Storage) -> int:
         """The offset of a constant."""
         assert storage.constant is not None
-        if id(storage) not in self.known:
+        if storage not in self.known:
             flat = storage.constant.contiguous().reshape(-1)
             data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             name = hashlib.sha256(data).digest()
@@ -62,8 +62,8 @@ class Weights:
                 self.places[name] = self.size
                 self.parts.append(data + b"\0" * (-len(data) % ALIGN))
                 self.size += len(self.parts[-1])
-            self.known[id(storage)] = self.places[name]
-        return self.known[id(storage)]
+            self.known[storage] = self.places[name]
+        return self.known[storage]
 
 
 def state_bytes(storage: Storage) -> int:

@@ -99,7 +99,7 @@ def _panels(calls: Calls, weight: Ref) -> Ref:
     tensor = known.storage.constant
     assert tensor is not None
     matrix = tensor.reshape(-1).as_strided(weight.shape, weight.strides, weight.offset)
-    key = (id(known.storage), weight.offset, weight.strides, "panels", calls.isa.panel)
+    key = (tensor, weight.offset, weight.strides, "panels", calls.isa.panel)
     return calls.constant(key, lambda: pack(matrix.float(), calls.isa))
 
 

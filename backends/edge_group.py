@@ -372,25 +372,26 @@ class Writer:
 
 
 class Constants:
-    """Storages for constants, one for equal contents."""
+    """Storages for constants, one for each key.
+
+    A key holds the tensors themselves, not their ids: Python gives the id of a tensor that is gone
+    to the next one.
+    """
 
     def __init__(self) -> None:
-        self.by_content: dict[Any, Storage] = {}
-        self.held: list[Any] = []
+        self.by_key: dict[Any, Storage] = {}
 
     def of(self, key: Any, make: Any) -> Storage:
         """The constant known by that key, made where it is new."""
-        if key not in self.by_content:
+        if key not in self.by_key:
             tensor: torch.Tensor = make().contiguous()
-            self.by_content[key] = Storage(tensor.dtype, tensor.numel(), tensor)
-            self.held.append(key)
-        return self.by_content[key]
+            self.by_key[key] = Storage(tensor.dtype, tensor.numel(), tensor)
+        return self.by_key[key]
 
     def known(self, ref: Ref) -> Ref:
         """The tensor itself, or the float constant where its storage holds a quantized one."""
         weight = ref.storage.weight
         if weight is None:
             return ref
-        storage = self.of((id(weight.q), "float"), weight.dequantized)
-        self.held.append(weight)
+        storage = self.of((weight.q, "float"), weight.dequantized)
         return Ref(storage, ref.dtype, ref.offset, ref.shape, ref.strides)

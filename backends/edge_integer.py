@@ -141,7 +141,7 @@ def _seen_otherwise(ref: Ref, maker: Op, pads: tuple[int, int, int, int]) -> Sou
 
 def int8_panels(q: Tensor, isa: Isa) -> tuple[object, ...]:
     """The key among `Constants` of `matmul_int8.pack(q, isa)`."""
-    return id(q), "int8", isa.panel, isa.depth
+    return q, "int8", isa.panel, isa.depth
 
 
 def integer_linear(calls: Calls, g: Group, op: Op, source: Source) -> None:
@@ -163,7 +163,6 @@ def integer_product(
 ) -> None:  # fmt: skip
     """An int8 product with a packed weight, and what follows it."""
     isa, weight = calls.isa, op.args[1].storage.weight
-    calls.constants.held.append(weight)
     signed = source.ref.dtype == torch.int8
     shift = zero_shift(isa, signed)
     first = start(calls, weight, source, shift) if product.groups == 1 else None
@@ -199,7 +198,7 @@ def start(calls: Calls, weight: Weight, source: Source, shift: int) -> Ref | Non
     def made() -> Tensor:
         return torch.nn.functional.pad(-off * _sums(weight), (0, calls.isa.panel))
 
-    return calls.constant((id(weight.q), "start", off), made)
+    return calls.constant((weight.q, "start", off), made)
 
 
 def scaled(
@@ -227,7 +226,7 @@ def scaled(
     steps = weight.scale.reshape(-1).float().expand(n)
     first = scale.storage.constant
     if not started:
-        totals = calls.constant((id(weight.q), "sums", shape), lambda: _sums(weight).reshape(shape))
+        totals = calls.constant((weight.q, "sums", shape), lambda: _sums(weight).reshape(shape))
         moved = writer.value(zero, "int32")
         if shift:
             moved = writer.step("add", "int32", moved, writer.value(shift, "int32"))
@@ -235,12 +234,12 @@ def scaled(
         value = writer.step("sub", "int32", value, product)
     if first is not None:
         both = calls.constant(
-            (id(weight.q), "scales", float(first.reshape(-1)[0]), shape),
+            (weight.q, "scales", float(first.reshape(-1)[0]), shape),
             lambda: (steps * first.reshape(-1)).reshape(shape),
         )
         factor = writer.value(both, "float32")
     else:
-        own = calls.constant((id(weight.q), "scale", shape), lambda: steps.reshape(shape))
+        own = calls.constant((weight.q, "scale", shape), lambda: steps.reshape(shape))
         factor = writer.step(
             "mul", "float32", writer.value(scale, "float32"), writer.value(own, "float32")
         )

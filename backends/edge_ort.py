@@ -145,7 +145,7 @@ def _table(
     No rows where it is packed otherwise.
     """
     for linear in operator.linears[:1]:
-        held = constants.by_content.get(int8_panels(linear.q, isa))
+        held = constants.by_key.get(int8_panels(linear.q, isa))
         if held is not None:
             at = str(weights.place(held))
             return at, str(isa.panel), str(isa.depth), str(len(linear.q))

@@ -76,8 +76,7 @@ def packed_product(
     isa, weight = calls.isa, op.args[1].storage.weight
     n = weight.q.shape[0]
     depth = weight.q.numel() // n
-    key = (id(weight.q), form)
-    calls.constants.held.append(weight)
+    key = (weight.q, form)
     packed = calls.constant(key, lambda: forms.pack(_stored(weight, form), form))
     scales = calls.constant(
         (key, "scales"), lambda: forms.pack_groups(_by_group(weight.scale, weight, form))

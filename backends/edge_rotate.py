@@ -57,8 +57,7 @@ def factors_of(calls: Calls, op: Op, read: Writer) -> tuple[tuple[Factor, ...], 
                 factors.append(Factor(order, stride))
         stride *= order
         if len(core) > 1:
-            dense = calls.constant((id(ref.storage), "core"), core.float().contiguous)
-            calls.constants.held.append(ref.storage)
+            dense = calls.constant((ref.storage.constant, "core"), core.float().contiguous)
             factors.append(Factor(len(core), stride, read.argument(dense.storage)))
         else:
             scale *= float(core)

@@ -21,8 +21,10 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from qcompiler.backends import edge, edge_artifact, edge_load
+from qcompiler.backends.edge_entries import Weights
+from qcompiler.backends.edge_group import Constants
 from qcompiler.backends.edge_memory import ALIGN, plan
-from qcompiler.backends.edge_ops import Storage
+from qcompiler.backends.edge_ops import Ref, Storage, Weight
 from qcompiler.backends.edge_target import host_family, machine
 from qcompiler.cli import app
 from qcompiler.compiler import quantize
@@ -304,6 +306,20 @@ def test_entries_share_their_weights(tiny: Callable[[str], Any], tmp_path: Path)
     rows = torch.cat([run(part)[0] for part in x.split([7, 4, 1, 1, 1])])
     assert torch.equal(run(x)[0], rows)  # two pieces of 7
     assert torch.equal(one(x[:4])[0], rows[:4])  # the same bits in every entry
+
+
+def test_constants_are_told_apart_by_themselves_not_their_ids() -> None:
+    weights, constants = Weights(), Constants()
+    for value in range(64):  # each gone before the next is made, to which Python gives the same id
+        assert (
+            weights.place(Storage(torch.float32, 16, torch.full((16,), value + 0.0)))
+            == value * ALIGN
+        )
+    for value in range(64):
+        q = torch.tensor([value], dtype=torch.int8)
+        weight = Weight(q, torch.ones(1), torch.zeros(1), 0, 0)
+        ref = Ref(Storage(torch.float32, 1, weight=weight), torch.float32, 0, (1,), (1,))
+        assert constants.known(ref).storage.constant == value
 
 
 @pytest.mark.parametrize(
