@@ -92,7 +92,7 @@ def _rotation_of(
         if 2 * pairs % multiple:
             continue
         tables = _tables(probe, node, start, candidate, context, form)
-        if tables is None:
+        if tables is None or not _keeps_lengths(*tables):
             continue
         rotation = _shared(probe.draft, known, *tables, candidate, interleaved)
         cos, sin = (probe.draft.constant(t)[probes] for t in (rotation.cos, rotation.sin))
@@ -100,6 +100,16 @@ def _rotation_of(
         if pairs == cos.shape[1] and torch.allclose(expected, turned[:, :1], atol=1e-6):
             return rotation
     return None
+
+
+def _keeps_lengths(cos: Tensor, sin: Tensor) -> bool:
+    """Whether each pair is turned, and scaled by at most one number for all positions.
+
+    What is 0 whatever it is given (all of a model that reads a token whose embedding is 0) has the
+    form of a rotation too.
+    """
+    squares = cos.square() + sin.square()
+    return bool((squares[0] > 0).all()) and torch.allclose(squares, squares[:1].expand_as(squares))
 
 
 def _shared(

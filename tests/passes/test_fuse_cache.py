@@ -44,6 +44,8 @@ class Block(nn.Module):
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.rotation == "none":
             return x
+        if self.rotation == "normed":
+            x = nn.functional.rms_norm(x, (SIZE,))
         pairs = 2 if self.rotation == "partial" else SIZE // 2
         angles = positions[:, None, :, None].float() * 0.5 ** torch.arange(pairs)
         cos, sin = angles.cos(), angles.sin()
@@ -134,6 +136,53 @@ def test_rotations_become_tables(rotation: str, pairs: int, interleaved: bool) -
     angles = torch.arange(CONTEXT)[:, None].double() * 0.5 ** torch.arange(pairs)
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=2e-6)
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=2e-6)
+
+
+class Twice(nn.Module):
+    """Two blocks, the first of which reads embeddings; token 0 has a row of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, WIDTH, padding_idx=0)
+        self.first, self.second = (Block("plain", "normed") for _ in range(2))
+        for linear in (self.first.value, self.first.out, self.second.query, self.second.key):
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key: Tensor,
+        past_value: Tensor, later_key: Tensor, later_value: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        given = (attention_mask, position_ids)
+        x, *caches = self.first(self.table(tokens), *given, past_key, past_value)
+        x, *later = self.second(x, *given, later_key, later_value)
+        return (x, *caches, *later)
+
+
+def test_what_is_always_zero_is_no_rotation() -> None:
+    """Of tokens that are 0 the second block's queries are, whatever the first one's were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = Twice()
+
+    def given(batch: int, new: int, past: int) -> dict[str, Tensor]:
+        found = inputs(batch, new, past)
+        tokens = found.pop("x")[..., 0].abs().long() + 1
+        later = {f"later_{n}": found[f"past_{n}"] for n in ("key", "value")}
+        return {"tokens": tokens, **found, **later}
+
+    example = given(2, 3, 5)
+    shapes = {
+        n: {0: "batch", 2 if x.ndim == 4 else 1: "past" if x.ndim == 4 else "new"}
+        for n, x in example.items()
+    } | {"attention_mask": {0: "batch", 1: "total"}}
+    program = normalize(capture(block, example, shapes))
+    batches = [tuple(given(*sizes).values()) for sizes in ((2, 3, 5), (3, 1, 12))]
+    fused = check_exact(
+        program, fuse_cache(program, CONTEXT, multiple=MULTIPLE), Reference.of(program, batches)
+    )
+    nodes = [n for n in fused.exported.graph.nodes if n.target is cached.cached_attention]
+    assert [n.args[8].name for n in nodes] == ["position_ids"] * 2
+    assert nodes[0].args[6] is nodes[1].args[6]
 
 
 def test_what_follows_the_rotation_stays_outside() -> None:
