@@ -61,11 +61,11 @@ BUILD: dict[str, Callable[..., Any]] = {
 class _HalfWriter(Writer):
     """Stores what products read in float16, beside float32 or instead."""
 
-    halves: dict[int, tuple[Ref, bool]]
+    halves: dict[Storage, tuple[Ref, bool]]
 
     def store(self, ref: Ref, index: int) -> None:
         """Write a value to memory."""
-        found, maker = self.halves.get(id(ref.storage)), ref.storage.maker
+        found, maker = self.halves.get(ref.storage), ref.storage.maker
         if found is None or maker is None or not whole(ref, maker.out):
             super().store(ref, index)
             return
@@ -81,10 +81,10 @@ class CudaCalls(Calls):
     def __init__(self, gpu: Gpu, *given: Any) -> None:
         self.gpu = gpu
         self.rounded: dict[Any, Ref] = {}  # tensors that were rounded to float16
-        self.halves: dict[int, tuple[Ref, bool]] | None = None  # by storage; whether it alone
+        self.halves: dict[Storage, tuple[Ref, bool]] | None = None  # by storage; whether it alone
         # Units of quantized rows, by the storage of the integers and whether they are float16.
-        self.quantized: dict[tuple[int, bool], Ref] = {}
-        self.norms: dict[int, Group] = {}  # and rotations, computed where they are quantized
+        self.quantized: dict[tuple[Storage, bool], Ref] = {}
+        self.norms: dict[Storage, Group] = {}  # and rotations, computed where they are quantized
         self.counting: list[Storage] = []  # one at most
         super().__init__(*given)
         for storage in self.counting:
@@ -129,27 +129,27 @@ class CudaCalls(Calls):
         self.counting[0].size = max(self.counting[0].size, count)
         return self.counting[0]
 
-    def _halves(self) -> dict[int, tuple[Ref, bool]]:
+    def _halves(self) -> dict[Storage, tuple[Ref, bool]]:
         """Tensors that their kernels store in float16, found once."""
         if self.halves is None:
             self.halves = self._stored_as_halves()
         return self.halves
 
-    def _stored_as_halves(self) -> dict[int, tuple[Ref, bool]]:
-        found: dict[int, tuple[Ref, bool]] = {}
-        final = {id(ref.storage) for ref in self.trace.outputs}
+    def _stored_as_halves(self) -> dict[Storage, tuple[Ref, bool]]:
+        found: dict[Storage, tuple[Ref, bool]] = {}
+        final = {ref.storage for ref in self.trace.outputs}
         for x in [x for op in self.trace.ops for x in self._as_halves(op)]:
             maker, storage = x.storage.maker, x.storage
             if maker is None or maker in self.grouping.inlined or not maker.out.contiguous:
                 continue
             made = edge_steps.writes(maker) or maker.target in ANCHORS
-            if id(storage) not in found and made and maker.out.numel == storage.size:
+            if storage not in found and made and maker.out.numel == storage.size:
                 alone = all(
                     any(read.storage is storage for read in self._as_halves(r))
                     for r in storage.readers
                 )
                 half = self.temporary(torch.float16, maker.out.shape)
-                found[id(storage)] = half, alone and id(storage) not in final
+                found[storage] = half, alone and storage not in final
         return found
 
     def _as_halves(self, op: Op) -> list[Ref]:
@@ -185,7 +185,7 @@ class CudaCalls(Calls):
         elif op is not None and op.target is ops.dynamic_quantize:
             self._quantize(op)
         elif op is not None and self._joins_quantization(g, op):
-            self.norms[id(op.out.storage)] = g
+            self.norms[op.out.storage] = g
         else:
             super()._group(g)
 
@@ -217,14 +217,14 @@ class CudaCalls(Calls):
         kinds = tuple(sorted({self.widened(layer) for layer in layers}))
         for wide in kinds:
             made = self.temporary(torch.uint8, (unit_bytes(rows, width, 1 + wide),))
-            self.quantized[id(q.storage), wide] = made
+            self.quantized[q.storage, wide] = made
             arguments.append(made.storage)
         arguments.append(scale.storage)
         if kind.symmetric:
             zero.storage.constant = torch.zeros(zero.storage.size, dtype=zero.dtype)
         else:
             arguments.append(zero.storage)
-        joined = self.norms.get(id(x.storage))
+        joined = self.norms.get(x.storage)
         writer = self.writer(x.shape, arguments)
         maker = joined.anchor if joined is not None else None
         writer.value(x if maker is None else maker.args[0], FLOAT)
@@ -262,7 +262,7 @@ class CudaCalls(Calls):
 
     def stored_half(self, x: Ref) -> Ref | None:
         """The same view of what is stored in float16, where it is."""
-        found = self._halves().get(id(x.storage))
+        found = self._halves().get(x.storage)
         if found is None:
             return None
         return Ref(found[0].storage, torch.float16, x.offset, x.shape, x.strides)
@@ -280,7 +280,7 @@ class CudaCalls(Calls):
         found = self.stored_half(x)
         if found is not None and x.contiguous and x.numel == x.storage.size:
             return found
-        key = (id(x.storage), x.offset, x.shape, x.strides)
+        key = (x.storage, x.offset, x.shape, x.strides)
         if key not in self.rounded:
             made = self.temporary(torch.float16, x.shape)
             writer = self.writer(x.shape, [])
@@ -291,7 +291,7 @@ class CudaCalls(Calls):
 
     def units(self, x: Ref, label: str) -> Ref:
         """The tensor's rows as units of float16."""
-        key = (id(x.storage), x.offset, x.shape, x.strides, "units")
+        key = (x.storage, x.offset, x.shape, x.strides, "units")
         if key not in self.rounded:
             width = x.shape[-1]
             made = self.temporary(torch.uint8, (unit_bytes(x.numel // width, width, 2),))

@@ -106,7 +106,7 @@ def _multiply(
 def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     """A linear with an input quantized by token: 8-bit weights by channel, or 4 bits in groups."""
     weight, bias = op.args[1].storage.weight, op.args[2] if len(op.args) > 2 else None
-    x = calls.quantized.get((id(source.ref.storage), calls.widened(op)))
+    x = calls.quantized.get((source.ref.storage, calls.widened(op)))
     if x is None:
         raise UnsupportedError(
             f"'{op.label}': GPU targets multiply integers where a token has a scale of its own"

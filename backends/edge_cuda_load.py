@@ -140,11 +140,6 @@ class CudaModel:
             InputError: if there are more tokens than the capacity, or one is not in the vocabulary.
         """
         flat = tokens.reshape(-1).to(torch.int64)
-        if self.position + len(flat) > self.capacity:
-            raise InputError(
-                f"{self.position + len(flat)} tokens, and the cache holds {self.capacity}; compile "
-                "with a larger capacity (--bucket capacity=…)"
-            )
         if len(flat) == 0 or int(flat.min()) < 0 or int(flat.max()) >= self.vocabulary:
             raise InputError(
                 f"tokens must be numbers from 0 to {self.vocabulary - 1}, at least one"
@@ -153,12 +148,18 @@ class CudaModel:
         scores = torch.empty(0)
         numbers = {e["sizes"]["tokens"]: i for i, e in enumerate(self._entries)}
         with self._lock:
+            total = self.position + len(flat)
+            if total > self.capacity:
+                raise InputError(
+                    f"{total} tokens, and the cache holds {self.capacity}; compile with a larger "
+                    "capacity (--bucket capacity=…)"
+                )
             for first, chunk in runs(len(flat), [*numbers]):
                 place = torch.tensor([self.position + first], dtype=torch.int64)
                 part = flat[None, first : first + chunk].contiguous()
                 given = [part if p.name == decoder["tokens"] else place for p in self.inputs]
                 scores = self._run(numbers[chunk], given)[0]
-            self.position += len(flat)
+            self.position = total
         return scores[0, -1].clone()
 
     def _sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:

@@ -14,19 +14,23 @@ from qcompiler.terminal import add_row, guarded, print_json, show, table
 def targets(as_json: Json = False, debug: Debug = False) -> None:
     """List the targets and the recipes that each can run."""
     with guarded(debug):
+        from qcompiler.qtype import QType
         from qcompiler.recipe import PRESETS
         from qcompiler.target import Target, known_targets
 
+        by_token = (QType.parse("int8:token"),)
         found = []
         for name in known_targets():
             target = Target.parse(name)
             fitting = [
                 preset
                 for preset, (_, recipe) in PRESETS.items()
-                if target.refusal(
-                    recipe.weight_type, recipe.activation_type, recipe.cache_types, recipe.products
+                if any(
+                    target.refusal(recipe.weight_type, kind, recipe.cache_types, recipe.products)
+                    is None
+                    # The candidates of `mixed` read float, or integers by token where need be.
+                    for kind in (recipe.activation_type, *(by_token if preset == "mixed" else ()))
                 )
-                is None
             ]
             found.append({"name": name, "description": target.meaning, "recipes": fitting})
         _list(found, as_json, ("name", "description", "recipes"))

@@ -327,9 +327,11 @@ def _cache_refusal(target: Target, keys: QType | None, values: QType | None) -> 
         kind.element in ("int8", "int4") and kind.symmetric and not kind.dynamic for kind in kinds
     )
     if not all(fixed) or not good or len(kinds) < 2 or kinds[0] != kinds[1]:
+        simulated = "have ranges taken at run time (float8_e4m3:token, int4:g32)"
+        more = simulated if target.runtime == "torch" else "can be measured on torch:cpu"
         return (
             "a cache is kept as int8:channel, int4:channel, int8:tensor or int4:tensor, keys and "
-            f"values alike, not {keys} and {values}; other formats can be measured on torch:cpu"
+            f"values alike, not {keys} and {values}; other formats {more}"
         )
     if target.runtime == "tvm" and target.device != "cuda":
         return (

@@ -416,6 +416,7 @@ def test_lists(run: Run) -> None:
     caching = {row["name"] for row in targets if "w4a8kv8" in row["recipes"]}
     assert {"ort:cpu", "tvm:cuda:sm_90"} <= caching
     assert not {"tvm:native", "tvm:aarch64", "ort:cuda"} & caching  # `compile` refuses it there
+    assert all("mixed" in row["recipes"] for row in targets)  # on kernels by token alone too
     described = {row["name"]: row["description"] for row in targets}
     assert described["ort:cpu:arm64"] == "64-bit ARM"  # not with what this CPU has
     recipes = json.loads(run("recipes", "--json").stdout)

@@ -59,6 +59,14 @@ def test_a_gpu_generation_is_of_generated_kernels() -> None:
     assert f"{bare}+tvm" in known_targets()
 
 
+def test_a_cache_that_nothing_keeps_is_sent_elsewhere() -> None:
+    kinds = (QType.parse("float8_e4m3:channel"),) * 2
+    assert "can be measured on torch:cpu" in str(Target.parse("ort:cpu").refusal(None, None, kinds))
+    reason = str(Target.parse("torch:cpu").refusal(None, None, kinds))
+    assert "float8_e4m3:token" in reason
+    assert "torch:cpu" not in reason
+
+
 def test_saturation_is_said() -> None:
     assert Target.parse("ort:cpu:avx2").saturates
     assert not Target.parse("ort:cpu:vnni").saturates
