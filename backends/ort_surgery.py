@@ -28,6 +28,7 @@ import torch
 
 from qcompiler.backends.ort_generated import use_generated, use_generated_floats
 from qcompiler.backends.ort_nbits import use_nbits
+from qcompiler.backends.ort_split import use_splits
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.generated import Generate
 from qcompiler.qtype import unpack
@@ -55,6 +56,7 @@ def operate(
         The library of what was compiled; empty where nothing was.
     """
     lift_constants(graph)
+    use_splits(graph)
     bypass_identities(graph)
     trim_outputs(graph)
     unpack_weights(graph)

@@ -510,6 +510,27 @@ def test_paddings_join_their_convolutions(tmp_path: Path) -> None:
     assert "Pad" not in nodes
 
 
+class Parted(nn.Module):
+    """Equal parts, a smaller one at the end, parts of given sizes, one of which is left."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b, c = x.chunk(3, -1)
+        d, _, e = x.split([3, 4, 5], 2)
+        f, g, h = x.split(5, -1)
+        return a * b + c, d.sum(-1) - e.sum(-1), f, g * 2 + h.mean()
+
+
+def test_splits_are_no_sequences(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    run = written(normalize(capture(Parted(), (x,), {"x": {0: "batch", 1: "rows"}})), tmp_path)
+    y = torch.cat([x, x], 1)
+    for got, expected in zip(run(y), Parted()(y), strict=True):
+        torch.testing.assert_close(got, expected)
+    nodes = [n.op_type for n in onnx.load(tmp_path / ort.MODEL).graph.node]
+    assert nodes.count("Split") == 3
+    assert not any("Sequence" in name for name in nodes)
+
+
 class Clipped(nn.Module):
     def __init__(self, low: float | None, high: float | None) -> None:
         super().__init__()
