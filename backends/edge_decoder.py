@@ -123,7 +123,8 @@ def last_token(program: Program) -> GraphModule:
     output = next(n for n in graph.nodes if n.op == "output")
     logits = output.args[0][0]
     output.args = ((logits,),)
-    source = _residual(logits)
+    graph.eliminate_dead_code()
+    source = _residual(logits, set(program.inputs))
     if source is not None:
         with graph.inserting_after(source):
             cut = graph.call_function(
@@ -135,21 +136,30 @@ def last_token(program: Program) -> GraphModule:
     return module
 
 
-def _residual(logits: Node) -> Node | None:
-    """The last residual sum before the logits, when nothing else passes it by; or None."""
+def _residual(logits: Node, inputs: set[str]) -> Node | None:
+    """The last residual sum before the logits, or what is made of it; None where there is none.
+
+    Nothing that is made of the inputs passes it by, numbers of tokens neither.
+    """
     nodes = list(logits.graph.nodes)
     order = {node: number for number, node in enumerate(nodes)}
+    made: set[Node] = set()
+    for node in nodes:
+        if node.name in inputs or made & set(node.all_input_nodes):
+            made.add(node)
     start = max(number for node, number in order.items() if node.target in CACHED)
-    last = None
+    first = None
     for node in nodes[start : order[logits]]:
         added = [n for n in node.all_input_nodes if _rows(n)]
         if node.target is torch.ops.aten.add.Tensor and len(added) == 2 and _rows(node):
-            last = node
-    if last is None:
+            first = node
+    if first is None:
         return None
-    before = {node for node in nodes[: order[last]] if _rows(node)}
-    later = nodes[order[last] + 1 :]
-    return last if not any(before & set(node.all_input_nodes) for node in later) else None
+    for number in range(order[first], order[logits]):
+        before, later = made & {*nodes[:number]}, nodes[number + 1 :]
+        if _rows(nodes[number]) and not any(before & set(n.all_input_nodes) for n in later):
+            return nodes[number]
+    return None
 
 
 def _rows(node: Node) -> bool:

@@ -29,6 +29,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": GROUPED,
     "Mistral": {**GROUPED, "sliding_window": 5},
+    "OPT": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1},
     "GPT2": {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
 TEXT = torch.randint(3, 96, (37,), generator=torch.Generator().manual_seed(5))
