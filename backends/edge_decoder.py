@@ -141,7 +141,7 @@ def _residual(logits: Node, inputs: set[str]) -> Node | None:
 
     Nothing that is made of the inputs passes it by, numbers of tokens neither.
     """
-    nodes = list(logits.graph.nodes)
+    nodes: list[Node] = list(logits.graph.nodes)
     order = {node: number for number, node in enumerate(nodes)}
     made: set[Node] = set()
     for node in nodes:
