@@ -29,15 +29,15 @@ def use_splits(graph: gs.Graph) -> None:
             or not node.attrs.get("keepdims", 1)
         ):
             continue
-        name = node.outputs[0].name
-        parts = [gs.Variable(f"{name}_{i}", node.inputs[0].dtype) for i in range(len(sizes))]
+        name = node.outputs[0].name  # the next one's may be this one's with _1
+        parts = [gs.Variable(f"{name}.{i}", node.inputs[0].dtype) for i in range(len(sizes))]
         for reader, place in zip(readers, places, strict=True):
             graph.nodes.append(
                 gs.Node("Identity", inputs=[parts[int(place.values)]], outputs=[*reader.outputs])
             )
             reader.outputs.clear()
         node.outputs.clear()
-        given = [node.inputs[0], gs.Constant(f"{name}_sizes", sizes)]
+        given = [node.inputs[0], gs.Constant(f"{name}.sizes", sizes)]
         graph.nodes.append(
             gs.Node("Split", node.name, {"axis": node.attrs.get("axis", 0)}, given, parts)
         )

@@ -517,7 +517,8 @@ class Parted(nn.Module):
         a, b, c = x.chunk(3, -1)
         d, _, e = x.split([3, 4, 5], 2)
         f, g, h = x.split(5, -1)
-        return a * b + c, d.sum(-1) - e.sum(-1), f, g * 2 + h.mean()
+        u, v, w = (2 * x).chunk(3, -1)
+        return a * b + c, d.sum(-1) - e.sum(-1), f, g * 2 + h.mean(), u - v * w
 
 
 def test_splits_are_no_sequences(tmp_path: Path) -> None:
@@ -527,7 +528,7 @@ def test_splits_are_no_sequences(tmp_path: Path) -> None:
     for got, expected in zip(run(y), Parted()(y), strict=True):
         torch.testing.assert_close(got, expected)
     nodes = [n.op_type for n in onnx.load(tmp_path / ort.MODEL).graph.node]
-    assert nodes.count("Split") == 3
+    assert nodes.count("Split") == 4
     assert not any("Sequence" in name for name in nodes)
 
 
