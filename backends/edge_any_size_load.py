@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from qcompiler.backends.edge_model import MOST_ELEMENTS
 from qcompiler.backends.edge_sizes import Formula
 from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.library import under_its_own_name
 
 ALIGN = 64
 
@@ -31,6 +32,7 @@ def load(path: Path, described: Mapping[str, Any], threads: int | None = None) -
     """
     try:
         import tvm
+        import tvm_ffi
         from tvm import relax
     except ImportError as error:
         raise UnsupportedError(
@@ -43,7 +45,9 @@ def load(path: Path, described: Mapping[str, Any], threads: int | None = None) -
         raise UnsupportedError(f"{path} needs a CPU with {', '.join(lacking)}; compile it here")
     configure = tvm.get_global_func("runtime.config_threadpool")
     configure(1, threads or tvm.runtime.num_threads())
-    return AnySize(relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu()), described)
+    with under_its_own_name(path) as name:
+        module = tvm_ffi.load_module(name)  # tvm.runtime's resolves the link
+    return AnySize(relax.VirtualMachine(module, tvm.cpu()), described)
 
 
 class AnySize:

@@ -22,6 +22,7 @@ from qcompiler.backends.edge_cuda_load import PROGRAM, CudaModel
 from qcompiler.backends.edge_folder import RUNNER, SHARED, WEIGHTS
 from qcompiler.backends.edge_target import MACHINES, host_family, missing
 from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.library import under_its_own_name
 
 VERSION = 1  # of model.h
 MAX_RANK = 8
@@ -83,7 +84,8 @@ def emulator_for(folder: Path) -> tuple[str, ...]:
     """
     family = family_of(folder / SHARED)
     if family == host_family():
-        library = ctypes.CDLL(str(folder / SHARED))
+        with under_its_own_name(folder / SHARED) as name:
+            library = ctypes.CDLL(str(name))
         library.model_features.restype = ctypes.c_char_p
         features = library.model_features().decode().split()
         if not missing(tuple(features)):
@@ -193,7 +195,8 @@ class Native:
 
 def _open(path: Path) -> Any:
     """The library with the types of its functions; see model.h."""
-    library = ctypes.CDLL(str(path))
+    with under_its_own_name(path) as name:
+        library = ctypes.CDLL(str(name))
     version = library.model_version()
     if version != VERSION:
         raise InputError(

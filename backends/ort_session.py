@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError, UnsupportedError, first_line
+from qcompiler.library import under_its_own_name
 
 MODEL = "model.onnx"
 CPU = "CPUExecutionProvider"
@@ -53,7 +54,8 @@ def session_options(path: Path) -> Any:
     library = path.parent / LIBRARY
     if library.is_file():
         try:
-            options.register_custom_ops_library(str(library))
+            with under_its_own_name(library) as name:
+                options.register_custom_ops_library(str(name))
         except Exception as error:  # of a class that onnxruntime does not export
             raise UnsupportedError(f"{library}: {first_line(error)}") from error
     return options

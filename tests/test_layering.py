@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 # The core, lowest first. A module imports from its own level or below.
 LEVELS = (
     {"errors", "devices", "history"},
-    {"qtype", "source", "hadamard", "audit", "generated", "gpu", "memory", "export_errors"},
+    {"qtype", "source", "hadamard", "audit", "generated", "gpu"}
+    | {"memory", "library", "export_errors"},
     {"target", "cached", "format"},
     {"ops"},
     {"program"},

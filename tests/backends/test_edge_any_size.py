@@ -200,6 +200,17 @@ def test_threads_share_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert torch.equal(have[0], known)
 
 
+def test_a_folder_that_is_written_again(tmp_path: Path) -> None:
+    x, found = torch.randn(3, 8), []
+    for _ in range(2):  # the first is still loaded when the second is
+        module = nn.Linear(8, 4)
+        run = compiled(module, (x,), {"input": {0: "batch"}}, tmp_path)
+        found.append((run, module(x)))
+        (tmp_path / "model.so").rename(tmp_path / f"{len(found)}.so")
+    for run, expected in found:
+        torch.testing.assert_close(run(x)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_buffer_larger_than_kernels_count(tmp_path: Path) -> None:
     shapes = {"x": {1: "length"}}
     run = compiled(Outer(), (torch.randn(3, 12), torch.randn(3)), shapes, tmp_path)
