@@ -35,7 +35,9 @@ from qcompiler.backends.edge_memory import ALIGN
 from qcompiler.backends.edge_model import Decoder, EdgeModel, Entry, Port
 from qcompiler.backends.edge_ops import Ref, Storage, Trace
 from qcompiler.backends.edge_ports import (
+    batch_of,
     entries_of,
+    exact_of,
     masked_sizes,
     output_ports,
     place_outputs,
@@ -113,6 +115,7 @@ def lower(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     buckets: Mapping[str, Sequence[int]] | None = None,
     padding_mask: str = "",
+    tried: tuple[Program, Batch] | None = None,
     planned: Mapping[str, str] | None = None,
     integer: Collection[str] = (),
     say: Callable[[str], None] = lambda step: None,
@@ -128,6 +131,8 @@ def lower(
         dynamic_shapes: names of the dynamic sizes by input and dimension.
         buckets: size's name → the sizes to compile for.
         padding_mask: the input that masks padding: sizes of its last dimension are padded up.
+        tried: the float program and a batch, on which it is tried out whether batches may be run in
+            pieces and sequences padded; where not given, they may.
         planned: the layers with quantized weights: node → module path.
         integer: those of them whose inputs are quantized too, so that integer kernels are promised.
         say: told of each step.
@@ -143,7 +148,10 @@ def lower(
             program, found, target, folder, buckets or {}, planned or {}, integer, say
         )
     ports = ports_of(program, dynamic_shapes or {}, input_names)
-    entries_at = entries_of(ports, program, buckets or {}, padding_mask)
+    exact = exact_of(ports, program, padding_mask, tried) if tried is not None else {}
+    if set(masked_sizes(ports, padding_mask, program)) & set(exact):
+        padding_mask = ""
+    entries_at = entries_of(ports, program, buckets or {}, padding_mask, exact)
     code, weights, constants = Code(), Weights(), Constants()
     known: dict[str, Any] = {}
     entries, last = [], None
@@ -179,6 +187,8 @@ def lower(
     described = {
         "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in outputs],
         "entries": [dict(e.sizes) for e in entries], "padded": sorted(padded),
+        "batch": batch_of([p.shape for p in ports], [p.shape for p in outputs], exact),
+        "exact": exact,
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")
     assert last is not None

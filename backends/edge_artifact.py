@@ -36,7 +36,7 @@ def load(folder: Path, threads: int | None = None) -> Callable[..., tuple[Tensor
     described = json.loads(path.read_text())
     if "capacity" in described:
         return _Language(run, described)
-    size = _batch_size(described)
+    size = described.get("batch")  # artifacts of earlier versions do not say: not in pieces
     if size is None:
         return run
     compiled = {int(entry[size]) for entry in described["entries"]}
@@ -61,19 +61,6 @@ def limits(folder: Path) -> dict[str, Any]:
     """The shapes of the ports (`inputs`, `outputs`, with names of sizes) and the `entries`."""
     found: dict[str, Any] = json.loads((folder / SIZES).read_text())
     return found
-
-
-def _batch_size(described: Mapping[str, Any]) -> str | None:
-    """The size that leads every output and nothing but leads inputs; None where there is none."""
-    shapes = [*described["inputs"], *described["outputs"]]
-    leading = {shape[0] for shape in described["outputs"] if shape}
-    names = {d for shape in shapes for d in shape if isinstance(d, str)} & leading
-    for name in names:
-        if all(name not in shape[1:] for shape in shapes) and all(
-            shape and shape[0] == name for shape in described["outputs"]
-        ):
-            return str(name)
-    return None
 
 
 class _Language:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,8 @@ from qcompiler.backends.edge_calls import Calls
 from qcompiler.backends.edge_model import Port
 from qcompiler.backends.edge_ops import Ref, Trace
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.program import Program
+from qcompiler.meeting import Shapes, exact_sizes
+from qcompiler.program import Batch, Program
 
 PADDED = (16, 32, 64, 128, 256)  # entries for sizes that a mask lets us pad
 
@@ -47,6 +48,27 @@ def masked_sizes(ports: Sequence[Port], mask: str, program: Program) -> list[str
     return []
 
 
+def exact_of(
+    ports: Sequence[Port], program: Program, padding_mask: str, tried: tuple[Program, Batch]
+) -> dict[str, str]:
+    """Sizes that must be met as they are, and why."""
+    masks = [
+        i for i, (name, port) in enumerate(zip(program.inputs, ports, strict=True))
+        if padding_mask and padding_mask in (name, port.name)
+    ]  # fmt: skip
+    return exact_sizes(*tried, [p.shape for p in ports], masks[0] if masks else None)
+
+
+def batch_of(inputs: Shapes, outputs: Shapes, exact: Collection[str]) -> str | None:
+    """The size that leads every output and nothing but leads inputs, and may be run in pieces."""
+    names = {shape[0] for shape in outputs if shape and isinstance(shape[0], str)} - set(exact)
+    for name in sorted(str(name) for name in names):
+        inside = any(name in shape[1:] for shape in (*inputs, *outputs))
+        if not inside and all(shape and shape[0] == name for shape in outputs):
+            return name
+    return None
+
+
 def check_buckets(names: Sequence[str], buckets: Mapping[str, Sequence[int]]) -> None:
     """Raise InputError for sizes that the model has not, or that are not positive."""
     for name, values in buckets.items():
@@ -59,24 +81,28 @@ def check_buckets(names: Sequence[str], buckets: Mapping[str, Sequence[int]]) ->
 
 
 def entries_of(
-    ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str
-) -> list[dict[str, int]]:
-    """The combinations of sizes to compile for, smallest first."""
+    ports: Sequence[Port], program: Program, buckets: Mapping[str, Sequence[int]], mask: str,
+    exact: Collection[str] = (),
+) -> list[dict[str, int]]:  # fmt: skip
+    """The combinations of sizes to compile for, smallest first.
+
+    Sizes in `exact` are no batches, though they lead.
+    """
     names = list(dict.fromkeys(d for p in ports for d in p.shape if isinstance(d, str)))
     check_buckets(names, buckets)
     masked = masked_sizes(ports, mask, program)
     chosen = []
     for name in names:
-        default = PADDED if name in masked else (_example(ports, program, name),)
+        default = PADDED if name in masked else (_example(ports, program, name, name in exact),)
         chosen.append(sorted({int(v) for v in buckets.get(name, default)}))
     combined = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*chosen)]
     return sorted(combined, key=lambda sizes: [*sizes.values()])
 
 
-def _example(ports: Sequence[Port], program: Program, size: str) -> int:
+def _example(ports: Sequence[Port], program: Program, size: str, exact: bool) -> int:
     """1 for a size that leads every input (a batch), else what the model was captured with."""
     first = all(p.shape.index(size) == 0 for p in ports if size in p.shape)
-    if first:
+    if first and not exact:
         return 1
     for name, port in zip(program.inputs, ports, strict=True):
         if size in port.shape:

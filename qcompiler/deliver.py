@@ -189,6 +189,11 @@ def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:
     found = [*manifest["audit"]["broken"], *manifest["mixed"].get("warnings", ())]
+    if not manifest["errors"]["quantization"]:
+        found.append(
+            "not verified: no batch of the data has a size that there is code for; give sizes of "
+            "the data (--bucket)"
+        )
     slow = [row for row in manifest["latency"] if row["ratio"] > 1]
     found += [
         f"slower than the float model: {row['ratio']:.2f} times its time at {row['shape']}; "

@@ -302,7 +302,9 @@ def _edge(job: Job) -> Lowered:
 
     since = time.perf_counter()
     dynamic = target.any_size
-    given: dict[str, Any] = {} if dynamic else {"padding_mask": job.spec.padding_mask}
+    given: dict[str, Any] = {} if dynamic else {
+        "padding_mask": job.spec.padding_mask, "tried": (job.plain, job.sample),
+    }  # fmt: skip
     backend: Any = edge_any_size if dynamic else edge
     audit = backend.lower(
         job.quantized, target, folder, buckets=job.buckets, planned=job.planned,
@@ -321,6 +323,7 @@ def _edge(job: Job) -> Lowered:
             "its results were checked, its speed was not measured"
         )
     limits = edge_artifact.limits(folder)
+    notes += limits.get("exact", {}).values()
     kind = job.recipe.activation_type
     if limits["padded"] and kind is not None and kind.dynamic and kind.granularity == "tensor":
         notes.append(

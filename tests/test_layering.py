@@ -31,6 +31,7 @@ LEVELS = (
     {"mixed_report", "figures", "report_formats"},
     {"distributions"},
     {"observe", "verify", "artifact", "report", "summary", "inspection", "running", "testing"},
+    {"meeting"},
     {"attribution", "manifest", "sources"},
     {"explaining"},
     {"language", "language_bench"},

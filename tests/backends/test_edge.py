@@ -308,6 +308,23 @@ def test_entries_share_their_weights(tiny: Callable[[str], Any], tmp_path: Path)
     assert torch.equal(one(x[:4])[0], rows[:4])  # the same bits in every entry
 
 
+def test_a_leading_size_that_is_no_batch(tmp_path: Path) -> None:
+    class Between(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.T).softmax(-1) @ x
+
+    x = torch.randn(8, 16)
+    program = capture(Between(), (x,), {"x": {0: "tokens"}})
+    edge.lower(
+        program, Target.parse("tvm:native"), tmp_path, dynamic_shapes={"x": {0: "tokens"}},
+        buckets={"tokens": [2, 4]}, tried=(program, (x,)),
+    )  # fmt: skip
+    run = edge.load(tmp_path, 1)
+    torch.testing.assert_close(run(x[:4])[0], Between()(x[:4]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="fit none"):
+        run(x)  # twice four rows give other numbers
+
+
 def test_constants_are_told_apart_by_themselves_not_their_ids() -> None:
     weights, constants = Weights(), Constants()
     for value in range(64):  # each gone before the next is made, to which Python gives the same id
