@@ -189,6 +189,7 @@ def _rename(
     dynamic_shapes: Mapping[str, Mapping[int, str]],
 ) -> None:
     """Inputs, outputs and dynamic sizes get the model's names."""
+    _part_outputs(graph)
     symbols: dict[str, str] = {}
     for tensor, name, given in zip(graph.inputs, program.inputs, input_names, strict=True):
         tensor.name = given
@@ -205,6 +206,17 @@ def _rename(
     for tensor in [*graph.inputs, *graph.outputs]:
         if isinstance(tensor, gs.Variable) and tensor.shape is not None:
             tensor.shape = [symbols.get(str(s), s) for s in tensor.shape]
+
+
+def _part_outputs(graph: gs.Graph) -> None:
+    """An input that is returned as it is, or a tensor returned twice, gets a copy: names differ."""
+    seen = [*graph.inputs]
+    for index, tensor in enumerate(graph.outputs):
+        if any(tensor is other for other in seen):
+            copy = gs.Variable(f"{tensor.name}_copy_{index}", tensor.dtype, tensor.shape)
+            graph.nodes.append(gs.Node("Identity", copy.name, {}, [tensor], [copy]))
+            graph.outputs[index] = copy
+        seen.append(tensor)
 
 
 def _tidy(model: onnx.ModelProto, program: Program) -> None:

@@ -557,6 +557,18 @@ def test_an_output_named_like_an_input_is_refused(tmp_path: Path) -> None:
         ort.lower(program, tmp_path, output_names=("input",))
 
 
+def test_what_is_returned_twice_or_as_it_was_given(tmp_path: Path) -> None:
+    class Repeated(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            z = x + y
+            return y, z, x, z, y
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    ort.lower(capture(Repeated(), (x, y)), tmp_path)
+    for got, expected in zip(ort.load(tmp_path)(x, y), Repeated()(x, y), strict=True):
+        assert torch.equal(got, expected)
+
+
 class Exotic(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.eigvals(x).real
