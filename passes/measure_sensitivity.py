@@ -155,7 +155,7 @@ def _measured(
     seen = Statistics(source.name, -1)
     if any(f.activation is not None and not f.activation.dynamic for f in formats):
         for value, mask in zip(stages.values(source), masks, strict=True):
-            seen.update(unpadded(value, mask).flatten(0, -2))
+            seen.update(unpadded(value, mask))
     try:
         found = Hessian.of(stages.values(source), masks)
     except InputError as error:

@@ -38,7 +38,7 @@ class Hessian:
         count = left_out = 0
         largest = 0.0
         for value, mask in zip(inputs, masks, strict=True):
-            rows = unpadded(value, mask).flatten(0, -2)
+            rows = unpadded(value, mask).reshape(-1, value.shape[-1])  # a vector is one row
             reach = rows.abs().amax(1)  # NaN where a row has one
             finite = reach.isfinite()
             lost = len(rows) - int(finite.sum())

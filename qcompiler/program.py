@@ -312,6 +312,7 @@ def capture(
             )
     except Exception as error:
         raise CaptureError(explain_export(error, module)) from error
+    _demand_whole_floats(exported)
     return Program(exported)
 
 
@@ -322,13 +323,32 @@ def load_pt2(path: Path) -> Program:
     try:
         exported = torch.export.load(path)
         _forget_strides(exported)
-        return Program(exported)
     except Exception as error:
         raise InputError(
             f"{path}: not a program that torch {torch.__version__} can read "
             f"({first_line(error)}); save it again with torch.export.save of this or an older "
             "version"
         ) from error
+    _demand_whole_floats(exported)
+    return Program(exported)
+
+
+def _demand_whole_floats(exported: ExportedProgram) -> None:
+    """Raise an InputError for parameters or inputs of float16 or bfloat16."""
+    found = [(f"parameter '{n}'", v) for n, v in exported.named_parameters()]
+    names = set(exported.graph_signature.user_inputs)
+    found += [
+        (f"input '{node.name}'", node.meta["val"])
+        for node in exported.graph.nodes
+        if node.name in names and isinstance(node.meta.get("val"), Tensor)
+    ]
+    for what, value in found:
+        if value.dtype in (torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{what} is {value.dtype}; models are taken in float32, which keeps such numbers "
+                "as they are: call model.float() and give float32 inputs (transformers: "
+                "from_pretrained(…, dtype=torch.float32)); formats are the recipe's"
+            )
 
 
 def _forget_strides(exported: ExportedProgram) -> None:

@@ -479,6 +479,13 @@ def test_wrong_example_inputs(inputs: Any, message: str, tmp_path: Path) -> None
     fails(kind, message, tmp_path, LINEAR, inputs, recipe="w8")
 
 
+def test_halves_are_refused(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = nn.Linear(8, 2).to(dtype)
+        said = f"parameter 'weight' is {dtype}.*model.float()"
+        fails(InputError, said, tmp_path, narrow, (X.to(dtype),), recipe="w8")
+
+
 def test_dynamic_shapes_that_the_model_cannot_have(tmp_path: Path) -> None:
     shapes = {"input": {1: "features"}}
     fails(CaptureError, "leave that dimension out of dynamic_shapes", tmp_path, LINEAR, (X,),
@@ -668,6 +675,13 @@ def test_a_constant_that_is_returned(tmp_path: Path) -> None:
     x = torch.rand(4, 32) + 1
     made = compile(module, (x,), recipe="w8", out=tmp_path / "out")
     torch.testing.assert_close(made.load()(x)[1], module.table)
+
+
+def test_a_model_of_one_vector(tmp_path: Path) -> None:
+    data = [(torch.randn(32),) for _ in range(8)]
+    module = nn.Linear(32, 4)
+    made = compile(module, data[0], calibration=data, recipe="w8a8", out=tmp_path / "out")
+    assert (made.load()(*data[0]) - module(*data[0])).norm() < 0.05 * module(*data[0]).norm()
 
 
 @pytest.mark.parametrize(
