@@ -517,7 +517,7 @@ class Parted(nn.Module):
         a, b, c = x.chunk(3, -1)
         d, _, e = x.split([3, 4, 5], 2)
         f, g, h = x.split(5, -1)
-        u, v, w = (2 * x).chunk(3, -1)
+        u, v, w = (2 * x).split(4, -1)
         return a * b + c, d.sum(-1) - e.sum(-1), f, g * 2 + h.mean(), u - v * w
 
 
