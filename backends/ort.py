@@ -58,7 +58,7 @@ def lower(
     fused: bool = True,
     external_above: int = EXTERNAL_ABOVE,
     generate: Generate | None = None,
-    half: bool = False,
+    half: str = "",
     packed: str = EVERYWHERE,
 ) -> Path:
     """Write `program` as `folder/model.onnx`.
@@ -74,7 +74,7 @@ def lower(
         generate: compiles linears whose inputs are quantized by token, and rotations, to a library
             of custom operators beside the model; ONNX Runtime has none. In float16 it compiles
             linears with quantized weights instead, whose inputs are float.
-        half: in float16; see `ort_half`.
+        half: in float16 or bfloat16, by that name; see `ort_half`.
         packed: where MatMulNBits multiplies (`ort_phases`): for decode alone, `prefill.onnx` is
             written beside a language model whose cache is shared; what is no such has it nowhere.
 
@@ -88,7 +88,7 @@ def lower(
     graph = gs.import_onnx(model)
     ort_weights.give(graph, taken)
     shared, stores = use_grouped_attention(graph)
-    library = operate(graph, fused, _layer_names(model, program), generate, half)
+    library = operate(graph, fused, _layer_names(model, program), generate, bool(half))
     _rename(graph, input_names or program.inputs, program, output_names, dynamic_shapes or {})
     graph.import_domains = [d for d in graph.import_domains or [] if not d.domain]
     if any(node.domain == MICROSOFT for node in graph.nodes):
@@ -108,7 +108,8 @@ def lower(
         onnx.helper.set_model_props(result, properties)
     if half:
         caches = [n.outputs[1:] for n in graph.nodes if n.op == "GroupQueryAttention"]
-        halve(result, {tensor.name for tensors in caches for tensor in tensors}, held)
+        names = {tensor.name for tensors in caches for tensor in tensors}
+        halve(result, names, held, onnx.TensorProto.DataType.Value(half.upper()))
     if packed == NOWHERE or (packed == DECODE and not shared):
         widen_products(result, held)
     _save(result, held, folder / MODEL, external_above)

@@ -1,8 +1,13 @@
-"""What of a graph turns positions into sines and cosines, kept in float32 where the rest is not.
+"""What of a graph stays in float32 where the rest does not.
+
+The angles of positions:
 
     position (integer) → Cast → · frequency → Sin, Cos → Cast to float16
 
-float16 has 11 bits: above 2048 it knows no odd position, and of an angle not the radian.
+float16 has 11 bits: above 2048 it knows no odd position, and of an angle not the radian; bfloat16
+has 8. And operators that ONNX Runtime's CUDA provider has no bfloat16 kernel for (1.31):
+
+    Cast to float32 → Round → Cast to bfloat16
 """
 
 from __future__ import annotations
@@ -20,25 +25,47 @@ INTEGERS = (
     TensorProto.UINT64, TensorProto.UINT32, TensorProto.UINT16,
 )  # fmt: skip
 TURNS = ("Sin", "Cos")
+# Operators with bfloat16 kernels there, or for which it makes no difference.
+BFLOAT16 = {
+    "Abs", "Add", "Attention", "AveragePool", "Cast", "CastLike", "Compress", "Concat",
+    "Constant", "ConstantOfShape", "Conv", "Div", "Erf", "Exp", "Expand", "FastGelu",
+    "Flatten", "FusedMatMul", "Gather", "GatherBlockQuantized", "GatherElements", "GatherND",
+    "Gelu", "Gemm", "GroupQueryAttention", "HardSigmoid", "HardSwish", "Identity", "IsInf",
+    "IsNaN", "LayerNormalization", "MatMul", "MatMulNBits", "Max", "Min", "Mul", "Neg", "Pow",
+    "RMSNormalization", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "ScatterElements",
+    "ScatterND", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softmax", "Split", "Sqrt",
+    "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+}  # fmt: skip
 LOOK_UPS = ("Gather", "GatherElements", "GatherND")
 
 
-def keep_angles(model: onnx.ModelProto, contents: dict[str, Array]) -> tuple[set[int], set[str]]:
-    """Prepare a float32 graph whose other nodes will read and make float16.
+def keep_wide(
+    model: onnx.ModelProto, contents: dict[str, Array], kind: int = HALF
+) -> tuple[set[int], set[str]]:
+    """Prepare a float32 graph whose other nodes will read and make float16 or bfloat16.
 
-    Results that those read go through a Cast to float16; constants that both read are doubled.
+    Results that those read go through a Cast, as does what they make; constants that both read are
+    doubled.
 
     Args:
         model: changed in place.
         contents: values of the initializers that have none in the message; changed too.
+        kind: the type of the others.
 
     Returns:
         The indices of the nodes that stay as they are, and the initializers that stay float32.
     """
-    graph = model.graph
-    kept, floats = _angles(model)
+    graph, types = model.graph, _types(model)
+    kept = _angles(model, types)
+    if kind != HALF:
+        kept |= {
+            i
+            for i, node in enumerate(graph.node)
+            if node.op_type not in BFLOAT16 and _floats((*node.input, *node.output), types)
+        }
     if not kept:
         return set(), set()
+    floats = {name for i in kept for name in _floats(graph.node[i].output, types)}
     inside = {name for i in kept for name in graph.node[i].output}
     read = {name for i in kept for name in graph.node[i].input}
     outside = {n for i, node in enumerate(graph.node) if i not in kept for n in node.input}
@@ -50,11 +77,19 @@ def keep_angles(model: onnx.ModelProto, contents: dict[str, Array]) -> tuple[set
         made.name = other
         if name in contents:
             contents[other] = contents[name]
-    narrow = {name: f"{name}_float16" for name in inside & outside & floats}
+    narrow = {name: f"{name}_narrow" for name in inside & outside & floats}
+    # Angles read no floats but one another's and constants.
+    given = {n for i in kept for n in _floats(graph.node[i].input, types) if kind != HALF}
+    wide = {name: f"{name}_wide" for name in sorted(given - inside - held.keys())}
     nodes: list[onnx.NodeProto] = []
-    indices = set()
+    indices, widened = set(), set()
     for i, node in enumerate(graph.node):
-        names = renamed if i in kept else narrow
+        names = renamed | wide if i in kept else narrow
+        for name in dict.fromkeys(node.input) if i in kept else ():
+            if name in wide and name not in widened:
+                widened.add(name)
+                indices.add(len(nodes))
+                nodes.append(helper.make_node("Cast", [name], [wide[name]], wide[name], to=FLOAT))
         for at, name in enumerate(node.input):
             node.input[at] = names.get(name, name)
         if i in kept:
@@ -64,7 +99,7 @@ def keep_angles(model: onnx.ModelProto, contents: dict[str, Array]) -> tuple[set
             if name in narrow:
                 indices.add(len(nodes))
                 nodes.append(
-                    helper.make_node("Cast", [name], [narrow[name]], narrow[name], to=HALF)
+                    helper.make_node("Cast", [name], [narrow[name]], narrow[name], to=kind)
                 )
     fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
@@ -72,20 +107,23 @@ def keep_angles(model: onnx.ModelProto, contents: dict[str, Array]) -> tuple[set
     return indices, {renamed.get(name, name) for name in held}
 
 
-def _angles(model: onnx.ModelProto) -> tuple[set[int], set[str]]:
-    """Indices of the nodes from casts of integers to Sin and Cos, and the floats that they make.
+def _floats(names: Iterable[str], types: dict[str, int]) -> list[str]:
+    """Those of floats; ONNX knows no types of what ONNX Runtime's own operators make: floats."""
+    return [name for name in names if name and types.get(name, FLOAT) == FLOAT]
+
+
+def _angles(model: onnx.ModelProto, types: dict[str, int]) -> set[int]:
+    """Indices of the nodes from casts of integers to Sin and Cos.
 
     They read floats from one another and from constants alone: what is computed from data (float
     inputs, rows looked up in a table) is not among them.
     """
     graph = model.graph
     if not any(node.op_type in TURNS for node in graph.node):
-        return set(), set()
-    types = _types(model)
+        return set()
 
     def floats(names: Iterable[str]) -> list[str]:
-        # ONNX knows no types of what ONNX Runtime's own operators make: floats.
-        return [name for name in names if name and types.get(name, FLOAT) == FLOAT]
+        return _floats(names, types)
 
     fixed = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
     pure = {*fixed}  # of integers and constants alone
@@ -111,7 +149,7 @@ def _angles(model: onnx.ModelProto) -> tuple[set[int], set[str]]:
         if i not in found:
             found.add(i)
             ends += [makers[name] for name in floats(graph.node[i].input) if name in makers]
-    return found, {name for i in found for name in floats(graph.node[i].output)}
+    return found
 
 
 def _counts(node: onnx.NodeProto, types: dict[str, int]) -> bool:

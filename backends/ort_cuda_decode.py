@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.backends.ort_cuda import session
+from qcompiler.backends.ort_cuda import BFLOAT16, ELEMENT, session
 from qcompiler.backends.ort_decode import TYPES
 from qcompiler.backends.ort_phases import PREFILL, TOKENS
 from qcompiler.backends.ort_session import FIRST, MODEL, SHARED
@@ -44,9 +44,10 @@ class Decoder:
         if SHARED not in self._step.get_modelmeta().custom_metadata_map:
             raise UnsupportedError(
                 f"{folder}: its attention is not GroupQueryAttention, so its cache cannot stay on "
-                "the GPU; compile it without --set fused=false, or for ort:cpu"
+                "the GPU; compile it for ort:cpu, or without --set fused=false if that was given"
             )
         self._kinds = [(inputs[n].shape, np.dtype(TYPES[inputs[n].type])) for n in self._past]
+        self._narrow = {n for n in self._past if inputs[n].type == BFLOAT16}
         self._positions = "position_ids" in inputs
         optional = {i.name for i in self._step.get_overridable_initializers()}
         self._prunes = FIRST in optional
@@ -152,8 +153,14 @@ class Decoder:
         if self._prunes:
             binding.bind_ortvalue_input(FIRST, first)
         for name, value in zip(self._past, self._caches, strict=True):
+            present = name.replace("past_key_values", "present")
+            if name in self._narrow:  # numpy knows no bfloat16: the memory is that of integers
+                where = ("cuda", 0, ELEMENT, value.shape(), value.data_ptr())
+                binding.bind_input(name, *where)
+                binding.bind_output(present, *where)
+                continue
             binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+            binding.bind_ortvalue_output(present, value)
         binding.bind_ortvalue_output("logits", logits)
         return binding
 

@@ -17,9 +17,9 @@ from qcompiler.backends.ort_session import FIRST, MODEL, SHARED, session
 from qcompiler.errors import InputError
 
 ROUND = 64  # capacities are multiples of this
-# What caches are kept in; 4-bit integers two to a byte.
+# What caches are kept in; 4-bit integers two to a byte, bfloat16 as its bits.
 TYPES: dict[str, type] = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16,
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": np.uint16,
     "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
 }  # fmt: skip
 

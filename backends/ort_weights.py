@@ -202,4 +202,5 @@ def _write(values: Array, file: BinaryIO) -> None:
     rows = max(1, PIECE * max(1, len(values) if values.ndim else 1) // max(1, values.nbytes))
     shaped = values if values.ndim else values.reshape(1)
     for start in range(0, len(shaped), rows):
-        file.write(np.ascontiguousarray(shaped[start : start + rows]).data)
+        # As bytes: Python has no buffers of bfloat16.
+        file.write(np.ascontiguousarray(shaped[start : start + rows]).view(np.uint8).data)

@@ -26,7 +26,12 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
                 preset
                 for preset, (_, recipe) in PRESETS.items()
                 if any(
-                    target.refusal(recipe.weight_type, kind, recipe.cache_types, recipe.products)
+                    target.refusal(
+                        recipe.weight_type,
+                        kind,
+                        recipe.cache_types,
+                        "float32" if target.narrows_all else recipe.products,
+                    )
                     is None
                     # The candidates of `mixed` read float, or integers by token where need be.
                     for kind in (recipe.activation_type, *(by_token if preset == "mixed" else ()))

@@ -125,8 +125,9 @@ def compile(
         )
     spec = spec_for(model, example_inputs, calibration, dynamic_shapes)
     recipe = mixed.prepared(recipe, target, spec) if recipe.mixed else recipe
+    products = "float32" if target.narrows_all else recipe.products
     reason = target.refusal(
-        recipe.weight_type, recipe.activation_type, recipe.cache_types, recipe.products
+        recipe.weight_type, recipe.activation_type, recipe.cache_types, products
     )
     if reason:
         raise UnsupportedError(f"recipe '{recipe.name}' on target '{target}': {reason}")
@@ -331,8 +332,9 @@ def quantize(
         program = correct_bias(program, shifts)
     say("pack_weights")
     quantized = same_integers(program, pack_weights(program), reference)
-    say("round_products")
-    quantized = round_as_told(quantized, recipe)
+    if not target.narrows_all:  # there the whole is written so, as it is in float16
+        say("round_products")
+        quantized = round_as_told(quantized, recipe)
     say("compare sites")
     layers = [n.name for n in floating.exported.graph.nodes if n.target in (LINEAR, *CONVS)]
     sites = compare_sites(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler import ops
+from qcompiler import ops, overflow
 from qcompiler.artifact import REFERENCE
 from qcompiler.errors import UnsupportedError
 from qcompiler.fitting import fitted, texts, within
@@ -136,7 +136,7 @@ def integer_layers(quantized: Program, planned: Collection[str]) -> list[str]:
     return found
 
 
-def _reference(job: Job, half: bool = False) -> Path:
+def _reference(job: Job, half: str = "") -> Path:
     from qcompiler.backends import ort
 
     job.say("lower the float model")
@@ -190,22 +190,25 @@ def _onnx_cuda(job: Job) -> Lowered:
 
     folder, kind = job.folder, job.recipe.weight_type
     generate = generator(job.target)
+    half = "bfloat16" if job.recipe.products == "bfloat16" else "float16"
     job.say("lower")
     bits = 8 if kind is not None and kind.bits > 4 else 4
     one = job.target.share_of_float(bits, 1, _width(job.quantized, job.planned))
     many = job.target.share_of_float(bits, TOKENS)
     ort.lower(
-        job.quantized, folder, fused=job.recipe.fused, half=True, generate=generate,
+        job.quantized, folder, fused=job.recipe.fused, half=half, generate=generate,
         packed=DECODE if one < 1 and generate is None else NOWHERE, **job.naming,
     )  # fmt: skip
-    reference = _reference(job, half=True)
+    reference = _reference(job, half)
     job.say("audit")
     writes = (folder / PREFILL).is_file()
     kept = job.planned if writes or generate is not None else {}
     audit = ort_audit.audit(folder, kept, (), written=True)
-    notes = _phases(bits, one, many, writes) if job.planned and generate is None else []
+    notes = _phases(bits, one, many, writes, half) if job.planned and generate is None else []
     if any(job.recipe.cache_types):
         notes.append(OWN_CACHE)
+    too_large = overflow.warning(job.quantized, job.sample) if half == "float16" else None
+    notes += [too_large] if too_large else []
     run: Run = partial(_in_torch, job.quantized)
     run_float, absent = None, ""
     try:
@@ -228,7 +231,7 @@ def _width(quantized: Program, planned: Collection[str]) -> int:
     return int((sum(counts) / len(counts)) ** 0.5) if counts else 0
 
 
-def _phases(bits: int, one: float, many: float, writes: bool) -> list[str]:
+def _phases(bits: int, one: float, many: float, writes: bool, half: str) -> list[str]:
     """What multiplies the weights in each phase, and why: for the report."""
     from qcompiler.backends.ort_phases import PREFILL, TOKENS
 
@@ -237,10 +240,10 @@ def _phases(bits: int, one: float, many: float, writes: bool) -> list[str]:
         f"of it from {TOKENS} tokens on, as measured on an H200"
     )
     if not writes:
-        return [f"the quantized weights are multiplied as float16 numbers: {measured}"]
+        return [f"the quantized weights are multiplied as {half} numbers: {measured}"]
     return [
         f"decode reads {bits}-bit weights, prompts of {TOKENS} tokens and more the same weights as "
-        f"float16 numbers ({PREFILL}): {measured}"
+        f"{half} numbers ({PREFILL}): {measured}"
     ]
 
 

@@ -122,7 +122,7 @@ class Recipe(BaseModel):
     products: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="arithmetic of matrix products and attention that stay float; bfloat16 rounds "
-        "their operands and sums in float32",
+        "their operands and sums in float32, on ort:cuda all of the model is bfloat16, not float16",
     )
     merge_linears: bool = Field(
         False, description="linears that share an input become one product and slices of it"

@@ -179,10 +179,13 @@ class Target:
                 f"them for whole columns (+{outliers})"
             )
         if products == "bfloat16" and not self.multiplies_bfloat16:
-            able = [t for t in known_targets() if Target.parse(t).feature in BFLOAT16]
+            known = [Target.parse(t) for t in known_targets()]
+            able = [str(t) for t in known if t.narrows_all or t.feature in BFLOAT16]
             why = {
                 "ort:cpu": "ONNX Runtime's CPU kernels have no bfloat16 products here",
-                "ort:cuda": "it computes in float16, as fast as bfloat16 and eight times finer",
+                "ort:cuda": "all of a model is float16, or bfloat16 (--set products=bfloat16)"
+                if self.narrows_all
+                else "generated kernels read float16; leave --kernels out",
             }.get(f"{self.runtime}:{self.device}", "it has no bfloat16 products")
             return f"{why}; use --set products=float32, or {' or '.join(able)}"
         reason = _cache_refusal(self, *cache) if any(cache) else None
@@ -223,6 +226,11 @@ class Target:
         if tokens == 1 and width < CUDA_WIDE:
             return CUDA_NARROW[bits]
         return CUDA_SHARES[max(n for n in CUDA_SHARES if n <= tokens)][bits]
+
+    @property
+    def narrows_all(self) -> bool:
+        """Whether a recipe's bfloat16 is that of the whole model, not of its products alone."""
+        return (self.runtime, self.device, self.kernels) == ("ort", "cuda", "")
 
     @property
     def multiplies_bfloat16(self) -> bool:

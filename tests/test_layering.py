@@ -24,7 +24,7 @@ LEVELS = (
     {"op_families"},
     {"integer", "regions", "scaling", "rotatable", "probing", "rotary", "plan", "recipe", "spec"},
     {"calibration", "hessian", "rounding", "stages", "journal", "divergence", "differentiable"},
-    {"outliers", "fitting"},
+    {"outliers", "fitting", "overflow"},
     {"data", "bench", "study"},
     {"allocation"},
     {"findings", "page", "charts", "terminal", "generation"},

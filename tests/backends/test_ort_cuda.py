@@ -134,6 +134,83 @@ def test_an_encoder_falls_back_to_float_weights(tmp_path: Path, torchlib_once: N
     assert error(session.run(None, feed)[0], want[0]) < CLOSE
 
 
+def widened(path: Path) -> onnx.ModelProto:
+    """A bfloat16 model as the CPU provider, which has no such kernels, can run it: its numbers in
+    float32.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.t.data_type == TensorProto.BFLOAT16:
+                values = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(values))
+    return model
+
+
+def test_a_language_model_in_bfloat16(compiled_llama: Callable[..., Artifact]) -> None:
+    """The same graphs as in float16; weights keep 8 bits of their products with scales."""
+    artifact = compiled_llama("ort:cuda", products="bfloat16")
+    for name in (MODEL, PREFILL):
+        graph = onnx.load(artifact.folder / name).graph
+        kinds = {t.data_type for t in graph.initializer}
+        assert TensorProto.BFLOAT16 in kinds
+        assert not {TensorProto.FLOAT, TensorProto.FLOAT16} & kinds
+        caches = [v for v in (*graph.input, *graph.output) if v.name.startswith(("past", "pres"))]
+        assert {v.type.tensor_type.elem_type for v in caches} == {TensorProto.BFLOAT16}
+    session = onnxruntime.InferenceSession(
+        widened(artifact.folder / PREFILL).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    batch, want = expected(artifact)
+    names = [i.name for i in session.get_inputs()]
+    feed = {n: x.numpy() for n, x in zip(names, batch, strict=True)}
+    for got, reference in zip(session.run(None, feed), want, strict=True):
+        assert error(got, reference) < 8 * CLOSE  # three bits fewer
+
+
+class Rounded(torch.nn.Module):
+    """Operators without a kernel for bfloat16, side by side, between two that have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.round(self.linear(x) * 16).clamp(-20.0, 1e6)) * 1e9
+
+
+def test_bfloat16_leaves_what_has_no_kernel(tmp_path: Path, torchlib_once: None) -> None:
+    module = Rounded().eval()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    ort.lower(normalize(capture(module, (x,))), tmp_path, half="bfloat16")
+    graph = onnx.load(tmp_path / MODEL).graph
+    order = [n.op_type for n in graph.node if n.op_type in ("Cast", "Round", "Clip")]
+    order = order[order.index("Round") - 1 :]
+    assert order == ["Cast", "Round", "Clip", "Cast", "Cast"]  # the last for the output
+    session = onnxruntime.InferenceSession(
+        widened(tmp_path / MODEL).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (got,) = session.run(None, {graph.input[0].name: x.numpy()})
+    with torch.no_grad():
+        assert error(got, module(x)) < 4 * CLOSE
+
+
+def test_a_tensor_of_bfloat16_for_onnx_runtime() -> None:
+    x = torch.tensor([[1.0, -3e38], [0.1, 0]]).bfloat16()
+    for given in (x, x[:0], x.float()):
+        assert torch.equal(torch.from_dlpack(ort_cuda.given_value(given)), given)
+
+
 class Turned(torch.nn.Module):
     """Rotary angles in the graph, a constant that they share with data, a guarded division."""
 
@@ -156,7 +233,7 @@ def test_float16_keeps_angles_and_guards(tmp_path: Path, torchlib_once: None) ->
     places = torch.tensor([[2047, 2049, 4097, 9001, 30001]]).expand(2, -1).contiguous()
     sizes = {0: "batch", 1: "sequence"}
     program = normalize(capture(module, (x, places), {"x": sizes, "places": sizes}))
-    ort.lower(program, tmp_path, input_names=("x", "places"), half=True)
+    ort.lower(program, tmp_path, input_names=("x", "places"), half="float16")
     model = tmp_path / MODEL
     running = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -178,7 +255,9 @@ def test_what_the_target_refuses() -> None:
     assert "two to six times" in str(target.refusal(four, QType.parse("int8:token")))
     assert target.refusal(four, None, (QType.parse("int8:channel"),) * 2) is None
     assert "kept as int8" in str(target.refusal(four, None, (QType.parse("int8:token"),) * 2))
-    assert "bfloat16" in str(target.refusal(four, None, products="bfloat16"))
+    assert "all of a model" in str(target.refusal(four, None, products="bfloat16"))
+    own = target.with_kernels("tvm")
+    assert "read float16" in str(own.refusal(four, None, products="bfloat16"))
     assert target.share_of_float(4, 1) < 1 < target.share_of_float(4, 300)
     assert target.share_of_float(8, 1) < 1 < target.share_of_float(8, 1, 2048)
 

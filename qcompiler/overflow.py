@@ -1,0 +1,57 @@
+"""Numbers that float16 has not: found before a model is written in it.
+
+float16 ends at 65504. Language models have single activations beyond (Sun 2024, Massive
+Activations in Large Language Models), which become infinite, and then NaN in the next norm. What a
+mask adds is beyond float16 too, on purpose: it may become infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from qcompiler.program import Batch, Program
+from qcompiler.rewrite import module_path
+
+LARGEST = 65504.0
+HIDING = 1e30  # magnitudes from here on are those of masks
+
+
+def peak(program: Program, batch: Batch) -> tuple[Node, float] | None:
+    """The node with the largest number beyond float16, and its magnitude; None where none is.
+
+    Args:
+        program: float or quantized; what it computes in float32 is looked at.
+        batch: one tensor for each input.
+    """
+    found: list[tuple[Node, float]] = []
+
+    def watch(node: Node, result: Any) -> None:
+        for x in result if isinstance(result, tuple) else (result,):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
+                continue
+            size = x.abs()
+            top = float(size.max())
+            if top >= HIDING:
+                top = float(torch.where(size < HIDING, size, 0.0).max())
+            if top > LARGEST:
+                found.append((node, top))
+
+    program.run(batch, watch)
+    return max(found, key=lambda entry: entry[1], default=None)
+
+
+def warning(program: Program, batch: Batch) -> str | None:
+    """What to tell a user whose model is about to be written in float16; None where it fits."""
+    most = peak(program, batch)
+    if most is None:
+        return None
+    node, value = most
+    node, value = most
+    where = f"'{node.name}', {module_path(node) or 'the model'}"
+    return (
+        f"numbers reach {value:.3g} ({where}) on held-out data and float16 ends at 65504: outputs "
+        "may be infinite or NaN; use --set products=bfloat16"
+    )
