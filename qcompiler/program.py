@@ -116,7 +116,10 @@ class Program:
         for source, reader in last_use.items():
             dying.setdefault(reader, []).append(source)
         values: dict[Node, Any] = {}
-        given = iter(batch)
+        writes = any(
+            getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes
+        )
+        given = (x.clone() for x in batch) if writes else iter(batch)  # the caller's stay
         constants = self.constants()
 
         def value(source: Node) -> Any:

@@ -361,6 +361,14 @@ def test_in_place_ops_become_functional(form: str, formula: Any, captured: Any) 
     close_to_eager(program, module, X)
 
 
+def test_a_run_leaves_its_inputs_as_they_were(formula: Any) -> None:
+    program = capture(formula(IN_PLACE["of the input"], linear=nn.Linear(8, 8)), (X.clone(),))
+    given = X.clone()
+    for double in (False, True):
+        program.run((given,), double=double)
+        assert torch.equal(given, X)
+
+
 @pytest.mark.parametrize("function", [part, view_of_it, base_of_it])
 def test_writing_into_memory_that_another_value_shares_is_refused(
     function: Any, formula: Any
