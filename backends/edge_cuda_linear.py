@@ -23,7 +23,15 @@ from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import choose, skinny
 from qcompiler.kernels.cuda_units import Kind, units
-from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, Widened, pack, pack_nibbles
+from qcompiler.kernels.cuda_weights import (
+    Bytes,
+    Form,
+    Nibbles,
+    Weights,
+    Widened,
+    pack,
+    pack_nibbles,
+)
 
 if TYPE_CHECKING:
     from qcompiler.backends.edge_cuda_calls import CudaCalls
@@ -47,7 +55,7 @@ def packed_linear(calls: CudaCalls, g: Group, op: Op) -> None:
     if not form.group:
         scale = calls.constant(
             (weight.q, "row scales"),
-            lambda: row_scales(weight, form),
+            lambda: row_scales(weight),
         )
         arguments.append(scale.storage)
     if not tall and calls.small(op):
@@ -112,11 +120,11 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
             f"'{op.label}': GPU targets multiply integers where a token has a scale of its own"
         )
     count = prod(op.out.shape[:-1])
-    if weight.group:
-        _grouped(calls, g, op, source, x, count)
+    form = integer_form(weight, source.ref.dtype, op.label)
+    if isinstance(form, Nibbles):
+        _grouped(calls, g, op, source, x, form)
         return
-    form = Bytes(weight.q.shape[0], weight.q.shape[1], KINDS[source.ref.dtype])
-    packed = calls.constant((weight.q, "units"), lambda: units(weight.q))
+    packed = calls.constant((weight.q, "units"), lambda: packed_weight(weight, form))
     writer = calls.writer(op.out.shape, [x.storage, packed.storage])
     zero = source.zero.storage.constant
     plain = zero is not None and not bool(zero.any())  # nothing to take off for zero points
@@ -140,31 +148,17 @@ def integer_linear(calls: CudaCalls, g: Group, op: Op, source: Source) -> None:
     )  # fmt: skip
 
 
-def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, count: int) -> None:
+def _grouped(calls: CudaCalls, g: Group, op: Op, source: Source, x: Ref, form: Nibbles) -> None:
     """A product with 4-bit weights in groups: see `cuda_sums`, and of many tokens `Widened`."""
-    weight, found = op.args[1].storage.weight, weights_form(op.args[1].storage.weight, op.label)
-    if found.bits != 4 or source.ref.dtype != torch.int8:
-        raise UnsupportedError(
-            f"'{op.label}': GPU targets multiply weights in groups by integers where they have 4 "
-            "bits, and activations are int8"
-        )
-    form = Nibbles(found.rows, found.depth, found.group)
-    packed = calls.constant(
-        (weight.q, form),
-        lambda: pack_nibbles(weight.q, weight.scale.reshape(form.rows, -1).float(), form),
-    )
+    weight, count = op.args[1].storage.weight, prod(op.out.shape[:-1])
+    packed = calls.constant((weight.q, form), lambda: packed_weight(weight, form))
     arguments = [x.storage, packed.storage]
     if calls.small(op):
         how = choose(count, form, calls.gpu)
         _multiply(calls, g, op, "skinny_int4_int8", skinny, arguments, count, form, how,
                   scale=source.scale)  # fmt: skip
         return
-    wide = Widened(found.rows, found.depth, found.group)
-    if float(weight.scale.max()) > wide.largest:
-        raise UnsupportedError(
-            f"'{op.label}': steps of weights above {wide.largest:.0f} have no room in float16; "
-            "compile for 64 tokens at most (--bucket tokens=1,16,64)"
-        )
+    wide = widened_form(weight, form, op.label)
     _many(calls, g, op, arguments, count, wide, calls.tall(op), source.scale)
 
 
@@ -190,12 +184,55 @@ def weights_form(weight: Weight, label: str) -> Weights:
     return Weights(q.shape[0], q.shape[1], 4 if four else 8, group)
 
 
-def row_scales(weight: Weight, form: Weights) -> Tensor:
+def row_scales(weight: Weight) -> Tensor:
     """float32 (N,): the scales of a weight without groups."""
-    return weight.scale.reshape(-1).float().expand(form.rows).contiguous()
+    return weight.scale.reshape(-1).float().expand(len(weight.q)).contiguous()
 
 
-def packed_weight(weight: Weight, form: Weights) -> Tensor:
+def packed_weight(weight: Weight, form: Form) -> Tensor:
     """The weight as kernels read it: flat uint8."""
+    if isinstance(form, Bytes):
+        return units(weight.q)
     scale = weight.scale.reshape(form.rows, -1).float() if form.group else None
+    if isinstance(form, Nibbles):
+        assert scale is not None
+        return pack_nibbles(weight.q, scale, form)
     return pack(weight.q, scale, form)
+
+
+def integer_form(weight: Weight, activation: torch.dtype, label: str) -> Bytes | Nibbles:
+    """How a linear's weight is stored that is multiplied by integers or 8-bit floats.
+
+    Args:
+        weight: of 8 bits by channel, or 4 bits in groups.
+        activation: dtype of what it is multiplied with.
+        label: the linear's name.
+
+    Raises:
+        UnsupportedError: if no kernel multiplies them.
+    """
+    if not weight.group:
+        return Bytes(weight.q.shape[0], weight.q.shape[1], KINDS[activation])
+    found = weights_form(weight, label)
+    if found.bits != 4 or activation != torch.int8:
+        raise UnsupportedError(
+            f"'{label}': GPU targets multiply weights in groups by integers where they have 4 "
+            "bits, and activations are int8"
+        )
+    return Nibbles(found.rows, found.depth, found.group)
+
+
+def widened_form(weight: Weight, form: Nibbles, label: str) -> Widened:
+    """The form in which many tokens are multiplied with such a weight.
+
+    Raises:
+        UnsupportedError: if its scales are too large for that.
+    """
+    wide = Widened(form.rows, form.depth, form.group)
+    if float(weight.scale.max()) > wide.largest:
+        raise UnsupportedError(
+            f"'{label}': steps of weights above {wide.largest:.0f} have no room in float16, in "
+            "which more than 64 tokens are multiplied; keep it in float (--set keep_float=…), or "
+            "compile for fewer on tvm: targets (--bucket tokens=1,16,64)"
+        )
+    return wide

@@ -1,9 +1,11 @@
 /* A library of custom operators for ONNX Runtime's CUDA provider: linears on generated kernels.
  *
- *     qcompiler::QuantizedMatMul(weights, x; number, library) -> y, …, scratch
+ *     qcompiler::QuantizedMatMul(weights, x_0, …; number, library) -> y_0, …, kept_0, …, scratch
  *
- * x is float16 (…, K); each y float16 (…, N), of one of the linears that read x. `scratch` is memory
- * that ONNX Runtime owns and the kernels write in between; nothing reads it. `number` says which of
+ * Each x is float16 (…, K); each y float16 (…, N), of one of the linears that read what an operator
+ * computes of them: x_0 itself, or steps, whose last value may be quantized by row. Each kept value
+ * of the steps is float16 (…, K). `scratch` is memory that ONNX Runtime owns and the kernels write
+ * in between; nothing reads it. `number` says which of
  * the compiled operators it is, `library` which library its weights are packed for. Kernels are told
  * how many rows there are; they are launched by the driver on the session's stream, so that a
  * captured CUDA graph holds them. Nothing is linked but libc: the driver is opened at run time. */
@@ -19,7 +21,8 @@
 #define PROVIDER "CUDAExecutionProvider"
 #endif
 
-enum { OLDEST = 12000, ALIGNMENT = 256, MAX_PRODUCTS = 16, MAX_CONTEXTS = 64 };
+enum { OLDEST = 12000, ALIGNMENT = 256, MAX_CONTEXTS = 64 };
+enum { UNIT = 8192, UNIT_ROWS = 64, UNIT_BYTES = 128 }; /* kernels/cuda_units.py */
 enum { COUNTER_COUNT = 256 };              /* edge_cuda_products.py */
 
 /* The driver API's own numbers and layouts. */
@@ -285,44 +288,73 @@ static ort_status *map_rows(ort_api api, uint8_t *map, void *x, int64_t rows, in
                "describing the activations");
 }
 
-/* Memory for a call: workspace, then counters. */
+/* Memory for a call: where each part of it begins, in bytes, and which forms of the activations
+ * products read. */
 struct scratch {
-  int64_t room, counters; /* bytes */
+  int64_t at[ROLES], size;
+  int reads, counting;
 };
+
+static void reserve(struct scratch *scratch, enum role part, int64_t size) {
+  scratch->at[part] = scratch->size;
+  scratch->size += aligned(size);
+}
 
 static struct scratch measure(const struct module *module, const struct operator_of *op,
                               int64_t rows) {
-  struct scratch found = {0, 0};
+  struct scratch found = {.size = 0};
+  int64_t most = 0, units = up(rows, UNIT_ROWS) * UNIT;
   for (int i = 0; i < op->count; i++) {
     const struct choice *choice = choose(module, op->products[i].form, rows);
     int64_t pieces = up(rows, choice->each) * choice->across;
-    int64_t room = aligned(pieces * choice->splits * choice->room * (int64_t)sizeof(float));
-    if (room > found.room) found.room = room;
-    if (room) found.counters = COUNTER_COUNT * 4;
+    int64_t room = pieces * choice->splits * choice->room * (int64_t)sizeof(float);
+    if (room > most) most = room;
+    found.reads |= 1 << (choice->reads == MAP ? X : choice->reads);
   }
+  if (op->before >= 0) {
+    if (found.reads & 1 << X) reserve(&found, X, rows * op->depth * 2);
+    if (found.reads & 1 << INT8) reserve(&found, INT8, units * up(op->depth, UNIT_BYTES));
+    if (found.reads & 1 << WIDE) reserve(&found, WIDE, units * up(op->depth * 2, UNIT_BYTES));
+    reserve(&found, TOKEN_SCALES, rows * 4);
+    reserve(&found, TOKEN_ZEROS, rows * 4);
+  }
+  reserve(&found, ROOM, most);
+  found.counting = most > 0;
+  reserve(&found, COUNTERS, found.counting * COUNTER_COUNT * 4);
   return found;
 }
 
-static ort_status *multiply(struct queue *queue, const struct operator_of *op, const uint8_t *weights,
-                            void *x, int64_t rows, uint8_t *memory, void *const *ys) {
+/* A call on some rows: `tensors` has what the operator reads and keeps, and what products write. */
+static ort_status *multiply(struct queue *queue, const struct operator_of *op, uint8_t *weights,
+                            int64_t rows, uint8_t *memory, uint8_t *const *tensors,
+                            uint8_t *const *ys) {
   struct scratch scratch = measure(queue->module, op, rows);
   uint8_t map[MAP_BYTES] __attribute__((aligned(64)));
-  void *values[ROLES] = {[X] = x, [MAP] = map, [ROOM] = memory,
-                         [COUNTERS] = memory + scratch.room};
-  if (scratch.counters) {
+  void *values[ROLES] = {[MAP] = map, [CONSTANTS] = weights + op->constants};
+  for (int role = X; role <= COUNTERS; role++)
+    if (!values[role]) values[role] = memory + scratch.at[role];
+  for (int i = 0; i < 2 * MOST_TENSORS; i++) values[INPUT + i] = tensors[i];
+  if (scratch.counting) {
     TRY(check(queue->api,
-              cu.cuMemsetD8Async((uint64_t)(uintptr_t)values[COUNTERS], 0,
-                                 (size_t)scratch.counters, queue->stream),
+              cu.cuMemsetD8Async((uint64_t)(uintptr_t)values[COUNTERS], 0, COUNTER_COUNT * 4,
+                                 queue->stream),
               "clearing counters"));
     queue->after_kernel = 0;
   }
+  if (op->before < 0)
+    values[X] = tensors[0];
+  else
+    TRY(launch(queue, queue->module->gpu->befores[op->before].kernels[scratch.reads], (int)rows,
+               values));
   for (int i = 0; i < op->count; i++) {
     const struct product *product = &op->products[i];
     const struct choice *choice = choose(queue->module, product->form, rows);
-    if (choice->mapped) TRY(map_rows(queue->api, map, x, rows, op->depth, choice->each));
-    values[WEIGHT] = (void *)(uintptr_t)(weights + product->weight);
-    values[SCALES] = (void *)(uintptr_t)(weights + product->scales);
-    values[BIAS] = (void *)(uintptr_t)(weights + product->bias);
+    if (choice->reads == MAP)
+      TRY(map_rows(queue->api, map, values[X], rows, op->depth, choice->each));
+    values[WEIGHT] = weights + product->weight;
+    values[SCALES] = weights + product->scales;
+    values[SUMS] = weights + product->sums;
+    values[BIAS] = weights + product->bias;
     values[OUT] = ys[i];
     TRY(launch(queue, choice->kernel, (int)rows, values));
   }
@@ -341,9 +373,10 @@ static ort_status *compute(void *given, ort_object *context) {
   const struct operator_of *op = node->operator;
   ort_api api = node->api;
   struct queue queue = {.api = api, .after_kernel = 1};
-  uint8_t *weights, *x, *memory, *ys[MAX_PRODUCTS];
+  /* What it reads, then from MOST_TENSORS on what it keeps. */
+  uint8_t *weights, *memory, *ys[MOST_PRODUCTS], *tensors[2 * MOST_TENSORS] = {NULL};
   int64_t sizes[MAX_DIMENSIONS], rows = 1, widest = op->depth;
-  size_t rank, count;
+  size_t rank, count, numbers;
   TRY(CALL(ort_gpu_stream, ORT_KERNEL_CONTEXT_GET_GPU_COMPUTE_STREAM)(context, &queue.stream));
   TRY(find_module(api, queue.stream, &queue.module));
   if (!queue.module) return refuse(api, ORT_FAIL, "%s: no context of a GPU is current", op->name);
@@ -351,34 +384,45 @@ static ort_status *compute(void *given, ort_object *context) {
   if (count != op->weights)
     return refuse(api, ORT_INVALID_ARGUMENT, "%s: %zu bytes of weights, and its kernels read %llu",
                   op->name, count, (unsigned long long)op->weights);
-  TRY(find_input(api, context, 1, &x, &count, sizes, &rank));
-  if (rank < 1 || rank > MAX_DIMENSIONS || sizes[rank - 1] != op->depth)
-    return refuse(api, ORT_INVALID_ARGUMENT, "%s reads rows of %lld numbers, not of %lld", op->name,
-                  (long long)op->depth,
-                  rank >= 1 && rank <= MAX_DIMENSIONS ? (long long)sizes[rank - 1] : 0LL);
-  if ((uintptr_t)x % 16 || (uintptr_t)weights % 16)
-    return refuse(api, ORT_INVALID_ARGUMENT, "%s reads tensors that start at a multiple of 16 bytes",
-                  op->name);
+  for (int i = op->inputs - 1; i >= 0; i--) {
+    numbers = i + 1 < op->inputs ? count : 0;
+    TRY(find_input(api, context, (size_t)i + 1, &tensors[i], &count, sizes, &rank));
+    if (rank < 1 || rank > MAX_DIMENSIONS || sizes[rank - 1] != op->depth)
+      return refuse(api, ORT_INVALID_ARGUMENT, "%s reads rows of %lld numbers, not of %lld",
+                    op->name, (long long)op->depth,
+                    rank >= 1 && rank <= MAX_DIMENSIONS ? (long long)sizes[rank - 1] : 0LL);
+    if (i + 1 < op->inputs && numbers != count)
+      return refuse(api, ORT_INVALID_ARGUMENT, "%s reads tensors of one size, not of %zu and %zu",
+                    op->name, count, numbers);
+    if ((uintptr_t)tensors[i] % 16 || (uintptr_t)weights % 16)
+      return refuse(api, ORT_INVALID_ARGUMENT,
+                    "%s reads tensors that start at a multiple of 16 bytes", op->name);
+  }
   for (size_t i = 0; i + 1 < rank; i++) rows *= sizes[i];
   for (int i = 0; i < op->count; i++) {
     sizes[rank - 1] = op->products[i].columns;
     if (sizes[rank - 1] > widest) widest = sizes[rank - 1];
     TRY(output(api, context, (size_t)i, sizes, rank, (void **)&ys[i]));
   }
+  sizes[rank - 1] = op->depth;
+  for (int i = 0; i < op->kept; i++)
+    TRY(output(api, context, (size_t)(op->count + i), sizes, rank,
+               (void **)&tensors[MOST_TENSORS + i]));
   /* Kernels count elements in 32 bits: of more, they take a part at a time. */
   int64_t step = INT32_MAX / widest / 128 * 128;
   int64_t halves = 0;
   for (int64_t done = 0; done < rows; done += step) {
     struct scratch part = measure(queue.module, op, rows - done < step ? rows - done : step);
-    int64_t size = (part.room + part.counters + 1) / 2;
-    if (size > halves) halves = size;
+    if (part.size / 2 > halves) halves = part.size / 2;
   }
-  TRY(output(api, context, (size_t)op->count, &halves, 1, (void **)&memory));
+  TRY(output(api, context, (size_t)(op->count + op->kept), &halves, 1, (void **)&memory));
   for (int64_t done = 0; done < rows; done += step) {
     int64_t left = rows - done < step ? rows - done : step;
-    void *to[MAX_PRODUCTS];
+    uint8_t *to[MOST_PRODUCTS], *part[2 * MOST_TENSORS];
     for (int i = 0; i < op->count; i++) to[i] = ys[i] + done * op->products[i].columns * 2;
-    TRY(multiply(&queue, op, weights, x + done * op->depth * 2, left, memory, to));
+    for (int i = 0; i < 2 * MOST_TENSORS; i++)
+      part[i] = tensors[i] ? tensors[i] + done * op->depth * 2 : NULL;
+    TRY(multiply(&queue, op, weights, left, memory, part, to));
   }
   return NULL;
 }
@@ -393,8 +437,8 @@ static int output_type(const ort_custom_op *op, size_t index) {
 }
 static size_t two(const ort_custom_op *op) { return (void)op, 2; }
 static size_t one(const ort_custom_op *op) { return (void)op, 1; }
-static int required(const ort_custom_op *op, size_t index) {
-  return (void)op, (void)index, ORT_REQUIRED;
+static int input_kind(const ort_custom_op *op, size_t index) {
+  return (void)op, index ? ORT_VARIADIC : ORT_REQUIRED;
 }
 static int variadic(const ort_custom_op *op, size_t index) {
   return (void)op, (void)index, ORT_VARIADIC;
@@ -413,7 +457,7 @@ static const ort_custom_op product_operator = {
     .output_count = one,
     .compute = compute,
     .destroy = destroy,
-    .input_kind = required,
+    .input_kind = input_kind,
     .output_kind = variadic,
     .input_memory = memory_kind,
     .variadic_inputs = yes,

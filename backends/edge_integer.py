@@ -180,7 +180,7 @@ def integer_product(
     )  # fmt: skip
 
 
-def _sums(weight: Weight) -> Tensor:
+def weight_sums(weight: Weight) -> Tensor:
     """Σ_k weight, (N,) int32."""
     return weight.q.flatten(1).to(torch.int32).sum(1, dtype=torch.int32)
 
@@ -196,7 +196,7 @@ def start(calls: Calls, weight: Weight, source: Source, shift: int) -> Ref | Non
     off = int(point.reshape(-1)[0]) + shift
 
     def made() -> Tensor:
-        return torch.nn.functional.pad(-off * _sums(weight), (0, calls.isa.panel))
+        return torch.nn.functional.pad(-off * weight_sums(weight), (0, calls.isa.panel))
 
     return calls.constant((weight.q, "start", off), made)
 
@@ -226,7 +226,9 @@ def scaled(
     steps = weight.scale.reshape(-1).float().expand(n)
     first = scale.storage.constant
     if not started:
-        totals = calls.constant((weight.q, "sums", shape), lambda: _sums(weight).reshape(shape))
+        totals = calls.constant(
+            (weight.q, "sums", shape), lambda: weight_sums(weight).reshape(shape)
+        )
         moved = writer.value(zero, "int32")
         if shift:
             moved = writer.step("add", "int32", moved, writer.value(shift, "int32"))

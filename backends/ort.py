@@ -72,8 +72,8 @@ def lower(
         fused: allow operators of ONNX Runtime's own domain (com.microsoft).
         external_above: bytes of weights above which they go to `model.onnx.data`.
         generate: compiles linears whose inputs are quantized by token, and rotations, to a library
-            of custom operators beside the model; ONNX Runtime has none. In float16 it compiles
-            linears with quantized weights instead, whose inputs are float.
+            of custom operators beside the model; ONNX Runtime has none. In float16, for a GPU, it
+            compiles all linears with quantized weights, and no rotations.
         half: in float16 or bfloat16, by that name; see `ort_half`.
         packed: where MatMulNBits multiplies (`ort_phases`): for decode alone, `prefill.onnx` is
             written beside a language model whose cache is shared; what is no such has it nowhere.

@@ -54,7 +54,8 @@ def audit(
         node.name = _program_name(node.name)
         path = planned.get(node.name, "")
         if node.domain == INTERNAL:
-            how = ("weights only", HALF) if written else ("integer", "")
+            floats = any(a.name == "activation" and a.s == b"float16" for a in node.attribute)
+            how = ("weights only", HALF) if floats else ("integer", "")
             layers += [
                 Layer(name, planned[name], f"{INTERNAL}.{node.op_type}", *how)
                 for name in node.name.split(JOINED)

@@ -7,12 +7,12 @@ ONNX has no quantization with a range for each token, and ONNX Runtime no fast p
 weights for more than a few rows. All linears that read one quantized tensor are one operator, with
 the steps before that (`ort_steps`). A rotation that leads to no linear is an operator of its own.
 
-On a GPU it is linears with quantized weights that read float tensors, as they are:
+On a GPU it is linears with quantized weights that read float tensors as well:
 
     MatMul(x, Transpose(DequantizeLinear(W))) + bias → qcompiler::QuantizedMatMul(constants, x)
 
-All that read one tensor are one operator; queries, keys and values that attention alone reads are
-one linear, whose result the attention takes as it is (packed QKV).
+All that read one tensor are one operator, with the steps before; queries, keys and values that
+attention alone reads are one linear, whose result the attention takes as it is (packed QKV).
 """
 
 from __future__ import annotations
@@ -50,15 +50,23 @@ def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
     return _generated(graph, found, sources, generate)
 
 
-def use_generated_floats(graph: gs.Graph, generate: Generate) -> bytes:
-    """Likewise, linears whose inputs stay float: kernels for a GPU."""
+def use_generated_on_gpu(graph: gs.Graph, generate: Generate) -> bytes:
+    """Likewise for a GPU: linears with quantized weights, whatever they read.
+
+    Raises:
+        UnsupportedError: as above.
+    """
     found: list[tuple[gs.Node, Operator]] = []
+    for node in [n for n in graph.nodes if n.domain == INTERNAL and n.op == "QuantizeToken"]:
+        products, data = _readers_by_token(node), node.inputs[0]
+        node.outputs.clear()
+        found.append(_on_gpu(graph, data, products, node.attrs["qtype"]))
     read: dict[int, list[gs.Node]] = {}  # by the tensor that they read
     for node in graph.nodes:
-        if node.op == "MatMul" and _is_linear(node, node.inputs[0]):
+        if node.outputs and node.op == "MatMul" and _is_linear(node, node.inputs[0]):
             read.setdefault(id(node.inputs[0]), []).append(node)
     for products in read.values():
-        found.append(_float_linears(graph, products))
+        found.append(_on_gpu(graph, products[0].inputs[0], products, ""))
     return _generated(graph, found, {}, generate)
 
 
@@ -88,22 +96,15 @@ def _linears(
     """The operator of everything that reads the quantized tensor."""
     source = quantize.inputs[0]
     linears, outputs = [], []
-    for dequantize in list(quantize.outputs[0].outputs):
-        for product in list(dequantize.outputs[0].outputs):
-            if dequantize.op != "DequantizeToken" or not _is_linear(product, dequantize.outputs[0]):
-                raise UnsupportedError(
-                    f"'{product.name or product.op}' reads a tensor that is quantized by token, "
-                    "and generated kernels compute linears with constant weights alone; keep it "
-                    "in float (--set keep_float=…)"
-                )
-            linear, output, source_of = _linear(graph, product)
-            sources[id(linear)] = source_of
-            linears.append(linear)
-            outputs.append(output)
+    for product in _readers_by_token(quantize):
+        linear, output, source_of = _linear(graph, product)
+        sources[id(linear)] = source_of
+        linears.append(linear)
+        outputs.append(output)
     name = JOINED.join(linear.name for linear in linears)
     depth = int(linears[0].q.shape[1])
     quantize.outputs.clear()
-    before = take_steps(graph, source, depth, quantize)
+    before = take_steps(graph, source, depth)
     outputs += before.outputs
     node = gs.Node(PRODUCT, name, {}, before.inputs, outputs, domain=INTERNAL)
     graph.nodes.append(node)
@@ -111,6 +112,25 @@ def _linears(
         name, depth, quantize.attrs["qtype"], tuple(linears), len(before.inputs),
         tuple(before.steps), tuple(before.kept),
     )  # fmt: skip
+
+
+def _readers_by_token(quantize: gs.Node) -> list[gs.Node]:
+    """The linears that read a quantized tensor.
+
+    Raises:
+        UnsupportedError: if something else does.
+    """
+    found = []
+    for dequantize in quantize.outputs[0].outputs:
+        for product in dequantize.outputs[0].outputs:
+            if dequantize.op != "DequantizeToken" or not _is_linear(product, dequantize.outputs[0]):
+                raise UnsupportedError(
+                    f"'{product.name or product.op}' reads a tensor that is quantized by token, "
+                    "and generated kernels compute linears with constant weights alone; keep it "
+                    "in float (--set keep_float=…)"
+                )
+            found.append(product)
+    return found
 
 
 def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
@@ -121,7 +141,7 @@ def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
         raise UnsupportedError(f"'{rotate.name}' rotates by computed matrices")
     depth = len(part[0]) * len(part[1])
     rotate.outputs.clear()
-    before = take_steps(graph, rotate.inputs[0], depth, rotate)
+    before = take_steps(graph, rotate.inputs[0], depth)
     last = before.steps and len(before.inputs) + len(before.steps) - 1
     steps = (*before.steps, Step("rotate", (last or 0,), part))
     node = gs.Node(ROTATION, name, {}, before.inputs, [output, *before.outputs], domain=INTERNAL)
@@ -129,9 +149,13 @@ def _rotation(graph: gs.Graph, rotate: gs.Node) -> tuple[gs.Node, Operator]:
     return node, Operator(name, depth, "", (), len(before.inputs), steps, tuple(before.kept))
 
 
-def _float_linears(graph: gs.Graph, products: list[gs.Node]) -> tuple[gs.Node, Operator]:
-    """The operator of products that read one tensor; ONNX Runtime gives it memory to work in."""
-    data = products[0].inputs[0]
+def _on_gpu(
+    graph: gs.Graph, data: gs.Tensor, products: list[gs.Node], activation: str
+) -> tuple[gs.Node, Operator]:
+    """The operator of products of one tensor; ONNX Runtime gives it memory to work in.
+
+    `activation`: the format to which the tensor is quantized by token; empty where it stays float.
+    """
     together = _queries_keys_values(products)
     parts = [_linear(graph, product)[:2] for product in products]
     if together is not None:
@@ -149,11 +173,17 @@ def _float_linears(graph: gs.Graph, products: list[gs.Node]) -> tuple[gs.Node, O
             attention.inputs = [packed, empty, empty, *attention.inputs[3:]]
     name = JOINED.join(linear.name for linear, _ in parts)
     scratch = gs.Variable(f"{parts[0][1].name}_scratch", np.float32)
-    outputs = [*(output for _, output in parts), scratch]
-    node = gs.Node(PRODUCT, name, {}, [data], outputs, domain=INTERNAL)
-    graph.nodes.append(node)
     linears = tuple(linear for linear, _ in parts)
-    return node, Operator(name, int(linears[0].q.shape[1]), "", linears)
+    depth = int(linears[0].q.shape[1])
+    before = take_steps(graph, data, depth)
+    outputs = [*(output for _, output in parts), *before.outputs, scratch]
+    attrs = {"activation": activation or "float16"}
+    node = gs.Node(PRODUCT, name, attrs, before.inputs, outputs, domain=INTERNAL)
+    graph.nodes.append(node)
+    return node, Operator(
+        name, depth, activation, linears, len(before.inputs), tuple(before.steps),
+        tuple(before.kept),
+    )  # fmt: skip
 
 
 def _queries_keys_values(products: list[gs.Node]) -> tuple[gs.Node, list[gs.Node]] | None:

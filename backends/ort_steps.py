@@ -1,4 +1,4 @@
-"""What is computed on rows before they are quantized → steps of a generated operator.
+"""What is computed on rows before they are quantized or multiplied → steps of an operator.
 
     QuantizeToken(RMSNormalization(Add(x_0, x_1)))  →  one operator that reads x_0 and x_1
 
@@ -54,14 +54,14 @@ class _Part:
     epsilon: float = 0.0
 
 
-def take_steps(graph: gs.Graph, data: gs.Tensor, depth: int, reader: gs.Node) -> Before:
+def take_steps(graph: gs.Graph, data: gs.Tensor, depth: int) -> Before:
     """Cut the steps that lead to `data` out of the graph.
 
     Args:
         graph: changed where steps are found.
-        data: what the operator rotates or quantizes.
+        data: what the operator rotates, quantizes or multiplies; the nodes that do so now are
+            without outputs already.
         depth: its last size.
-        reader: the node that does so now.
     """
     parts: dict[int, tuple[gs.Tensor, _Part]] = {}  # in the order in which they run
     leaves: dict[int, gs.Tensor] = {}
@@ -85,13 +85,13 @@ def take_steps(graph: gs.Graph, data: gs.Tensor, depth: int, reader: gs.Node) ->
     taken = [node for _, part in parts.values() for node in part.nodes]
     if not taken or len(leaves) > MAX_INPUTS or _waits([*leaves.values()], taken):
         return Before([data])
-    inside = {id(node) for node in taken} | {id(reader)}
+    inside = {id(node) for node in taken}
     numbers = {key: number for number, key in enumerate([*leaves, *parts])}
     before = Before([*leaves.values()])
     for key, (tensor, part) in parts.items():
         operands = tuple(numbers[id(operand)] for operand in part.operands)
         before.steps.append(Step(part.kind, operands, part.constants, part.epsilon))
-        if any(id(node) not in inside for node in tensor.outputs):
+        if any(node.outputs and id(node) not in inside for node in tensor.outputs):
             before.kept.append(numbers[key])
             before.outputs.append(tensor)
     if len(before.kept) > MAX_KEPT:

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
-from qcompiler.backends.ort_generated import use_generated, use_generated_floats
+from qcompiler.backends.ort_generated import use_generated, use_generated_on_gpu
 from qcompiler.backends.ort_nbits import use_nbits
 from qcompiler.backends.ort_split import use_splits
 from qcompiler.backends.ort_translate import INTERNAL
@@ -41,7 +41,7 @@ def operate(
     fused: bool,
     layers: Mapping[str, str] | None = None,
     generate: Generate | None = None,
-    floats: bool = False,
+    gpu: bool = False,
 ) -> bytes:
     """All steps, in order.
 
@@ -50,7 +50,7 @@ def operate(
         fused: allow operators of ONNX Runtime's own domain.
         layers: the exporter's name of a layer's output → the program's name of the layer.
         generate: compiles linears that ONNX Runtime has no operator for.
-        floats: it compiles those that read float tensors, not those by token.
+        gpu: it compiles for a GPU, also those that read float tensors.
 
     Returns:
         The library of what was compiled; empty where nothing was.
@@ -63,7 +63,7 @@ def operate(
     library = b""
     if generate is not None:
         name_layers(graph, layers or {})
-        library = (use_generated_floats if floats else use_generated)(graph, generate)
+        library = (use_generated_on_gpu if gpu else use_generated)(graph, generate)
     if fused:
         name_layers(graph, layers or {})
         use_nbits(graph)

@@ -17,7 +17,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from qcompiler.kernels.code import Argument
+from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
     HOPPER,
     WARP,
@@ -26,6 +26,7 @@ from qcompiler.kernels.cuda_code import (
     call,
     cuda_kernel,
     registers,
+    tokens_of,
 )
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS, Kind, sums_of
@@ -81,20 +82,21 @@ def choose_product(tokens: int, rows: int, depth: int, kind: Kind) -> Product8:
 
 
 def matmul_8bit(
-    name: str, arguments: Sequence[Argument], product: Product8, expression: Expression
+    name: str, arguments: Sequence[Argument | Size], product: Product8, expression: Expression
 ) -> CudaKernel:
     """The kernel.
 
     Args:
         name: of the function.
-        arguments: x and the weight as units (uint8), then what the expression reads and writes.
+        arguments: x and the weight as units (uint8), then what the expression reads and writes. The
+            last may be M, given by the call.
         product: sizes.
         expression: over (…, N), with the sums as value 0; it stores them.
     """
-    p = product
+    p, tokens = product, tokens_of(arguments, product.tokens)
     stages = -(-p.depth // UNIT_BYTES)
-    down, across = -(-p.tokens // TOKENS), -(-p.rows // p.columns)
-    units_down, units_across = -(-p.tokens // UNIT_ROWS), -(-p.rows // UNIT_ROWS)
+    down, across = -(-tokens // TOKENS), -(-p.rows // p.columns)
+    units_down, units_across = -(-tokens // UNIT_ROWS), -(-p.rows // UNIT_ROWS)
     threads = (READERS + 1) * GROUP
     with cuda_kernel(name, arguments, (down * across,), threads, p.shared, resident=1) as (
         made, buffers, (block,), thread, memory,
@@ -176,7 +178,7 @@ def matmul_8bit(
             first = T.Bind(token_block * TOKENS + thread // WARP * 16 + lane // 4)
             for half in range(2):
                 m = T.Bind(first + half * 8)
-                with T.If(m < p.tokens), T.Then():
+                with T.If(m < tokens), T.Then():
                     place = emitter.coordinates(m)
                     for column in range(p.columns // 8):
                         for i in range(2):

@@ -57,7 +57,7 @@ class Norm:
     expression: Expression
 
 
-def _place(row: Any, byte: Any, across: int) -> Any:
+def place_in_units(row: Any, byte: Any, across: int) -> Any:
     """Where a row's byte lies in units, `across` of them side by side."""
     unit = T.cast(row // UNIT_ROWS, "int64") * across + byte // UNIT_BYTES
     piece = T.bitwise_xor(byte % UNIT_BYTES // 16, row % 8)
@@ -90,7 +90,7 @@ def half_units(name: str, arguments: Sequence[Argument], source: Expression) -> 
             with T.If(column < source.width), T.Then():
                 for i in range(8):
                     T.buffer_store(held, read.value(read.coordinates(row), column + i, 1), [i])
-            at = _place(row, column * 2, across)
+            at = place_in_units(row, column * 2, across)
             call("qc_store8", address(buffers[0], at), address(held, 0, 8))
     return made
 
@@ -163,21 +163,13 @@ def quantize_units(
                     T.buffer_store(held, given(column + j), [i * PIECE + j])
         if isinstance(before, Norm):
             _normalize(before, buffers, row, held, columns, width, fold)
-        low: Any = T.float32(0)  # of −x
+        low: Any = None  # of −x
         if kind.symmetric:
             high = fold(0.0, lambda t, x: code.maximum(t, code.maximum(x, T.float32(0) - x)), "max")
-            reach = high / code.number(float(kind.qmax - kind.middle), 1)
         else:
             high = fold(0.0, code.maximum, "max")
             low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")
-            reach = (high + low) / code.number(float(kind.qmax - kind.qmin), 1)
-        reach = T.Bind(reach)
-        scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))
-        bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
-        zero: Any = code.number(float(kind.middle), 1)
-        if not kind.symmetric:
-            zero = code.round_half_even(bottom + low / scale, 1)
-            zero = T.Bind(code.minimum(code.maximum(zero, bottom), top))
+        scale, zero = scale_and_zero(kind, high, low)
         with T.If(thread == 0), T.Then():
             T.buffer_store(buffers[len(kinds)], scale, [row])
             if not kind.symmetric:
@@ -188,18 +180,58 @@ def quantize_units(
             for i, column in enumerate(columns):
                 with T.If(column * (1 + wide) < across * UNIT_BYTES), T.Then():
                     quad = address(held, i * PIECE, PIECE)
-                    if not wide:
-                        at = address(units, _place(row, column, across))
-                        if kind.floating:
-                            call("qc_quantize4_e4m3", at, quad, scale)
-                        else:
-                            call("qc_quantize4", at, quad, scale, zero, bottom, top)
-                        continue
-                    # `widened_columns`: of 16, the n-th four lie at 2n and at 2n + 8.
-                    byte = T.Bind(column // 16 * 32 + column % 16)
-                    low, high = (address(units, _place(row, byte + n, across)) for n in (0, 16))
-                    call("qc_quantize4_halves", low, high, quad, scale, zero, bottom, top)
+                    store_quad(units, row, column, across, wide, quad, kind, scale, zero)
     return made
+
+
+def scale_and_zero(kind: QType, high: Any, low: Any) -> tuple[Any, Any]:
+    """A row's scale and zero point, float32.
+
+    Args:
+        kind: of what is stored.
+        high: the largest number, or 0; of symmetric formats, of magnitudes.
+        low: the largest of −x, or 0; None for symmetric formats.
+    """
+    bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
+    if low is None:
+        reach = high / code.number(float(kind.qmax - kind.middle), 1)
+    else:
+        reach = (high + low) / code.number(float(kind.qmax - kind.qmin), 1)
+    reach = T.Bind(reach)
+    scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))
+    if low is None:
+        return scale, code.number(float(kind.middle), 1)
+    zero = code.round_half_even(bottom + low / scale, 1)
+    return scale, T.Bind(code.minimum(code.maximum(zero, bottom), top))
+
+
+def store_quad(
+    units: Any, row: Any, column: Any, across: int, wide: bool, quad: Any, kind: QType, scale: Any,
+    zero: Any,
+) -> None:  # fmt: skip
+    """Quantize four numbers of a row, and store them.
+
+    Args:
+        units: where to.
+        row, column: of the first.
+        across: units side by side.
+        wide: as float16.
+        quad: where the numbers are.
+        kind: of what is stored.
+        scale, zero: of the row.
+    """
+    bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
+    if not wide:
+        at = address(units, place_in_units(row, column, across))
+        if kind.floating:
+            call("qc_quantize4_e4m3", at, quad, scale)
+        else:
+            call("qc_quantize4", at, quad, scale, zero, bottom, top)
+        return
+    # `widened_columns`: of 16, the n-th four lie at 2n and at 2n + 8.
+    byte = T.Bind(column // 16 * 32 + column % 16)
+    first, second = (address(units, place_in_units(row, byte + n, across)) for n in (0, 16))
+    call("qc_quantize4_halves", first, second, quad, scale, zero, bottom, top)
 
 
 def _normalize(

@@ -203,7 +203,8 @@ def _onnx_cuda(job: Job) -> Lowered:
     job.say("audit")
     writes = (folder / PREFILL).is_file()
     kept = job.planned if writes or generate is not None else {}
-    audit = ort_audit.audit(folder, kept, (), written=True)
+    integer = job.integer_layers if generate is not None else ()
+    audit = ort_audit.audit(folder, kept, integer, written=True)
     notes = _phases(bits, one, many, writes, half) if job.planned and generate is None else []
     if any(job.recipe.cache_types):
         notes.append(OWN_CACHE)

@@ -202,8 +202,9 @@ class Target:
         if self.device == "cuda":
             if self.runtime == "tvm":
                 return _cuda_refusal(weight, activation)
-            reason = _ort_cuda_refusal(weight, activation)
-            return reason or (_cuda_refusal(weight, None) if self.kernels else None)
+            if not self.kernels:
+                return _ort_cuda_refusal(weight, activation)
+            return _ort_refusal(weight, None) or _cuda_refusal(weight, activation)
         if self.kernels:
             if weight is None or activation is None or activation.granularity != "token":
                 return (
@@ -320,7 +321,8 @@ def _ort_cuda_refusal(weight: QType | None, activation: QType | None) -> str | N
     if activation is not None:
         return (
             "ONNX Runtime's CUDA provider takes two to six times as long for int8 activations as "
-            "for float16: leave them float (w4a16, w8a16, w8, fp32)"
+            "for float16: leave them float (w4a16, w8a16, w8, fp32), or compile kernels for those "
+            "by token (--kernels tvm: w8a8-token, w4a8)"
         )
     return _ort_refusal(weight, None)
 

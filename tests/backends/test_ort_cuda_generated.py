@@ -34,11 +34,11 @@ from qcompiler.backends import (
     ort_cuda,
     ort_cuda_decode,
 )
-from qcompiler.backends.ort_generated import use_generated_floats
+from qcompiler.backends.ort_generated import use_generated_on_gpu
 from qcompiler.backends.ort_phases import PREFILL
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.errors import UnsupportedError
-from qcompiler.generated import Library, Operator
+from qcompiler.generated import Library, Operator, Step
 from qcompiler.kernels.cuda_code import GPUS, CudaKernel
 from qcompiler.kernels.cuda_weights import Weights
 from qcompiler.qtype import QType
@@ -56,10 +56,58 @@ def operators() -> list[Operator]:
         random_linear(130, 264, "int8:channel", True),
         random_linear(48, 264, "int8:channel", False),
     )
+    four = random_linear(200, 576, "int4:g32", True)
+    norm = Step("rms_norm", (2,), (torch.rand(264) + 0.5,), 1e-5)
+    gate = (Step("silu", (0,)), Step("mul", (2, 1)))
+    shift = Step("layer_norm", (0,), (torch.rand(576), torch.rand(576)), 1e-5)
     return [
         Operator("two of one tensor", 264, "", two),
-        Operator("4 bits", 576, "", (random_linear(200, 576, "int4:g32", True),)),
-    ]
+        Operator("4 bits", 576, "", (four,)),
+        Operator("a sum's norm", 264, "uint8:token:affine", two, 2,
+                 (Step("add", (0, 1)), norm), (2,)),
+        Operator("4 by 8 bits", 576, "int8:token",
+                 (four, random_linear(600, 576, "int4:g64", False))),
+        Operator("float steps", 576, "", (four,), 2, gate),
+        Operator("more steps", 576, "int8:token", (four,), 1,
+                 (shift, Step("gelu", (1,)), Step("mul", (2,), (torch.tensor([3.0]),))), (1, 2)),
+    ]  # fmt: skip
+
+
+def expected(operator: Operator, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs in float64; what is kept is rounded to float16 on the way."""
+    values = [x.float() for x in inputs]
+    for step in operator.steps:
+        given = [values[n] for n in step.operands]
+        if step.kind in ("add", "mul"):
+            a, b = (*given, *step.constants)
+            made = a + b if step.kind == "add" else a * b
+        elif step.kind == "silu":
+            made = torch.nn.functional.silu(given[0])
+        elif step.kind == "gelu":
+            made = torch.nn.functional.gelu(given[0])
+        elif step.kind == "rms_norm":
+            made = torch.nn.functional.rms_norm(
+                given[0], (operator.depth,), step.constants[0], step.epsilon
+            )
+        else:
+            made = torch.nn.functional.layer_norm(
+                given[0], (operator.depth,), *step.constants, step.epsilon
+            )
+        values.append(made.half().float() if len(values) in operator.kept else made)
+    x = values[-1]
+    if operator.activation:
+        kind = QType.parse(operator.activation)
+        scale, zero = kind.scale_for(*kind.ranges(x))
+        x = (kind.quantize(x, scale, zero, -1).double() - zero.double()) * scale.double()
+    found = []
+    for part in operator.linears:
+        steps = part.scale.reshape(len(part.q), -1)
+        # Kernels store scales of groups in float16 where activations are float.
+        steps = (steps.half() if part.group and not operator.activation else steps).double()
+        wide = steps.repeat_interleave(operator.depth // steps.shape[1], 1)
+        made = x.double() @ (part.q.double() * wide).T
+        found.append(made if part.bias is None else made + part.bias.double())
+    return found + [values[n].double() for n in operator.kept]
 
 
 # Enough of the driver for one process that asks for kernels: each launch is a line on stdout.
@@ -127,26 +175,36 @@ options.log_severity_level = 4
 options.register_custom_ops_library(sys.argv[1])
 for model, rows, depth in zip(*[iter(sys.argv[2:])] * 3):
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"x": np.zeros((1, int(rows), int(depth)), np.float16)})
+    x = np.zeros((1, int(rows), int(depth)), np.float16)
+    found = session.run(None, {i.name: x for i in session.get_inputs()})
     print([list(y.shape) for y in found], flush=True)
 """
 
 
 def model_of(operator: Operator, made: Library, number: int) -> onnx.ModelProto:
-    outputs = [f"y{i}" for i in range(len(operator.linears))]
+    inputs = [f"x{i}" for i in range(operator.inputs)]
+    outputs = [f"y{i}" for i in range(len(operator.columns))]
     node = helper.make_node(
-        "QuantizedMatMul", ["w", "x"], [*outputs, "scratch"], domain="qcompiler", number=number,
+        "QuantizedMatMul", ["w", *inputs], [*outputs, "scratch"], domain="qcompiler", number=number,
         library=made.number,
     )  # fmt: skip
     weights = made.weights[number]
     graph = helper.make_graph(
-        [node], "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT16, None)],
+        [node], "one",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in inputs],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in outputs],
         [helper.make_tensor("w", TensorProto.UINT8, [len(weights)], weights, raw=True)],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("qcompiler", 1)]
     made_model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     return made_model
+
+
+def images(kernels: Sequence[CudaKernel], which: Sequence[int]) -> tuple[bytes, Any]:
+    """Stands for `edge_cuda_build.build`."""
+    for kernel in kernels:
+        kernel.order = tuple(range(len(kernel.arguments)))
+    return b"image", {}
 
 
 class Pretended:
@@ -157,11 +215,6 @@ class Pretended:
         (folder / "driver.c").write_text(DRIVER)
         subprocess.run(["cc", "-w", "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"],
                        cwd=folder, check=True)  # fmt: skip
-
-        def images(kernels: Sequence[CudaKernel], which: Sequence[int]) -> tuple[bytes, Any]:
-            for kernel in kernels:
-                kernel.order = tuple(range(len(kernel.arguments)))
-            return b"image", {}
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(edge_cuda_ort, "build_kernels", images)
@@ -213,6 +266,27 @@ def test_what_is_launched_for_how_many_rows(pretended: Pretended) -> None:
     ]  # fmt: skip
 
 
+def test_what_is_computed_before_products(pretended: Pretended) -> None:
+    """One kernel for the rows, then the products; which one, by what those read."""
+    found = pretended.run((2, 5, 264), (2, 70, 264), (3, 64, 576), (3, 400, 576), (4, 3, 576))
+    assert found[:4] == [
+        ["before0_2_kernel", 5, 1, 1, EARLY], ["form3_few8_kernel", 9, 1, 1, EARLY],
+        ["form4_few8_kernel", 3, 1, 1, EARLY], [[1, 5, 130], [1, 5, 48], [1, 5, 264]],
+    ]  # fmt: skip
+    assert [line[0] for line in found[4:7]] == [
+        "before0_2_kernel", "form3_many64_kernel", "form4_many64_kernel"
+    ]  # fmt: skip
+    assert found[5][1:4] == [3, 1, 1]  # one block of tokens, 64 outputs each
+    assert [line[0] for line in found[8:11]] == [
+        "before1_2_kernel", "form5_few64_kernel", "form6_few64_kernel"
+    ]  # fmt: skip
+    # Of the smaller weight so many tokens are still few; the other is multiplied in float16.
+    before, few, many = (line[0] for line in found[12:15])
+    assert (before, few) == ("before1_6_kernel", "form5_few64_kernel")
+    assert many.startswith("form6_many512")
+    assert [line[0] for line in found[16:18]] == ["before2_1_kernel", "form2_few4_kernel"]
+
+
 def test_another_generation_has_its_own_code(pretended: Pretended) -> None:
     found = pretended.run((1, 300, 576), CAPABILITY="89")  # runs what is made for 8.6
     # Two blocks share a piece; the first launch follows no kernel, but the clearing of counters.
@@ -233,12 +307,12 @@ def test_another_generation_has_its_own_code(pretended: Pretended) -> None:
 def test_what_takes_up_to_64_tokens(
     outputs: int, inputs: int, capability: int, names: list[str], most: int
 ) -> None:
-    form = Weights(outputs, inputs, 4, 32)
-    found = edge_cuda_products.choices("p", form, False, GPUS[capability])
+    product = edge_cuda_products.Product(Weights(outputs, inputs, 4, 32), False)
+    found = edge_cuda_products.choices("p", product, GPUS[capability])
     last = next(i for i, choice in enumerate(found) if choice.most == most)
     for choice, name in zip(found[last - 1 : last + 2], names, strict=True):
         assert choice.kernel.name.startswith(name)
-    assert found[last + 1].mapped == (capability == 90)
+    assert found[last + 1].reads == ("map" if capability == 90 else "x")
 
 
 def test_what_a_machine_lacks_is_said(pretended: Pretended) -> None:
@@ -280,7 +354,7 @@ def test_queries_with_something_computed_added_are_no_packed_ones(bias: bool) ->
         made.append(y)
     graph.outputs = [gs.Variable("out", np.float32)]
     graph.nodes.append(gs.Node("GroupQueryAttention", "attention", {}, made, graph.outputs))
-    use_generated_floats(graph, lambda given: Library(b"x", 1, (b"w",) * len(given), (False,)))
+    use_generated_on_gpu(graph, lambda given: Library(b"x", 1, (b"w",) * len(given), (False,)))
     attention = next(node for node in graph.nodes if node.op == "GroupQueryAttention")
     assert [t.name for t in attention.inputs] == (
         ["q_sum_packed_qkv", "", ""] if bias else ["q_sum", "k_y", "v_y"]
@@ -291,9 +365,14 @@ def test_what_the_target_refuses() -> None:
     target = Target.parse("ort:cuda+tvm")
     assert target.refusal(QType.parse("int4:g64"), None) is None
     assert target.refusal(QType.parse("int8:channel"), None) is None
-    assert "two to six times" in str(
-        target.refusal(QType.parse("int8:channel"), QType.parse("int8:token"))
+    tokens, rows = QType.parse("uint8:token:affine"), QType.parse("int8:channel")
+    assert target.refusal(rows, tokens) is None
+    assert target.refusal(QType.parse("int4:g32"), QType.parse("int8:token")) is None
+    assert "int8:token activations, not uint8" in str(
+        target.refusal(QType.parse("int4:g32"), tokens)
     )
+    assert "8 bits by token" in str(target.refusal(rows, QType.parse("uint8:tensor:affine")))
+    assert "two to six times" in str(Target.parse("ort:cuda").refusal(rows, tokens))
     assert "symmetric weights of 4 or 8 bits" in str(target.refusal(QType.parse("int3:g32"), None))
     thin = Operator("thin", 12, "", (random_linear(8, 12, "int8:channel", False),))
     with pytest.raises(UnsupportedError, match="not a multiple of 8"):
@@ -308,12 +387,30 @@ def llama(compiled_llama: Callable[[str], Artifact]) -> Artifact:
         return compiled_llama(HOPPER)
 
 
+def test_a_language_model_by_token(compiled_llama: Callable[..., Artifact]) -> None:
+    """Sums, norms and gates belong to the operators; nothing is left of quantization."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edge_cuda_products, "SIZES", (64,))
+        patch.setattr(edge_cuda_ort, "build_kernels", images)
+        made = compiled_llama(HOPPER, weights="int8:channel", activations="uint8:token:affine")
+    graph = onnx.load(made.folder / MODEL).graph
+    own = [node for node in graph.node if node.domain == "qcompiler"]
+    layer = [(1, 1), (2, 3), (2, 1)]  # after attention; the sum is kept for the next one
+    sizes = [(len(node.input) - 1, len(node.output) - 1) for node in own]
+    assert sizes == [(1, 1), *layer, (2, 2), *layer, (2, 1)]
+    assert not {"MatMul", "RMSNormalization", "Sigmoid"} & {n.op_type for n in graph.node}
+    layers = made.manifest["audit"]["layers"]
+    assert {(x["op"], x["kernel"]) for x in layers} == {("qcompiler.QuantizedMatMul", "integer")}
+    assert len(layers) == 15
+    assert made.manifest["audit"]["broken"] == []
+
+
 @nvcc
 def test_a_language_model_on_its_own_operators(llama: Artifact) -> None:
     graph = onnx.load(llama.folder / MODEL).graph
     own = [node for node in graph.node if node.domain == "qcompiler"]
-    # Queries, keys and values are one linear; gate and up share an operator.
-    assert [len(node.output) - 1 for node in own] == [1, 1, 2, 1, 1, 1, 2, 1, 1]
+    # Queries, keys and values are one linear; gate and up share an operator. It keeps the sum.
+    assert [len(node.output) - 1 for node in own] == [1, 1, 3, 1, 2, 1, 3, 1, 1]
     assert not {"MatMul", "MatMulNBits"} & {node.op_type for node in graph.node}
     kept = {name for node in graph.node for name in node.input}
     assert all(node.output[-1] not in kept for node in own)  # scratch
@@ -342,14 +439,9 @@ def test_products_on_the_gpu(tmp_path: Path) -> None:
         onnx.save(model_of(operator, made, number), tmp_path / MODEL)
         session = ort_cuda.session(tmp_path / MODEL)
         for rows in (1, 2, 5, 8, 31, 64, 65, 200, 1000):
-            x = torch.randn(rows, operator.depth).half()
-            found = session.run(None, {"x": x.numpy()})
-            for part, got in zip(operator.linears, found, strict=True):
-                steps = part.scale.reshape(len(part.q), -1)
-                steps = (steps.half() if part.group else steps).double()
-                wide = steps.repeat_interleave(operator.depth // steps.shape[1], 1)
-                want = x.double() @ (part.q.double() * wide).T
-                want += 0 if part.bias is None else part.bias.double()
+            given = [torch.randn(rows, operator.depth).half() for _ in range(operator.inputs)]
+            found = session.run(None, {f"x{i}": x.numpy() for i, x in enumerate(given)})
+            for want, got in zip(expected(operator, given), found, strict=True):
                 assert np.isfinite(got).all()
                 error = (torch.from_numpy(got).double() - want).norm() / want.norm()
                 assert error < CLOSE

@@ -27,7 +27,12 @@ from qcompiler.backends.ort_session import FIRST, MODEL, SHARED
 
 PROMPTS, TEXT, TOKENS, ROUNDS = (16, 128, 512), 512, 128, 8
 BLOCK = 32
+EPSILON = 1e-5
 SIZES = {"layers": 8, "width": 2048, "inner": 5632, "vocabulary": 32000}
+# Of SmolLM2 135M: heads of 64, a third as many for the cache.
+SMOLLM2 = {
+    "layers": 30, "width": 576, "inner": 1536, "vocabulary": 49152, "size": 64, "shared": 3,
+}  # fmt: skip
 
 
 def centred(random: Any, shape: tuple[int, ...], bits: int) -> Any:
@@ -55,16 +60,33 @@ class Writer:
         self.nodes.append(helper.make_node(op, inputs, list(outputs), domain=domain, **attrs))
         return outputs[0]
 
-    def linears(self, x: str, outputs: int, inputs: int, *names: str) -> tuple[str, ...]:
-        """Linears of one tensor: an operator of `own`, where there is that."""
-        if self.own is None:
-            return tuple(self._linear(x, outputs, inputs, name) for name in names)
-        layers = next(op for op in self.own.known[::-1] if len(op) == len(names)
-                      and (op[0].outputs, op[0].inputs) == (outputs, inputs))  # fmt: skip
-        node, held, _ = self.own.node(layers, x, [*names])
-        self.nodes.append(node)
-        self.held.append(held)
-        return names
+    def linears(
+        self, before: str, given: list[str], outputs: int, inputs: int, *names: str,
+        total: str = "",
+    ) -> tuple[str, ...]:  # fmt: skip
+        """Linears of what is computed of some tensors: an operator of `own`, where there is that.
+
+        `before`: "norm" of their sum, "gate" (silu of the first times the second), or nothing.
+        `total`: name of the sum, where it is read later; last of the results.
+        """
+        if self.own is not None:
+            node, held = self.own.linears(before, given, (outputs, inputs), [*names], total)
+            self.nodes.append(node)
+            self.held.append(held)
+            return (*names, total) if total else names
+        x = given[0]
+        if before == "norm":
+            if len(given) > 1:
+                x = self.node("Add", given, total or f"{names[0]}_sum")
+            total = x
+            x = self.node("RMSNormalization", [x, "gain"], f"{names[0]}_norm", axis=-1,
+                          epsilon=EPSILON)  # fmt: skip
+        elif before == "gate":
+            swish = self.node("Sigmoid", [x], f"{names[0]}_sigmoid")
+            swish = self.node("Mul", [x, swish], f"{names[0]}_silu")
+            x = self.node("Mul", [swish, given[1]], f"{names[0]}_gated")
+        made = tuple(self._linear(x, outputs, inputs, name) for name in names)
+        return (*made, total) if total else made
 
     def _linear(self, x: str, outputs: int, inputs: int, name: str) -> str:
         spread = inputs**-0.5
@@ -83,14 +105,16 @@ class Writer:
 
 
 def decoder(
-    bits: int, own: Any = None, *, layers: int, width: int, inner: int, vocabulary: int
-) -> onnx.ModelProto:
-    """The model with weights of 4, 8 or 16 bits; heads of 128, half as many for the cache.
+    bits: int, own: Any = None, *, layers: int, width: int, inner: int, vocabulary: int,
+    size: int = 128, shared: int = 2,
+) -> onnx.ModelProto:  # fmt: skip
+    """The model with weights of 4, 8 or 16 bits.
 
-    `own`: operators of `ort_cuda_kernels`, which then multiply.
+    Heads are `size` wide, and `shared` of them read one of the cache's. `own`: operators of
+    `ort_cuda_kernels`, which then multiply.
     """
-    size, context = 128, 4096
-    heads, kv_heads = width // size, max(1, width // size // 2)
+    context = 4096
+    heads, kv_heads = width // size, max(1, width // size // shared)
     w = Writer(bits, own)
     one = w.constant("one", np.array([1], np.int64))
     w.node("ReduceSum", ["attention_mask", one], "counts", keepdims=0)
@@ -104,10 +128,8 @@ def decoder(
     ]
     table = w.random.standard_normal((vocabulary, width), np.float32) * 0.02
     x = w.node("Gather", [w.constant("table", table.astype(np.float16)), "input_ids"], "x", axis=0)
-    gain = w.constant("gain", np.ones(width, np.float16))
-
-    def norm(x: str, name: str) -> str:
-        return w.node("RMSNormalization", [x, gain], name, axis=-1, epsilon=1e-5)
+    w.constant("gain", np.ones(width, np.float16))
+    given = [x]  # of which the sum goes on
 
     ports: list[list[onnx.ValueInfoProto]] = [[], []]
     for i in range(layers):
@@ -119,25 +141,23 @@ def decoder(
         for k, name in enumerate(names):
             shape = ["batch", kv_heads, "past" if k < 2 else "all", size]
             ports[k // 2].append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape))
-        n = norm(x, f"n{i}")
-        (qkv,) = w.linears(n, (heads + 2 * kv_heads) * size, width, f"qkv{i}")
+        qkv, x = w.linears("norm", given, (heads + 2 * kv_heads) * size, width, f"qkv{i}",
+                           total=f"x{i}a" if len(given) > 1 else given[0])  # fmt: skip
         attended = w.node(
             "GroupQueryAttention", [qkv, "", "", *names[:2], "seqlens", "total", *tables], f"a{i}",
             *names[2:], domain="com.microsoft", num_heads=heads, kv_num_heads=kv_heads,
             do_rotary=1, scale=size**-0.5,
         )  # fmt: skip
-        x = w.node("Add", [x, *w.linears(attended, width, width, f"o{i}")], f"x{i}a")
-        n = norm(x, f"m{i}")
-        up, gate = w.linears(n, inner, width, f"up{i}", f"gate{i}")
-        swish = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"s{i}")], f"g{i}")
-        down = w.linears(w.node("Mul", [swish, up], f"h{i}"), width, inner, f"down{i}")
-        x = w.node("Add", [x, *down], f"x{i}b")
+        given = [x, *w.linears("", [attended], width, width, f"o{i}")]
+        gate, up, x = w.linears("norm", given, inner, width, f"gate{i}", f"up{i}", total=f"x{i}b")
+        given = [x, *w.linears("gate", [gate, up], width, inner, f"down{i}")]
     ends = [w.constant(FIRST, np.zeros(1, np.int64)),
             w.constant("end", np.array([1 << 62], np.int64)), one]  # fmt: skip
-    kept = w.node("Slice", [norm(x, "n"), *ends], "kept")
-    w.node("Cast", [*w.linears(kept, vocabulary, width, "head")], "logits", to=TensorProto.FLOAT)
-    given = [("input_ids", ["batch", "new"]), ("attention_mask", ["batch", "all"]), (FIRST, [1])]
-    whole = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in given]
+    kept = [w.node("Slice", [x, *ends], f"kept{i}") for i, x in enumerate(given)]
+    head, *_ = w.linears("norm", kept, vocabulary, width, "head")
+    w.node("Cast", [head], "logits", to=TensorProto.FLOAT)
+    ids = [("input_ids", ["batch", "new"]), ("attention_mask", ["batch", "all"]), (FIRST, [1])]
+    whole = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in ids]
     logits = helper.make_tensor_value_info(
         "logits", TensorProto.FLOAT, ["batch", "rows", vocabulary]
     )

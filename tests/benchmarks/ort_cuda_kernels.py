@@ -26,10 +26,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from ort_cuda import BLOCK, SIZES, centred, decoder, timed
+from ort_cuda import BLOCK, EPSILON, SIZES, SMOLLM2, centred, decoder, timed
 
 from qcompiler.backends.ort_session import LIBRARY, MODEL
-from qcompiler.kernels.cuda_weights import Weights, pack
+from qcompiler.kernels.cuda_units import units
+from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
+from qcompiler.qtype import QType
 
 TABLE = "kernels.json"
 ALIGN = 256  # of what an operator's constants consist of
@@ -49,32 +51,86 @@ class Layer:
     bits: int = 4
     group: int = 128
 
+
+@dataclass(frozen=True)
+class Operation:
+    """An operator: linears of what is computed of rows.
+
+    Attributes:
+        layers: which all read the same.
+        activation: to which that is quantized by token; empty: float16.
+        before: as `ort_cuda.Writer.linears` has it.
+        inputs: tensors that it reads.
+        kept: whether their sum is an output.
+    """
+
+    layers: tuple[Layer, ...]
+    activation: str = ""
+    before: str = ""
+    inputs: int = 1
+    kept: bool = False
+
     @property
-    def form(self) -> Weights:
-        """How its weight is packed."""
-        return Weights(self.outputs, self.inputs, self.bits, self.group)
+    def depth(self) -> int:
+        """Numbers of a row."""
+        return self.layers[0].inputs
+
+    def form(self, layer: Layer) -> Any:
+        """How a layer's weight is packed."""
+        size = layer.outputs, layer.inputs
+        if not self.activation:
+            return Weights(*size, layer.bits, layer.group)
+        if layer.group:
+            return Nibbles(*size, layer.group)
+        return Bytes(*size, "u8" if self.activation.startswith("u") else "s8")
+
+    def steps(self) -> tuple[Any, ...]:
+        """For the compiler."""
+        from qcompiler.generated import Step
+
+        if self.before == "gate":
+            return Step("silu", (0,)), Step("mul", (2, 1))
+        if not self.before:
+            return ()
+        norm = Step("rms_norm", (self.inputs - 1 + (self.inputs > 1),),
+                    (torch.ones(self.depth),), EPSILON)  # fmt: skip
+        return (norm,) if self.inputs == 1 else (Step("add", (0, 1)), norm)
 
 
-CHAINS = (Layer(4096, 4096), Layer(8192, 8192), Layer(8192, 8192, 8, 0))
+W8A8, W4A8 = "uint8:token:affine", "int8:token"
+CHAINS = (
+    *(Operation((layer,)) for layer in (Layer(4096, 4096), Layer(8192, 8192),
+                                        Layer(8192, 8192, 8, 0))),
+    *(Operation((Layer(n, n, 8, 0),), W8A8) for n in (4096, 8192)),
+    *(Operation((Layer(n, n),), W4A8) for n in (4096, 8192)),
+)  # fmt: skip
+# Kind → bits and group of a decoder's weights, and what they are multiplied with.
+DECODERS = {"own": (4, BLOCK, ""), "own w8a8": (8, 0, W8A8), "own w4a8": (4, BLOCK, W4A8)}
 
 
-def decoder_layers(
-    width: int, inner: int, vocabulary: int, **_: int
-) -> tuple[tuple[Layer, ...], ...]:
-    """What each operator of `ort_cuda.decoder` multiplies."""
+def decoder_operators(
+    kind: str, width: int, inner: int, vocabulary: int, size: int = 128, shared: int = 2, **_: int
+) -> tuple[Operation, ...]:
+    """The operators of a decoder of `ort_cuda`."""
+    bits, group, activation = DECODERS[kind]
+    heads = width // size
 
-    def layer(outputs: int, inputs: int) -> Layer:
-        return Layer(outputs, inputs, 4, BLOCK)
+    def linears(count: int, outputs: int, inputs: int, *how: Any) -> Operation:
+        return Operation((Layer(outputs, inputs, bits, group),) * count, activation, *how)
 
+    qkv = (heads + 2 * (heads // shared)) * size
     return (
-        (layer(2 * width, width),), (layer(width, width),), (layer(inner, width),) * 2,
-        (layer(width, inner),), (layer(vocabulary, width),),
+        linears(1, qkv, width, "norm"), linears(1, qkv, width, "norm", 2, True),
+        linears(1, width, width), linears(2, inner, width, "norm", 2, True),
+        linears(1, width, inner, "gate", 2), linears(1, vocabulary, width, "norm", 2),
     )  # fmt: skip
 
 
-def operators() -> list[tuple[Layer, ...]]:
+def operators() -> list[Operation]:
     """All that the library has."""
-    return [*((layer,) for layer in CHAINS), *decoder_layers(**SIZES)]
+    own = (op for sizes in (SIZES, SMOLLM2) for kind in DECODERS
+           for op in decoder_operators(kind, **sizes))  # fmt: skip
+    return [*CHAINS, *own]
 
 
 def build(folder: Path) -> None:
@@ -88,8 +144,9 @@ def build(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def linear(layer: Layer) -> Linear:
-        q = torch.zeros(layer.outputs, layer.inputs, dtype=torch.int8)
-        q[0, 0] = (1 << layer.bits - 1) - 1
+        q = torch.zeros(1, 1, dtype=torch.int8).expand(layer.outputs, layer.inputs)
+        if layer.bits == 8:
+            q = q + 127
         count = layer.inputs // layer.group if layer.group else 1
         scale = torch.ones(layer.outputs, count)
         axis = 1 if layer.group else 0
@@ -98,7 +155,8 @@ def build(folder: Path) -> None:
         return Linear(str(layer), q, scale, zero, axis, layer.group, None)
 
     made = edge_cuda_ort.build(
-        [Operator(str(n), op[0].inputs, "", tuple(map(linear, op)))
+        [Operator(str(n), op.depth, op.activation, tuple(map(linear, op.layers)), op.inputs,
+                  op.steps(), (2,) if op.kept else ())
          for n, op in enumerate(operators())],
         Target.parse("ort:cuda:sm_90+tvm"),
     )  # fmt: skip
@@ -125,40 +183,77 @@ class Own:
         spread = torch.rand(layer.outputs, count, device="cuda") * 0.4 + 0.8
         return q, (spread * layer.inputs**-0.5 / low * 1.73).half().float()
 
-    def constants(self, given: list[tuple[Layer, torch.Tensor, torch.Tensor]]) -> bytes:
+    def constants(
+        self, op: Operation, given: list[tuple[Layer, torch.Tensor, torch.Tensor]]
+    ) -> bytes:
         """The operator's constants, as its kernels read them."""
-        parts = []
+        parts = [constant.numpy() for step in op.steps() for constant in step.constants]
         for layer, q, scale in given:
-            packed = pack(q, scale if layer.group else None, layer.form).cpu().numpy().tobytes()
-            rows = b"" if layer.group else scale[:, 0].cpu().numpy().tobytes()
-            parts += [part + b"\0" * (-len(part) % ALIGN) for part in (packed, rows)]
-        return b"".join(parts)
+            form = op.form(layer)
+            if isinstance(form, Bytes):
+                packed, after = units(q), [scale[:, 0]]
+                if op.activation == W8A8:
+                    after.append(q.sum(1, dtype=torch.int32))
+            elif isinstance(form, Nibbles):
+                packed, after = pack_nibbles(q, scale, form), []
+            else:
+                packed = pack(q, scale if layer.group else None, form)
+                after = [] if layer.group else [scale[:, 0]]
+            parts += [part.cpu().numpy() for part in (packed, *after)]
+        held = (np.ascontiguousarray(part).tobytes() for part in parts)
+        return b"".join(part + b"\0" * (-len(part) % ALIGN) for part in held)
 
     def node(
-        self, layers: tuple[Layer, ...], x: str, outputs: list[str]
+        self, op: Operation, inputs: list[str], outputs: list[str]
     ) -> tuple[onnx.NodeProto, onnx.TensorProto, list[tuple[torch.Tensor, torch.Tensor]]]:
         """An operator's node with new weights, its initializer, and the weights."""
-        number = self.known.index(layers)
-        made = [self.weights(layer) for layer in layers]
-        blob = self.constants([(a, *b) for a, b in zip(layers, made, strict=True)])
+        number = self.known.index(op)
+        made = [self.weights(layer) for layer in op.layers]
+        blob = self.constants(op, [(a, *b) for a, b in zip(op.layers, made, strict=True)])
         assert len(blob) == self.table["sizes"][number]
         name = f"{outputs[0]}_weights"
         held = helper.make_tensor(name, TensorProto.UINT8, [len(blob)], blob, raw=True)
         node = helper.make_node(
-            "QuantizedMatMul", [name, x], [*outputs, f"{outputs[0]}_scratch"], domain="qcompiler",
-            number=number, library=self.table["number"],
+            "QuantizedMatMul", [name, *inputs], [*outputs, f"{outputs[0]}_scratch"],
+            domain="qcompiler", number=number, library=self.table["number"],
         )  # fmt: skip
         return node, held, made
 
 
-def saved(nodes: list[Any], held: list[Any], layer: Layer, last: str, folder: Path) -> Any:
-    """A session of a model from x to `last`."""
+class OwnDecoder:
+    """What `ort_cuda.decoder` takes to multiply with."""
+
+    def __init__(self, own: Own, kind: str, sizes: dict[str, int]) -> None:
+        self.own, self.known = own, decoder_operators(kind, **sizes)
+
+    def linears(
+        self, before: str, given: list[str], size: tuple[int, int], names: list[str], total: str
+    ) -> tuple[onnx.NodeProto, onnx.TensorProto]:
+        """A node and its initializer; see `ort_cuda.Writer.linears`."""
+        kept = bool(total) and len(given) > 1
+        op = next(
+            op for op in self.known
+            if (op.before, op.inputs, op.kept, len(op.layers)) ==
+            (before, len(given), kept, len(names))
+            and (op.layers[0].outputs, op.layers[0].inputs) == size
+        )  # fmt: skip
+        node, held, _ = self.own.node(op, given, [*names, *([total] if kept else [])])
+        return node, held
+
+
+def saved(
+    nodes: list[Any], held: list[Any], op: Operation, last: str, folder: Path, inputs: int = 1
+) -> Any:
+    """A session of a model from x (`x0`, `x1` where there are two) to `last`."""
     from qcompiler.backends.ort_cuda import session
 
+    names = ["x"] if inputs == 1 else [f"x{i}" for i in range(inputs)]
+    outputs = op.layers[0].outputs
     graph = helper.make_graph(
         nodes, "chain",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["tokens", layer.inputs])],
-        [helper.make_tensor_value_info(last, TensorProto.FLOAT16, ["tokens", layer.outputs])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["tokens", op.depth])
+         for name in names],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT16, ["tokens", outputs])],
         held,
     )  # fmt: skip
     opsets = [helper.make_opsetid(*d) for d in (("", 23), ("com.microsoft", 1), ("qcompiler", 1))]
@@ -167,8 +262,9 @@ def saved(nodes: list[Any], held: list[Any], layer: Layer, last: str, folder: Pa
     return session(folder / MODEL, graphs=True)
 
 
-def chain(kind: str, layer: Layer, own: Own, folder: Path) -> tuple[Any, int]:
+def chain(kind: str, op: Operation, own: Own, folder: Path) -> tuple[Any, int]:
     """A session of a chain of products, and its length."""
+    layer = op.layers[0]
     bits = {"own": layer.bits, "nbits": layer.bits, "float16": 16}[kind]
     different = -(-CACHE // (layer.outputs * layer.inputs * bits // 8))
     length = max(32, different)
@@ -179,7 +275,7 @@ def chain(kind: str, layer: Layer, own: Own, folder: Path) -> tuple[Any, int]:
         out, new = f"y{i}", i < different
         if kind == "own":
             if new:
-                node, constant, _ = own.node((layer,), x, [out])
+                node, constant, _ = own.node(op, [x], [out])
                 held.append(constant)
             else:
                 node = onnx.NodeProto()
@@ -206,18 +302,18 @@ def chain(kind: str, layer: Layer, own: Own, folder: Path) -> tuple[Any, int]:
             node = helper.make_node("MatMul", [x, f"w{i % different}"], [out])
         nodes.append(node)
         x = out
-    return saved(nodes, held, layer, x, folder), length
+    return saved(nodes, held, op, x, folder), length
 
 
-def microseconds(running: Any, layer: Layer, tokens: int, length: int) -> float:
+def microseconds(running: Any, op: Operation, tokens: int, length: int) -> float:
     """Of one product."""
     import onnxruntime
 
     binding = running.io_binding()
-    x = np.random.default_rng(1).standard_normal((tokens, layer.inputs), np.float32)
+    x = np.random.default_rng(1).standard_normal((tokens, op.depth), np.float32)
     given = onnxruntime.OrtValue.ortvalue_from_numpy(x.astype(np.float16), "cuda", 0)
     out = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-        [tokens, layer.outputs], np.float16, "cuda", 0
+        [tokens, op.layers[0].outputs], np.float16, "cuda", 0
     )
     binding.bind_ortvalue_input("x", given)
     binding.bind_ortvalue_output(running.get_outputs()[0].name, out)
@@ -229,56 +325,84 @@ def microseconds(running: Any, layer: Layer, tokens: int, length: int) -> float:
         running.run_with_iobinding(binding, options)
         times.append(time.perf_counter() - since)
     if not np.isfinite(out.numpy()).all():
-        raise SystemExit(f"{layer} at {tokens} tokens: numbers that are none")
+        raise SystemExit(f"{op} at {tokens} tokens: numbers that are none")
     return statistics.median(times[4:]) / length * 1e6
+
+
+def expected(op: Operation, given: list[torch.Tensor]) -> torch.Tensor:
+    """What the first of the operator's linears is given, in float64."""
+    x = given[0].float()
+    if op.before == "gate":
+        x = torch.nn.functional.silu(x) * given[1].float()
+    elif op.before == "norm":
+        if len(given) > 1:
+            x = x + given[1].float()
+            x = x.half().float() if op.kept else x
+        x = torch.nn.functional.rms_norm(x, (op.depth,), None, EPSILON)
+    if op.activation:
+        kind = QType.parse(op.activation)
+        scale, zero = kind.scale_for(*kind.ranges(x))
+        x = (kind.quantize(x, scale, zero, -1).double() - zero.double()) * scale.double()
+    return x.double()
 
 
 def check(own: Own, folder: Path) -> list[dict[str, Any]]:
     """Each operator against float64, twice."""
     rows = []
-    for layers in own.known:
-        outputs = [f"y{i}" for i in range(len(layers))]
-        node, held, weights = own.node(layers, "x", outputs)
-        running = saved([node], [held], layers[0], outputs[0], folder)
+    for op in own.known:
+        outputs = [f"y{i}" for i in range(len(op.layers) + op.kept)]
+        names = ["x"] if op.inputs == 1 else [f"x{i}" for i in range(op.inputs)]
+        node, held, weights = own.node(op, names, outputs)
+        running = saved([node], [held], op, outputs[0], folder, op.inputs)
         q, scale = weights[0]
         wide = q.double() * scale.double().repeat_interleave(q.shape[1] // scale.shape[1], 1)
         errors = {}
         for tokens in CHECKED:
-            x = torch.randn(tokens, layers[0].inputs).half()
+            given = [torch.randn(tokens, op.depth).half() for _ in names]
+            feed = {name: x.numpy() for name, x in zip(names, given, strict=True)}
             options = {"gpu_graph_id": "-1"}
-            first, again = (run_plain(running, x.numpy(), options) for _ in range(2))
-            want = x.cuda().double() @ wide.T
+            first, again = (run_plain(running, feed, options) for _ in range(2))
+            want = expected(op, [x.cuda() for x in given]) @ wide.T
             error = (torch.from_numpy(first).cuda().double() - want).norm() / want.norm()
             errors[tokens] = float(error)
             if not error < TOLERANCE or not np.array_equal(first, again):
-                print(f"WRONG {layers[0]} at {tokens} tokens: {float(error):.2e}", flush=True)
-        print(layers[0], "worst", max(errors.values()), flush=True)
-        rows.append({"layer": vars(layers[0]), "errors": errors})
+                print(f"WRONG {op} at {tokens} tokens: {float(error):.2e}", flush=True)
+        print(op, "worst", max(errors.values()), flush=True)
+        rows.append({"operator": described(op), "errors": errors})
     return rows
 
 
-def run_plain(running: Any, x: Any, settings: dict[str, str]) -> Any:
+def described(op: Operation) -> dict[str, Any]:
+    """For the file of results."""
+    kept = {name: value for name, value in vars(op).items() if name != "layers"}
+    return {"layer": vars(op.layers[0]), "layers": len(op.layers), **kept}
+
+
+def run_plain(running: Any, feed: dict[str, Any], settings: dict[str, str]) -> Any:
     """Without a captured graph."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()
     for key, value in settings.items():
         options.add_run_config_entry(key, value)
-    return running.run(None, {"x": x}, options)[0]
+    return running.run(None, feed, options)[0]
 
 
 def chains(own: Own, folder: Path) -> list[dict[str, Any]]:
     """Microseconds of each kind at each number of tokens."""
     rows = []
-    for layer in (*CHAINS, Layer(SIZES["width"], SIZES["width"], 4, BLOCK)):
+    for op in (*CHAINS, decoder_operators("own", **SIZES)[2]):
         found: dict[str, list[float]] = {}
-        for kind in ("own", "nbits", "float16"):
-            running, length = chain(kind, layer, own, folder)
-            found[kind] = [microseconds(running, layer, tokens, length) for tokens in TOKENS]
+        for kind in ("own",) if op.activation else ("own", "nbits", "float16"):
+            running, length = chain(kind, op, own, folder)
+            found[kind] = [microseconds(running, op, tokens, length) for tokens in TOKENS]
             del running
             text = " ".join(f"{x:8.2f}" for x in found[kind])
-            print(f"{layer.outputs:6} {layer.bits} bits {kind:8} {text}", flush=True)
-        rows.append({"layer": vars(layer), "tokens": TOKENS, "microseconds": found})
+            layer = op.layers[0]
+            print(
+                f"{layer.outputs:6} {layer.bits} bits {op.activation} {kind:8} {text}", flush=True
+            )
+        rows.append({**described(op), "tokens": TOKENS, "microseconds": found})
     return rows
 
 
@@ -290,21 +414,23 @@ def decoders(own: Own) -> list[dict[str, Any]]:
 
     rows = []
     print("weights      | a token | prompts of 16, 128, 512 | graphs' error", flush=True)
-    for kind in ("float16", "own", "nbits", "both"):
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
-            folder = Path(scratch)
-            model = decoder(16 if kind == "float16" else 4, own if kind == "own" else None, **SIZES)
-            onnx.save(model, folder / MODEL)
-            if kind == "own":
-                shutil.copy(own.folder / LIBRARY, folder / LIBRARY)
-            if kind == "both":
-                widen_products(model)
-                onnx.save(model, folder / PREFILL)
-            *times, error = timed(folder, SIZES["vocabulary"])
-        print(
-            f"{kind:12} |", " | ".join(f"{ms:7.3f}" for ms in times), f"| {error:.1e}", flush=True
-        )
-        rows.append({"weights": kind, "milliseconds": times, "error": error})
+    for sizes in (SIZES, SMOLLM2):
+        for kind in ("float16", *DECODERS, "nbits", "both"):
+            with tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch:
+                folder = Path(scratch)
+                operators = OwnDecoder(own, kind, sizes) if kind in DECODERS else None
+                model = decoder(16 if kind == "float16" else 4, operators, **sizes)
+                onnx.save(model, folder / MODEL)
+                if kind in DECODERS:
+                    shutil.copy(own.folder / LIBRARY, folder / LIBRARY)
+                if kind == "both":
+                    widen_products(model)
+                    onnx.save(model, folder / PREFILL)
+                *times, error = timed(folder, sizes["vocabulary"])
+            text = " | ".join(f"{ms:7.3f}" for ms in times)
+            print(f"{sizes['width']:5} {kind:12} | {text} | {error:.1e}", flush=True)
+            rows.append({"width": sizes["width"], "weights": kind, "milliseconds": times,
+                         "error": error})  # fmt: skip
     return rows
 
 
