@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qcompiler.backends.edge_cuda_driver import Launch
@@ -18,6 +20,7 @@ WHEELS = ("cu*/bin/nvcc", "cuda_nvcc/bin/nvcc")  # in the folder of NVIDIA's Pyt
 STANDARD = "c++17"
 # "variable was declared but never referenced", "set but never used": TVM names every index.
 QUIET = "177,550"
+TOGETHER = 8  # kernels of an image, where several are compiled at once
 
 
 def compiler() -> str:
@@ -68,11 +71,47 @@ def build(
     Raises:
         UnsupportedError: if nvcc is missing or refuses.
     """
+    compiler()  # that it is missing is said at once
+    source = generate(kernels, f"sm_{architecture(max(capabilities))}")
+    data = compiled(source, capabilities)
+    launches = {
+        k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order) for k in kernels
+    }
+    return data, launches
+
+
+def build_images(kernels: Sequence[CudaKernel], capability: int) -> tuple[list[bytes], list[int]]:
+    """Compile kernels into several fat binaries, at once on all of this machine's processors.
+
+    Args:
+        kernels: of different names.
+        capability: compute capability, such as 90.
+
+    Returns:
+        The fat binaries, and of each kernel the number of its own.
+
+    Raises:
+        UnsupportedError: if nvcc is missing or refuses.
+    """
+    compiler()  # that it is missing is said at once
+    arch = f"sm_{architecture(capability)}"
+    parts = [kernels[i : i + TOGETHER] for i in range(0, len(kernels), TOGETHER)]
+    sources = [generate(part, arch) for part in parts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(pool.map(lambda source: compiled(source, [capability]), sources))
+    return images, [i // TOGETHER for i in range(len(kernels))]
+
+
+def compiled(source: str, capabilities: Sequence[int]) -> bytes:
+    """The fat binary of CUDA C++.
+
+    Raises:
+        UnsupportedError: if nvcc is missing or refuses.
+    """
     command = [compiler(), f"-std={STANDARD}", f"-diag-suppress={QUIET}", "-fatbin"]
     for capability in capabilities:
         name = architecture(capability)
         command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
-    source = generate(kernels, f"sm_{architecture(max(capabilities))}")
     with tempfile.TemporaryDirectory() as folder:
         text, image = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         text.write_text(source)
@@ -82,8 +121,4 @@ def build(
         if done.returncode:
             first = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise UnsupportedError(f"nvcc refused the kernels: {first}")
-        data = image.read_bytes()
-    launches = {
-        k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order) for k in kernels
-    }
-    return data, launches
+        return image.read_bytes()

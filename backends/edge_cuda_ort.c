@@ -147,32 +147,39 @@ struct module {
 static struct module modules[MAX_CONTEXTS];
 static int module_count;
 
+static ort_status *load_images(ort_api api, const struct gpu *gpu, void **images,
+                               void **functions) {
+  if (!images || !functions) return refuse(api, ORT_FAIL, "not enough memory for the kernels");
+  for (int i = 0; i < gpu->image_count; i++)
+    TRY(check(api, cu.cuModuleLoadData(&images[i], gpu->images[i]), "loading the kernels"));
+  for (int i = 0; i < gpu->kernel_count; i++) {
+    const struct gpu_kernel *kernel = &gpu->kernels[i];
+    TRY(check(api, cu.cuModuleGetFunction(&functions[i], images[kernel->image], kernel->name),
+              kernel->name));
+    TRY(check(api, cu.cuFuncSetAttribute(functions[i], MAX_DYNAMIC_SHARED, (int)kernel->shared),
+              kernel->name));
+  }
+  return NULL;
+}
+
 static ort_status *load(ort_api api, void *context, struct module *made) {
   int device = 0;
-  void *module = NULL;
   TRY(check(api, cu.cuCtxGetDevice(&device), "the session's GPU"));
   int code = code_for(capability_of(device));
   if (code < 0) return refuse_device(api, device);
   const struct gpu *gpu = &compiled_operators.gpus[code];
-  TRY(check(api, cu.cuModuleLoadData(&module, gpu->image), "loading the kernels"));
+  void **images = calloc((size_t)gpu->image_count, sizeof *images);
   void **functions = calloc((size_t)gpu->kernel_count, sizeof *functions);
-  ort_status *status = NULL;
-  if (!functions) status = refuse(api, ORT_FAIL, "not enough memory for the kernels");
-  for (int i = 0; i < gpu->kernel_count && !status; i++) {
-    const struct gpu_kernel *kernel = &gpu->kernels[i];
-    status = check(api, cu.cuModuleGetFunction(&functions[i], module, kernel->name), kernel->name);
-    if (!status)
-      status = check(
-          api, cu.cuFuncSetAttribute(functions[i], MAX_DYNAMIC_SHARED, (int)kernel->shared),
-          kernel->name);
-  }
+  ort_status *status = load_images(api, gpu, images, functions);
   if (status) {
+    for (int i = 0; images && i < gpu->image_count; i++)
+      if (images[i]) cu.cuModuleUnload(images[i]);
     free(functions);
-    cu.cuModuleUnload(module);
-    return status;
+  } else {
+    *made = (struct module){context, gpu, attribute_of(device, PROCESSORS), functions};
   }
-  *made = (struct module){context, gpu, attribute_of(device, PROCESSORS), functions};
-  return NULL;
+  free(images);
+  return status;
 }
 
 /* The kernels in the thread's current context, or else that of the stream; none without any. */

@@ -20,6 +20,7 @@ struct extent {
 
 struct gpu_kernel {
   const char *name;
+  int image; /* that it is in */
   unsigned threads, shared; /* of a block; bytes of dynamic shared memory */
   struct extent grid[3];
   int parameter_count;
@@ -47,8 +48,8 @@ struct before {
 
 struct gpu {
   int capability; /* such as 90 */
-  const unsigned char *image;
-  int kernel_count;
+  int image_count, kernel_count;
+  const unsigned char *const *images;
   const struct gpu_kernel *kernels;
   const struct choices *choices; /* by the product's form */
   const struct before *befores;

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcompiler.backends.edge_cuda_build import build as build_kernels
+from qcompiler.backends.edge_cuda_build import build_images
 from qcompiler.backends.edge_cuda_linear import (
     integer_form,
     packed_weight,
@@ -46,9 +46,9 @@ COMPILED = ("edge_cuda_ort.c",)
 INCLUDED = ("edge_cuda_ort.h", "edge_ort_api.h", "edge_ort_call.h")
 # What `.incbin` reads is next to the source; nothing outside the library sees the name.
 IMAGE = """\
-__asm__(".section .rodata\\n.balign 64\\n.globl image_{0}\\n.hidden image_{0}\\n"
-        "image_{0}:\\n.incbin \\"image_{0}\\"\\n.previous");
-extern const unsigned char image_{0}[] __attribute__((visibility("hidden")));"""
+__asm__(".section .rodata\\n.balign 64\\n.globl {0}\\n.hidden {0}\\n"
+        "{0}:\\n.incbin \\"{0}\\"\\n.previous");
+extern const unsigned char {0}[] __attribute__((visibility("hidden")));"""
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,13 @@ def build(operators: Sequence[Operator], target: Target) -> Library:
     lines, rows, images = [], [], []
     for number, capability in enumerate(named):
         tables = Kernels(f"gpu_{number}", forms, befores, reading, GPUS[capability])
-        image, _ = build_kernels(tables.kernels, [capability])
-        images.append(image)
-        lines += [IMAGE.format(number), *tables.lines()]
+        made, places = build_images(tables.kernels, capability)
+        names = [f"image_{len(images) + i}" for i in range(len(made))]
+        images += made
+        lines += [IMAGE.format(name) for name in names]
+        lines += [array("unsigned char *const", f"images_{number}", names), *tables.lines(places)]
         rows.append(
-            f"{{{capability}, image_{number}, {len(tables.kernels)}, kernels_gpu_{number}, "
+            f"{{{capability}, {len(made)}, {len(places)}, images_{number}, kernels_gpu_{number}, "
             f"choices_gpu_{number}, befores_gpu_{number}}}"
         )
     lines.append(array("struct gpu", "gpus", rows))
@@ -120,7 +122,7 @@ def build(operators: Sequence[Operator], target: Target) -> Library:
         digest.update(hashlib.sha256(content).digest())
     number = int.from_bytes(digest.digest()[:7], "little")
     lines.append(
-        f"const struct operators compiled_operators = {{{number}, {len(images)}, {len(packed)}, "
+        f"const struct operators compiled_operators = {{{number}, {len(rows)}, {len(packed)}, "
         "gpus, list};"
     )
     source = "\n".join(['#include "edge_cuda_ort.h"', "", *lines, ""])

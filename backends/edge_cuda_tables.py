@@ -79,8 +79,8 @@ class Kernels:
         made = steps(f"before{number}_{place}", [*what.arguments(), size], what, 0)
         row[place] = self._add(made, (Extent(1, 1), Extent(1), Extent(1)))
 
-    def lines(self) -> list[str]:
-        """The tables; the kernels must have been compiled."""
+    def lines(self, images: Sequence[int]) -> list[str]:
+        """The tables; the kernels must have been compiled, each into one of the `images`."""
         lines, rows = [], []
         for number, kernel in enumerate(self.kernels):
             given = [str(ROLES.index(role)) for role in roles(kernel)]
@@ -88,8 +88,8 @@ class Kernels:
             lines.append(array("uint8_t", name, given))
             grid = ", ".join(f"{{{e.fixed}u, {e.each}u}}" for e in self.grids[number])
             rows.append(
-                f"{{{quoted(kernel.name + '_kernel')}, {kernel.threads}u, {kernel.shared}u, "
-                f"{{{grid}}}, {len(given)}, {name}}}"
+                f"{{{quoted(kernel.name + '_kernel')}, {images[number]}, {kernel.threads}u, "
+                f"{kernel.shared}u, {{{grid}}}, {len(given)}, {name}}}"
             )
         lines.append(array("struct gpu_kernel", f"kernels_{self.name}", rows))
         lists = []

@@ -191,44 +191,6 @@ __device__ __forceinline__ void qc_store8(void* to, const float* from) {
   *(int4*)to = held;
 }""",
     ),
-    # The sum as it is stored: rounded to float16.
-    "qc_add8": (
-        "void",
-        """#include <cuda_fp16.h>
-__device__ __forceinline__ void qc_add8(float* to, const float* other) {
-  for (int i = 0; i < 8; ++i) to[i] = __half2float(__float2half_rn(to[i] + other[i]));
-}""",
-    ),
-    "qc_squares8": (
-        "void",
-        """__device__ __forceinline__ void qc_squares8(float* sum, const float* from) {
-  for (int i = 0; i < 8; ++i) *sum = fmaf(from[i], from[i], *sum);
-}""",
-    ),
-    "qc_reach8": (
-        "void",
-        """__device__ __forceinline__ void qc_reach8(float* largest, const float* from) {
-  for (int i = 0; i < 8; ++i) *largest = fmaxf(*largest, fabsf(from[i]));
-}""",
-    ),
-    "qc_normal8": (
-        "void",
-        """__device__ __forceinline__ void qc_normal8(
-    float* to, float factor, const float* weight) {
-  for (int i = 0; i < 8; ++i) to[i] = to[i] * factor * weight[i];
-}""",
-    ),
-    # round(x · inverse), half to even, as int8.
-    "qc_quantize8": (
-        "void",
-        """__device__ __forceinline__ void qc_quantize8(
-    void* to, const float* from, float inverse) {
-  int2 held;
-  signed char* bytes = (signed char*)&held;
-  for (int i = 0; i < 8; ++i) bytes[i] = (signed char)__float2int_rn(from[i] * inverse);
-  *(int2*)to = held;
-}""",
-    ),
     # round(x / scale) + zero between two bounds, half to even, as four bytes.
     "qc_quantize4": (
         "void",
@@ -267,10 +229,6 @@ __device__ __forceinline__ void qc_quantize4_halves(
   }
   *(unsigned*)to = two[0] | (unsigned)two[1] << 16;
 }""",
-    ),
-    "qc_rsqrt": (
-        "float32",
-        "__device__ __forceinline__ float qc_rsqrt(float x) { return rsqrtf(x); }",
     ),
     # Over all threads of a block; each gets the result. `scratch` holds a float for each warp.
     "qc_block_sum": (

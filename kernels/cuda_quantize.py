@@ -31,12 +31,22 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
+from qcompiler.kernels.cuda_device import DEVICE
 from qcompiler.kernels.cuda_expressions import SCRATCH, THREADS
 from qcompiler.kernels.cuda_hadamard import Line, Rotation
 from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
 from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.qtype import QType
 
+DEVICE["qc_round_quotient"] = (
+    "float32",
+    # The quotient may be halfway between two integers only as float32 rounds it, and often is:
+    # wherever a row's largest and smallest number are the same but for the sign.
+    """__device__ __forceinline__ float qc_round_quotient(float x, float y) {
+  float q = __fdiv_rn(x, y), low = floorf(q), rest = fmaf(-q, y, x);
+  return q - low == 0.5f && rest != 0.0f ? low + (rest > 0.0f) : rintf(q);
+}""",
+)
 PIECE = 4  # integers that a thread stores at once
 HELD = 32  # numbers of a row that a thread holds at most
 MANY = 256  # rows from which on a block need not be fast, but several of them together
@@ -201,7 +211,7 @@ def scale_and_zero(kind: QType, high: Any, low: Any) -> tuple[Any, Any]:
     scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))
     if low is None:
         return scale, code.number(float(kind.middle), 1)
-    zero = code.round_half_even(bottom + low / scale, 1)
+    zero = bottom + value("qc_round_quotient", low, scale)
     return scale, T.Bind(code.minimum(code.maximum(zero, bottom), top))
 
 

@@ -118,23 +118,14 @@ CASES = (
 
 def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     """The kernel and the elements of its workspace and counters; needs TVM, no GPU."""
-    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_8bit, cuda_rows
+    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_8bit, cuda_steps
     from qcompiler.kernels import cuda_skinny as few
     from qcompiler.kernels.code import Argument
 
     m, n, k = case.tokens, case.rows, case.depth
     if case.kind == "rows":
-        residual, norm, output = case.variant
-        what = cuda_rows.Rows(m, k, residual, EPSILON if norm else None, output)  # type: ignore[arg-type]
-        given = [Argument("x", "float16", m * k)]
-        given += [Argument(a, "float16", m * k) for a in ("residual", "total") if residual]
-        given += [Argument("gain", "float16", k)] if norm else []
-        size = unit_bytes(m, k, 1 if output == "int8" else 2)
-        given.append(
-            Argument("out", *(("float16", m * k) if output == "float16" else ("uint8", size)))
-        )
-        given += [Argument("scales", "float32", m)] if output == "int8" else []
-        return cuda_rows.cuda_rows(case.name, given, what), {}
+        what = _row_steps(case)
+        return cuda_steps.steps(case.name, what.arguments(m), what, m), {}
     out = Argument("out", "float16", m * n)
     if case.kind in BYTES:
         given = [Argument("x", "uint8", unit_bytes(m, k, 1)),
@@ -234,6 +225,20 @@ class Trial:
     peer: Callable[[], Any] | None = None
 
 
+def _row_steps(case: Case) -> Any:
+    """A residual sum, RMSNorm and what comes out, as a case of "rows" says."""
+    from qcompiler.kernels.cuda_steps import RowStep, Steps
+    from qcompiler.qtype import QType
+
+    residual, norm, output = case.variant
+    steps = [RowStep("add", (0, 1))] if residual else []
+    if norm:
+        steps.append(RowStep("rms_norm", (2 if residual else 0,), (case.depth,), EPSILON))
+    kind = QType.parse("int8:token") if output == "int8" else None
+    kept = (2,) if residual else ()
+    return Steps(case.depth, 1 + bool(residual), tuple(steps), kept, (str(output),), kind)
+
+
 def trial(case: Case, extra: dict[str, int], device: str = "cuda") -> Trial:
     """Fresh random inputs."""
     if case.kind == "rows":
@@ -298,15 +303,16 @@ def _rows(case: Case, device: str) -> Trial:
     m, k = case.tokens, case.depth
     x, r = (torch.randn(m, k, device=device).half() for _ in range(2))
     total = torch.full_like(x, float("nan"))
-    gain = torch.rand(k, device=device).half() + 0.5
+    gain = torch.rand(k, device=device) + 0.5
     size = 1 if output == "int8" else 2
     scales = torch.full((m,), float("nan"), device=device)
     if output == "float16":
         out = torch.full((m, k), float("nan"), device=device, dtype=torch.float16)
     else:
         out = torch.full((unit_bytes(m, k, size),), 255, device=device, dtype=torch.uint8)
-    given = [x, *([r, total] if residual else []), *([gain] if norm else []), out]
-    outputs = [2] if residual else []
+    given = [x, *([r] if residual else []), *([gain] if norm else [])]
+    outputs = [len(given)] if residual else []
+    given += [*([total] if residual else []), out]
     outputs.append(len(given) - 1)
     if output == "int8":
         outputs.append(len(given))
