@@ -69,10 +69,8 @@ class Writer:
         `before`: "norm" of their sum, "gate" (silu of the first times the second), or nothing.
         `total`: name of the sum, where it is read later; last of the results.
         """
-        if self.own is not None:
-            node, held = self.own.linears(before, given, (outputs, inputs), [*names], total)
-            self.nodes.append(node)
-            self.held.append(held)
+        if self.own is not None and self.own.fused:
+            self._own(before, given, outputs, inputs, names, total)
             return (*names, total) if total else names
         x = given[0]
         if before == "norm":
@@ -85,8 +83,20 @@ class Writer:
             swish = self.node("Sigmoid", [x], f"{names[0]}_sigmoid")
             swish = self.node("Mul", [x, swish], f"{names[0]}_silu")
             x = self.node("Mul", [swish, given[1]], f"{names[0]}_gated")
-        made = tuple(self._linear(x, outputs, inputs, name) for name in names)
-        return (*made, total) if total else made
+        if self.own is not None:
+            self._own("", [x], outputs, inputs, names, "")
+        else:
+            for name in names:
+                self._linear(x, outputs, inputs, name)
+        return (*names, total) if total else names
+
+    def _own(
+        self, before: str, given: list[str], outputs: int, inputs: int, names: tuple[str, ...],
+        total: str,
+    ) -> None:  # fmt: skip
+        node, held = self.own.linears(before, given, (outputs, inputs), [*names], total)
+        self.nodes.append(node)
+        self.held.append(held)
 
     def _linear(self, x: str, outputs: int, inputs: int, name: str) -> str:
         spread = inputs**-0.5

@@ -104,19 +104,24 @@ CHAINS = (
     *(Operation((Layer(n, n, 8, 0),), W8A8) for n in (4096, 8192)),
     *(Operation((Layer(n, n),), W4A8) for n in (4096, 8192)),
 )  # fmt: skip
-# Kind → bits and group of a decoder's weights, and what they are multiplied with.
-DECODERS = {"own": (4, BLOCK, ""), "own w8a8": (8, 0, W8A8), "own w4a8": (4, BLOCK, W4A8)}
+# Kind → bits and group of a decoder's weights, what they are multiplied with, and whether sums,
+# norms and gates belong to the operators.
+DECODERS = {
+    "own": (4, BLOCK, "", True), "own w8a8": (8, 0, W8A8, True), "own w4a8": (4, BLOCK, W4A8, True),
+    "own, products alone": (4, BLOCK, "", False),
+}  # fmt: skip
 
 
 def decoder_operators(
     kind: str, width: int, inner: int, vocabulary: int, size: int = 128, shared: int = 2, **_: int
 ) -> tuple[Operation, ...]:
     """The operators of a decoder of `ort_cuda`."""
-    bits, group, activation = DECODERS[kind]
+    bits, group, activation, fused = DECODERS[kind]
     heads = width // size
 
     def linears(count: int, outputs: int, inputs: int, *how: Any) -> Operation:
-        return Operation((Layer(outputs, inputs, bits, group),) * count, activation, *how)
+        layers = (Layer(outputs, inputs, bits, group),) * count
+        return Operation(layers, activation, *(how if fused else ()))
 
     qkv = (heads + 2 * (heads // shared)) * size
     return (
@@ -130,7 +135,7 @@ def operators() -> list[Operation]:
     """All that the library has."""
     own = (op for sizes in (SIZES, SMOLLM2) for kind in DECODERS
            for op in decoder_operators(kind, **sizes))  # fmt: skip
-    return [*CHAINS, *own]
+    return list(dict.fromkeys((*CHAINS, *own)))
 
 
 def build(folder: Path) -> None:
@@ -224,7 +229,7 @@ class OwnDecoder:
     """What `ort_cuda.decoder` takes to multiply with."""
 
     def __init__(self, own: Own, kind: str, sizes: dict[str, int]) -> None:
-        self.own, self.known = own, decoder_operators(kind, **sizes)
+        self.own, self.known, self.fused = own, decoder_operators(kind, **sizes), DECODERS[kind][3]
 
     def linears(
         self, before: str, given: list[str], size: tuple[int, int], names: list[str], total: str
