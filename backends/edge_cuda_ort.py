@@ -102,7 +102,7 @@ def build(operators: Sequence[Operator], target: Target) -> Library:
     packed = [_pack(operator, forms, befores) for operator in operators]
     named = [int(target.feature.removeprefix("sm_"))] if target.feature else ALL
     reading = [(p.before, [n for n, *_ in p.products]) for p in packed if p.before >= 0]
-    lines, rows, images = [], [], []
+    lines, rows, images = list[str](), list[str](), list[bytes]()
     for number, capability in enumerate(named):
         tables = Kernels(f"gpu_{number}", forms, befores, reading, GPUS[capability])
         made, places = build_images(tables.kernels, capability)
