@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import torch
@@ -23,14 +26,16 @@ if shutil.which("cc") is None:
 
 from qcompiler import ops
 from qcompiler.artifact import Artifact
-from qcompiler.backends import edge_folder, edge_ort, edge_target
+from qcompiler.backends import edge_folder, edge_ort, edge_target, ort, ort_surgery
+from qcompiler.backends.ort_generated import use_generated_on_gpu
 from qcompiler.backends.ort_session import LIBRARY, MODEL
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.generated import Library, Operator, Step
+from qcompiler.generated import Generate, Library, Operator, Step
 from qcompiler.hadamard import sylvester
 from qcompiler.models import ZOO, find
 from qcompiler.models.tiny_blocks import VOCABULARY, WIDTH
+from qcompiler.program import load_pt2
 from qcompiler.qtype import QType
 from qcompiler.recipe import load_recipe
 from qcompiler.target import Target
@@ -216,6 +221,32 @@ def test_a_decoder_on_its_own_operators(decoder: Artifact) -> None:
     batch = decoder.batches("held-out")[0]
     one = decoder.runner(1)(*batch)
     assert all(torch.equal(a, b) for a, b in zip(one, decoder.runner(2)(*batch), strict=True))
+
+
+def test_a_graph_for_a_gpu_computes_the_same(
+    decoder: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators as for a GPU, on this machine's kernels, which give the same bits."""
+
+    def use(graph: gs.Graph, generate: Generate) -> bytes:
+        def made(given: Sequence[Operator]) -> Library:
+            library = generate(given)
+            return replace(library, tables=(False,) * len(given))
+
+        content = use_generated_on_gpu(graph, made)
+        for node in graph.nodes:
+            if node.op == "QuantizedMatMul":
+                scratch = node.outputs.pop()  # a GPU's
+                assert not scratch.outputs
+        return content
+
+    monkeypatch.setattr(ort_surgery, "use_generated", use)
+    program = load_pt2(decoder.folder / "reference" / "quantized.pt2")
+    generate = partial(edge_ort.build, target=Target.parse("ort:cpu+tvm"), sizes=(1, 8))
+    ort.lower(program, tmp_path, generate=generate)
+    batch = decoder.batches("held-out")[0]
+    for want, got in zip(decoder.runner(1)(*batch), ort.load(tmp_path, 1)(*batch), strict=True):
+        assert torch.equal(want, got)
 
 
 def test_a_language_model_prunes_what_its_head_reads(
