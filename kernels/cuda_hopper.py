@@ -61,6 +61,26 @@ DEVICE["qc_bulk_copy"] = (
                "[%0], [%1], %2, [%3];" :: "r"(at), "l"(from), "r"(bytes), "r"(count) : "memory");
 }""",
 )
+# Flags in global memory: what was written before is seen by who waits.
+DEVICE["qc_flag_set"] = (
+    "void",
+    """__device__ __forceinline__ void qc_flag_set(int* flag) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" :: "l"(flag) : "memory");
+}""",
+)
+DEVICE["qc_flag_clear"] = (
+    "void",
+    """__device__ __forceinline__ void qc_flag_clear(int* flag) { *(volatile int*)flag = 0; }""",
+)
+DEVICE["qc_flag_wait"] = (
+    "void",
+    """__device__ __forceinline__ void qc_flag_wait(const int* flag) {
+  int found;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  while (!found);
+}""",
+)
 MAP_BYTES = 128  # of a tensor map: where a matrix lies and how a tile of it is to be stored
 # A tile from (row, column) on, counted by a barrier; zeros beyond the matrix. The map is one of
 # the kernel's parameters (`CudaKernel.maps`).
@@ -75,8 +95,9 @@ DEVICE["qc_tile_copy"] = (
                :: "r"(at), "l"(map), "r"(column), "r"(row), "r"(count) : "memory");
 }""",
 )
-# Give registers up, or take them, each warpgroup for itself: 3 × 168 = 40 + 2 × 232.
-for _way, _count in (("dec", 40), ("inc", 232)):
+# Give registers up, or take them, each warpgroup for itself: 3 × 168 = 40 + 2 × 232,
+# 4 × 128 = 32 + 3 × 160, 3 × 80 = 32 + 2 × 104.
+for _way, _count in (("dec", 40), ("inc", 232), ("dec", 32), ("inc", 160), ("inc", 104)):
     DEVICE[f"qc_registers_{_way}_{_count}"] = (
         "void",
         f"""__device__ __forceinline__ void qc_registers_{_way}_{_count}() {{
@@ -163,8 +184,8 @@ __device__ __forceinline__ unsigned long long qc_matrix(const void* start) {
 """
 
 
-def _wgmma(name: str, columns: int, kind: str) -> str:
-    """A warpgroup product of 64 rows by `columns`; its source."""
+def _wgmma(name: str, columns: int, kind: str, adds: int = 1) -> str:
+    """A warpgroup product of 64 rows by `columns`; its source. `adds` 0: sums begin at zero."""
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     bytes_ = kind != "f16"  # both operands come from shared memory
@@ -173,7 +194,7 @@ def _wgmma(name: str, columns: int, kind: str) -> str:
     if bytes_:
         signature = "const void* a, const void* b"
         types, more = (f"s32.{kind}.s8", "") if form == "r" else ("f32.e4m3.e4m3", ", 1, 1")
-        text = f"m64n{columns}k32.{types} {{{sums}}}, %{count}, %{count + 1}, 1{more};"
+        text = f"m64n{columns}k32.{types} {{{sums}}}, %{count}, %{count + 1}, {adds}{more};"
         inputs = '"l"(qc_matrix(a)), "l"(qc_matrix(b))'
         before = ""
     else:
@@ -193,6 +214,9 @@ for _columns in (64, 128, 256):
     for _kind in ("s8", "u8", "e4m3", "f16"):
         _name = f"qc_wgmma_{_kind}_{_columns}"
         DEVICE[_name] = ("void", _wgmma(_name, _columns, _kind))
+for _columns in (64, 128):
+    _name = f"qc_wgmma_e4m3_{_columns}_first"
+    DEVICE[_name] = ("void", _wgmma(_name, _columns, "e4m3", 0))
 
 
 class Ring:
