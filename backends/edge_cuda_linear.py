@@ -18,10 +18,11 @@ from qcompiler.backends.edge_group import Group
 from qcompiler.backends.edge_integer import Source, scaled
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Weight
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels.cuda_gemm import choose_blocks, gemm
-from qcompiler.kernels.cuda_gemm_hopper import choose_tall, gemm_hopper
+from qcompiler.kernels.cuda_gemm import Blocks, choose_blocks, gemm
+from qcompiler.kernels.cuda_gemm_hopper import gemm_hopper
 from qcompiler.kernels.cuda_matmul_8bit import choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import choose, skinny
+from qcompiler.kernels.cuda_tall import Tall, choose_tall
 from qcompiler.kernels.cuda_units import Kind, units
 from qcompiler.kernels.cuda_weights import (
     Bytes,
@@ -70,17 +71,18 @@ def _many(
     form: Weights | Widened, tall: bool, scale: Ref | None = None,
 ) -> None:  # fmt: skip
     """A product of many tokens; `tall`: by Hopper's warpgroup products."""
+    how: Tall | Blocks
+    make: Callable[..., Any]
     if tall:
-        how = choose_tall(count, form)
-        _multiply(calls, g, op, "gemm_hopper", gemm_hopper, arguments, count, form, how, 0, scale)
-        return
-    blocks = choose_blocks(count, form, calls.gpu)
+        kind, make, how = "gemm_hopper", gemm_hopper, choose_tall(count, form, stream=True)
+    else:
+        kind, make, how = "gemm", gemm, choose_blocks(count, form, calls.gpu)
     shared = 0
-    if room := blocks.workspace(count, form):
-        pieces = prod(blocks.grid(count, form)[:2])
-        held = [calls.temporary(torch.float32, (room,)).storage, calls.counters(pieces)]
+    if room := how.workspace(count, form):
+        held = [calls.temporary(torch.float32, (room,)).storage,
+                calls.counters(how.counters(count, form))]  # fmt: skip
         arguments, shared = [*arguments, *held], len(held)
-    _multiply(calls, g, op, "gemm", gemm, arguments, count, form, blocks, shared, scale)
+    _multiply(calls, g, op, kind, make, arguments, count, form, how, shared, scale)
 
 
 def _multiply(

@@ -16,10 +16,11 @@ from tvm.tirx import Var
 from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import HOPPER, CudaKernel, Gpu
 from qcompiler.kernels.cuda_gemm import Blocks, choose_blocks, gemm
-from qcompiler.kernels.cuda_gemm_hopper import Tall, choose_tall, gemm_hopper
+from qcompiler.kernels.cuda_gemm_hopper import gemm_hopper
 from qcompiler.kernels.cuda_hopper import MAP_BYTES
 from qcompiler.kernels.cuda_matmul_8bit import TOKENS, Product8, choose_product, matmul_8bit
 from qcompiler.kernels.cuda_skinny import FEW, choose, skinny
+from qcompiler.kernels.cuda_tall import Tall, choose_tall
 from qcompiler.kernels.cuda_units import sums_of
 from qcompiler.kernels.cuda_weights import Bytes, Form, Nibbles, Weights, Widened
 from qcompiler.kernels.expression import Access, Expression, Step
@@ -190,7 +191,7 @@ def _few_tokens(form: Weights, gpu: Gpu) -> tuple[Sequence[int], int]:
 def _partition(tokens: int, form: Weights | Widened, gpu: Gpu) -> Tall | Blocks:
     """How so many tokens are shared out."""
     if gpu.capability == HOPPER.capability:
-        return replace(choose_tall(tokens, form), mapped=isinstance(form, Weights))
+        return choose_tall(tokens, form, mapped=isinstance(form, Weights))
     return choose_blocks(tokens, form, gpu)
 
 

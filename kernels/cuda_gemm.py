@@ -79,6 +79,11 @@ class Blocks:
         rows, columns, splits = self.grid(tokens, form)
         return rows * columns * splits * self.rows * self.tokens if splits > 1 else 0
 
+    def counters(self, tokens: int, form: Weights | Widened) -> int:
+        """Counters: of each piece of the output, how many blocks have left their sums."""
+        rows, columns, _ = self.grid(tokens, form)
+        return rows * columns
+
 
 def gemm(
     name: str, arguments: Sequence[Argument | Size], tokens: int, form: Weights | Widened,

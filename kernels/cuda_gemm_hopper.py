@@ -7,20 +7,20 @@ from where a warpgroup product takes its left operand, and activations come as u
 (`cuda_units`). A block computes up to 256 rows of the weight by `tokens`. While one half of the
 fragments is multiplied, the other is unpacked. Where there are fewer such pieces than processors,
 the blocks of a cluster share out a piece's columns; each adds up its part of the sums, which it
-reads from the others' shared memory.
+reads from the others' shared memory. Where pieces don't divide among the processors, so many blocks
+share out all their stages evenly (stream-K: Osama et al. 2023, "Stream-K"): sums of a piece that
+another block began are left to it in a workspace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
 from qcompiler.kernels.code import Argument, Size
 from qcompiler.kernels.cuda_code import (
-    HOPPER,
     WARP,
     CudaKernel,
     address,
@@ -31,83 +31,11 @@ from qcompiler.kernels.cuda_code import (
     value,
 )
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
+from qcompiler.kernels.cuda_tall import BATCH, CHUNK, STRIDE, TURNED, Tall
 from qcompiler.kernels.cuda_units import UNIT, UNIT_ROWS
 from qcompiler.kernels.cuda_unpack import unpack
 from qcompiler.kernels.cuda_weights import LIFT, ROWS, Weights, Widened
 from qcompiler.kernels.expression import Emitter, Expression
-
-READERS = 2  # warpgroups that multiply
-CHUNK = 64  # columns of a unit of float16
-# Splits → clusters of so many blocks that run at once, each block alone on its processor: an H200's
-# driver says so (cuOccupancyMaxActiveClusters).
-CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
-RATE = 2048  # multiplications of a processor in a cycle
-FILL = 4000  # cycles until a block's first stages have come
-NARROW = 1.15  # how much longer 64 tokens take a multiplication: weights are unpacked for fewer
-SHARE = 1 / 8  # cycles that a block of a cluster takes for each of its sums to be added up
-
-
-@dataclass(frozen=True)
-class Tall:
-    """How a product is shared out.
-
-    Attributes:
-        tokens: of a block, 64 or 128.
-        parts: products of 64 rows that a warpgroup makes, 1 or 2.
-        ring: stages under way.
-        band: blocks of tokens that share weights in the cache: they run side by side.
-        splits: blocks that share out the columns of one piece of the output: a cluster.
-        mapped: whether x is (M, K) float16, given by its tensor map (`cuda_hopper.MAP_BYTES`).
-    """
-
-    tokens: int = 128
-    parts: int = 2
-    ring: int = 4
-    band: int = 8
-    splits: int = 1
-    mapped: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Of a block."""
-        return READERS * self.parts * UNIT_ROWS
-
-    def pieces(self, tokens: int, form: Weights | Widened) -> tuple[int, int]:
-        """Pieces of the output along tokens and rows."""
-        return -(-tokens // self.tokens), -(-form.rows // self.rows)
-
-    def weight_bytes(self, form: Weights | Widened) -> int:
-        """Bytes of packed weights in a stage."""
-        return self.rows // ROWS * form.stage_bytes
-
-    def slot(self, form: Weights | Widened) -> int:
-        """Bytes of a stage: activations first, on a multiple of 1024."""
-        size = self.tokens * form.stage * 2 + self.weight_bytes(form)
-        return -(-size // 1024) * 1024
-
-    def shared(self, form: Weights | Widened) -> int:
-        """Bytes of shared memory."""
-        return max(self.ring * (self.slot(form) + 16), self.tokens * (self.rows + 8) * 4)
-
-
-def choose_tall(tokens: int, form: Weights | Widened) -> Tall:
-    """The partition that takes the fewest cycles, by a count that fits measured times."""
-
-    def cycles(how: Tall) -> float:
-        down, across = how.pieces(tokens, form)
-        depth = -(-form.stages // how.splits) * form.stage
-        work = how.tokens * how.rows * depth / RATE * (NARROW if how.tokens == 64 else 1)
-        share = how.tokens * how.rows * SHARE if how.splits > 1 else 0
-        return -(-down * across // CLUSTERS[how.splits]) * (FILL + work + share)
-
-    found = [
-        Tall(wide, parts, ring, splits=splits)
-        for wide, parts in ((128, 2), (128, 1), (64, 1))
-        for splits in CLUSTERS
-        if splits == 1 or splits * 2 <= form.stages
-        for ring in (6, 5, 4, 3, 2)
-    ]
-    return min((how for how in found if how.shared(form) <= HOPPER.shared), key=cycles)
 
 
 def gemm_hopper(
@@ -120,8 +48,9 @@ def gemm_hopper(
     Args:
         name: of the function.
         arguments: x as units or its tensor map (uint8), packed weights (uint8); without groups the
-            rows' scales (N float32); then what the expression reads and writes. The last may be M,
-            given by the call.
+            rows' scales (N float32); with `how.blocks` a workspace (float32) and counters (int32,
+            one for each block, zero before and after); then what the expression reads and writes.
+            The last may be M, given by the call, without `how.blocks`.
         tokens: M.
         form: of the weights.
         how: the partition.
@@ -129,7 +58,7 @@ def gemm_hopper(
     """
     tokens = tokens_of(arguments, tokens)
     down, across = how.pieces(tokens, form)
-    splits = how.splits
+    splits, readers, blocks = how.splits, how.readers, how.blocks
     chunks = form.stage // CHUNK
     x_units = -(-form.depth // CHUNK)  # along a row
     last_unit = -(-tokens // UNIT_ROWS) - 1
@@ -139,85 +68,105 @@ def gemm_hopper(
     words = form.bits // 4
     bytes_of_stage = at_weights + how.weight_bytes(form)
     size = how.tokens // 2  # sums of a thread for 64 rows
-    threads = (READERS + 1) * GROUP
-    with cuda_kernel(
-        name, arguments, (down * across, splits), threads, how.shared(form), resident=1
-    ) as (made, buffers, (block, split), thread, memory):
+    threads = (readers + 1) * GROUP
+    each = readers * GROUP  # threads that multiply
+    fours = size // 4 * how.parts  # of a thread's sums
+    after = how.ring * (slot_bytes + 16)  # the ring and its barriers
+    grid = (blocks, 1) if blocks else (down * across, splits)
+    with cuda_kernel(name, arguments, grid, threads, how.shared(form), how.resident) as (
+        made, buffers, (block, split), thread, memory,
+    ):  # fmt: skip
         made.cluster = splits
         made.maps = (arguments[0].name,) if how.mapped else ()
         x, packed = buffers[:2]
-        whole = T.Bind(block // (how.band * across))
-        height = T.Bind(T.min(down - whole * how.band, how.band))
-        rest = T.Bind(block % (how.band * across))
-        token_block = T.Bind(whole * how.band + rest % height)
-        row_block = T.Bind(rest // height)
         group = T.Bind(thread // GROUP)
-        first = T.Bind(split * stages)  # of the block's stages, and how many
-        count = T.Bind(T.min(stages, form.stages - first))
         ring = Ring(memory, how.ring * slot_bytes, how.ring)
         emitter = Emitter(expression, buffers)
-        ring.start(thread, READERS * GROUP // WARP)
+        ring.start(thread, each // WARP)
         call("qc_sync")
 
+        def place_of(piece: Any) -> tuple[Any, Any]:
+            """A piece's tokens and rows, in pieces."""
+            whole = T.Bind(piece // (how.band * across))
+            height = T.Bind(T.min(down - whole * how.band, how.band))
+            rest = T.Bind(piece % (how.band * across))
+            return T.Bind(whole * how.band + rest % height), T.Bind(rest // height)
+
+        if blocks:
+            workspace, flags = buffers[2 + form.scaled_after :][:2]
+            every = T.Bind(down * across * form.stages)
+            first = T.Bind(block * every // blocks)
+            count = T.Bind((block + 1) * every // blocks - first)
+        else:
+            first = T.Bind(split * stages)
+            count = T.Bind(T.min(stages, form.stages - first))
+            only = place_of(block)
+
+        def at(step: Any) -> tuple[Any, Any, Any]:
+            """Tokens, rows and the stage of the block's step."""
+            if not blocks:
+                return *only, first + step
+            where = T.Bind(first + step)
+            return *place_of(T.Bind(where // form.stages)), T.Bind(where % form.stages)
+
         def produce() -> None:
-            call("qc_registers_dec_40")
-            with T.If(thread == READERS * GROUP), T.Then():
+            call(f"qc_registers_dec_{how.registers[0]}")
+            with T.If(thread == each), T.Then():
                 # The previous kernel made the activations, but not the weights.
                 early = min(how.ring, stages)
                 for stage in range(early):
                     with T.If(stage < count), T.Then():
                         call("qc_barrier_expect", ring.full(stage), bytes_of_stage)
-                        bring_weights(stage, stage)
+                        bring_weights(at(stage), stage)
                 call("qc_after_previous")
                 call("qc_let_next")
                 for stage in range(early):
                     with T.If(stage < count), T.Then():
-                        bring_activations(stage, stage)
+                        bring_activations(at(stage), stage)
                 with T.If(count > early), T.Then(), T.serial(0, count - early) as later:
                     stage = T.Bind(later + early)
                     slot = T.Bind(stage % how.ring)
                     call("qc_barrier_wait", ring.free(slot), (stage // how.ring + 1) % 2)
                     call("qc_barrier_expect", ring.full(slot), bytes_of_stage)
-                    bring_weights(stage, slot)
-                    bring_activations(stage, slot)
+                    where = at(stage)
+                    bring_weights(where, slot)
+                    bring_activations(where, slot)
 
-        def bring_weights(stage: Any, slot: Any) -> None:
+        def bring_weights(where: Any, slot: Any) -> None:
+            _, row_block, stage = where
             start = slot * slot_bytes + at_weights
             for tile in range(how.rows // ROWS):
                 row = T.min(row_block * (how.rows // ROWS) + tile, form.tiles - 1)
-                source = (T.cast(row, "int64") * form.stages + first + stage) * form.stage_bytes
+                source = (T.cast(row, "int64") * form.stages + stage) * form.stage_bytes
                 call("qc_bulk_copy", address(memory, start + tile * form.stage_bytes),
                      address(packed, source), form.stage_bytes, ring.full(slot))  # fmt: skip
 
-        def bring_activations(stage: Any, slot: Any) -> None:
+        def bring_activations(where: Any, slot: Any) -> None:
+            token_block, _, stage = where
             start = slot * slot_bytes
-            if how.mapped:
-                for chunk in range(chunks):
-                    call("qc_tile_copy", address(memory, start + chunk * (how.tokens * 128)),
-                         address(x), (first + stage) * form.stage + chunk * CHUNK,
-                         token_block * how.tokens, ring.full(slot))  # fmt: skip
-                return
             for chunk in range(chunks):
+                to = start + chunk * (how.tokens * 128)
+                if how.mapped:
+                    call("qc_tile_copy", address(memory, to), address(x),
+                         stage * form.stage + chunk * CHUNK, token_block * how.tokens,
+                         ring.full(slot))  # fmt: skip
+                    continue
                 # A chunk past the end has weights of zero: any other chunk serves.
-                column = T.min((first + stage) * chunks + chunk, x_units - 1)
+                column = T.min(stage * chunks + chunk, x_units - 1)
                 for unit in range(how.tokens // UNIT_ROWS):
                     row = T.min(token_block * (how.tokens // UNIT_ROWS) + unit, last_unit)
                     source = (T.cast(row, "int64") * x_units + column) * UNIT
-                    to = start + (chunk * (how.tokens // UNIT_ROWS) + unit) * UNIT
-                    call("qc_bulk_copy", address(memory, to), address(x, source), UNIT,
-                         ring.full(slot))  # fmt: skip
+                    call("qc_bulk_copy", address(memory, to + unit * UNIT), address(x, source),
+                         UNIT, ring.full(slot))  # fmt: skip
 
         def multiply() -> None:
-            call("qc_registers_inc_232")
+            call(f"qc_registers_inc_{how.registers[1]}")
             lane, warp = T.Bind(thread % WARP), T.Bind(thread // WARP % 4)
             totals = [registers(size, "float32") for _ in range(how.parts)]
             halves = [
                 [registers(16, "int32") for _ in range(how.parts)] for _ in range(2)
             ]  # fragments of four steps
             held = registers(4 * words, "int32")
-            for total in totals:
-                for i in range(size):
-                    T.buffer_store(total, T.float32(0), [i])
 
             def fragments(start: Any, chunk: int, half: int) -> None:
                 for part in range(how.parts):
@@ -235,39 +184,102 @@ def gemm_hopper(
                 with T.If(lane == 0), T.Then():
                     call("qc_barrier_arrive", ring.free(slot))
 
-            per = 2 // chunks if chunks < 2 else 1  # stages a turn, so that halves alternate
-            with T.serial(0, (count + per - 1) // per) as turn:
-                for inner in range(per):
-                    stage = T.Bind(turn * per + inner)
-                    slot = T.Bind(stage % how.ring)
-                    start = T.Bind(slot * slot_bytes)
-                    with T.If(stage < count), T.Then():
-                        call("qc_barrier_wait", ring.full(slot), stage // how.ring % 2)
-                        for chunk in range(chunks):
-                            half = (inner * chunks + chunk) % 2
-                            fragments(start, chunk, half)
-                            call("qc_wgmma_begin")
-                            for step in range(4):
-                                at = start + chunk * (how.tokens * 128) + step * 32
-                                for part in range(how.parts):
-                                    call(f"qc_wgmma_f16_{how.tokens}",
-                                         address(totals[part], 0, size),
-                                         address(halves[half][part], step * 4, 4),
-                                         address(memory, at))  # fmt: skip
-                            call("qc_wgmma_commit")
-                            if chunk == chunks - 1:
-                                call("qc_wgmma_wait_last", T.cast(stage == count - 1, "int32"))
-                            else:
-                                call("qc_wgmma_wait", 1)
-                            if chunk == 0:
-                                with T.If(stage > 0), T.Then():
-                                    release((stage + how.ring - 1) % how.ring)
-            for total in totals:
-                call("qc_settle", address(total, 0, size), size)
-            call("qc_after_previous")  # before anything is written
-            (finish if splits == 1 else share)(totals, lane, warp)
+            def sum_up(done: Any, count: Any) -> None:
+                """The sums of the block's `count` stages after its first `done`."""
+                for total in totals:
+                    for i in range(size):
+                        T.buffer_store(total, T.float32(0), [i])
+                per = 2 // chunks if chunks < 2 else 1  # stages a turn, so that halves alternate
+                with T.serial(0, (count + per - 1) // per) as turn:
+                    for inner in range(per):
+                        stage = T.Bind(turn * per + inner)
+                        step = T.Bind(done + stage)
+                        slot = T.Bind(step % how.ring)
+                        start = T.Bind(slot * slot_bytes)
+                        with T.If(stage < count), T.Then():
+                            call("qc_barrier_wait", ring.full(slot), step // how.ring % 2)
+                            for chunk in range(chunks):
+                                half = (inner * chunks + chunk) % 2
+                                fragments(start, chunk, half)
+                                call("qc_wgmma_begin")
+                                for k in range(4):
+                                    at = start + chunk * (how.tokens * 128) + k * 32
+                                    for part in range(how.parts):
+                                        call(f"qc_wgmma_f16_{how.tokens}",
+                                             address(totals[part], 0, size),
+                                             address(halves[half][part], k * 4, 4),
+                                             address(memory, at))  # fmt: skip
+                                call("qc_wgmma_commit")
+                                if chunk == chunks - 1:
+                                    call("qc_wgmma_wait_last", T.cast(stage == count - 1, "int32"))
+                                else:
+                                    call("qc_wgmma_wait", 1)
+                                if chunk == 0:
+                                    with T.If(stage > 0), T.Then():
+                                        release((step + how.ring - 1) % how.ring)
+                for total in totals:
+                    call("qc_settle", address(total, 0, size), size)
 
-        def write(token: Any, row: Any, found: Any) -> None:
+            if not blocks:
+                sum_up(0, count)
+                call("qc_after_previous")  # before anything is written
+                if splits > 1:
+                    share(totals, lane, warp)
+                else:
+                    call("qc_sync_readers", each)
+                    finish(totals, lane, warp, only, 0)
+                return
+            call("qc_after_previous")
+            last = first + count
+            own = T.Bind(first // form.stages)
+            with T.serial(0, (last - 1) // form.stages - own + 1) as turn:
+                piece = T.Bind(own + turn)
+                start = T.Bind(T.max(first, piece * form.stages))
+                stop = T.Bind(T.min(last, (piece + 1) * form.stages))
+                done = T.Bind(start - first)
+                many = T.Bind(stop - start)
+                sum_up(done, many)
+                release((done + many + how.ring - 1) % how.ring)
+                # Who has a piece's first stages finishes it: others have theirs ready by then.
+                with T.If(start == piece * form.stages):
+                    with T.Then():
+                        final = T.Bind(((piece + 1) * form.stages * blocks - 1) // every)
+                        with T.If(final > block), T.Then():
+                            add_others(totals, final)
+                        finish(totals, lane, warp, place_of(piece), after)
+                    with T.Else():
+                        leave(totals)
+
+        def fours_of(totals: list[Any], i: Any) -> Any:
+            return address(totals[i // (size // 4)], i % (size // 4) * 4, 4)
+
+        def room(of: Any, i: int) -> Any:
+            start = T.cast(of, "int64") * (fours * each)
+            return address(workspace, (start + i * each + thread) * 4)
+
+        def leave(totals: list[Any]) -> None:
+            """Leave the sums to the block before."""
+            for i in range(fours):
+                call("qc_move16", room(block, i), fours_of(totals, i))
+            call("qc_sync_readers", each)
+            with T.If(thread == 0), T.Then():
+                call("qc_flag_set", address(flags, block))
+
+        def add_others(totals: list[Any], final: Any) -> None:
+            """Add what the next blocks up to `final` left of this piece, in their order."""
+            with T.serial(0, final - block) as other:
+                of = T.Bind(block + 1 + other)
+                with T.If(thread == 0), T.Then():
+                    call("qc_flag_wait", address(flags, of))
+                call("qc_sync_readers", each)
+                for i in range(fours):
+                    call("qc_add16", fours_of(totals, i), room(of, i))
+                call("qc_sync_readers", each)
+                with T.If(thread == 0), T.Then():
+                    call("qc_flag_clear", address(flags, of))
+
+        def write(where: tuple[Any, Any], token: Any, row: Any, found: Any) -> None:
+            token_block, row_block = where
             m = T.Bind(token_block * how.tokens + token)
             n = T.Bind(row_block * how.rows + row)
             with T.If(T.And(m < tokens, n < form.rows)), T.Then():
@@ -277,36 +289,38 @@ def gemm_hopper(
                     found = found * T.float32(1 / LIFT)
                 emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
 
-        def finish(totals: list[Any], lane: Any, warp: Any) -> None:
-            """Turn the sums round in shared memory, [token][row], and store whole rows."""
-            call("qc_sync_readers", READERS * GROUP)
-            stride = how.rows + 8
+        def finish(
+            totals: list[Any], lane: Any, warp: Any, where: tuple[Any, Any], start: int
+        ) -> None:
+            """Each warp turns its sums round in shared memory, some tokens at a time."""
+            mine = T.Bind(start + thread // WARP * TURNED)
             for part in range(how.parts):
-                for half in range(2):
-                    row = T.Bind((group * how.parts + part) * 64 + warp * 16 + lane // 4 + half * 8)
-                    for column in range(how.tokens // 8):
-                        for i in range(2):
-                            at = (column * 8 + lane % 4 * 2 + i) * stride + row
-                            found = totals[part][column * 4 + half * 2 + i]
-                            call("qc_put", address(memory, at * 4), found)
-            call("qc_sync_readers", READERS * GROUP)
-            with T.serial(0, how.tokens * how.rows // (READERS * GROUP)) as i:
-                at = T.Bind(i * (READERS * GROUP) + thread)
-                token, row = T.Bind(at // how.rows), T.Bind(at % how.rows)
-                write(token, row, value("qc_get", address(memory, (token * stride + row) * 4)))
+                for batch in range(0, how.tokens, BATCH):
+                    call("qc_sync_warp")
+                    for column in range(BATCH // 8):
+                        for e in range(4):
+                            at = (column * 8 + lane % 4 * 2 + e % 2) * STRIDE
+                            at = at + lane // 4 + e // 2 * 8
+                            found = totals[part][(batch // 8 + column) * 4 + e]
+                            call("qc_put", address(memory, mine + at * 4), found)
+                    call("qc_sync_warp")
+                    with T.serial(0, BATCH // 2) as i:
+                        token, row = T.Bind(i * 2 + lane // 16), T.Bind(lane % 16)
+                        found = value("qc_get", address(memory, mine + (token * STRIDE + row) * 4))
+                        row = (group * how.parts + part) * 64 + warp * 16 + row
+                        write(where, batch + token, row, found)
 
         def share(totals: list[Any], lane: Any, warp: Any) -> None:
             """Leave the sums in shared memory; each block adds its share up, in order of blocks."""
-            call("qc_sync_readers", READERS * GROUP)
-            each = size // 4  # pieces of four numbers, of a part
-            fours = each * how.parts
+            call("qc_sync_readers", each)
+            per = size // 4  # of a part
             mine = -(-fours // splits)
 
             def place(i: Any) -> Any:
-                return address(memory, (i * (READERS * GROUP) + thread) * 16)
+                return address(memory, (i * each + thread) * 16)
 
             for i in range(fours):
-                call("qc_move16", place(i), address(totals[i // each], i % each * 4, 4))
+                call("qc_move16", place(i), fours_of(totals, i))
             call("qc_cluster_meet")
             with T.serial(0, mine) as turn:
                 i = T.Bind(split * mine + turn)
@@ -316,13 +330,13 @@ def gemm_hopper(
                         T.buffer_store(held, T.float32(0), [e])
                     for of in range(splits):
                         call("qc_add16_of", address(held, 0, 4), place(i), of)
-                    first = (group * how.parts + i // each) * 64 + warp * 16 + lane // 4
+                    row = (group * how.parts + i // per) * 64 + warp * 16 + lane // 4
                     for e in range(4):
-                        token = i % each * 8 + lane % 4 * 2 + e % 2
-                        write(token, first + e // 2 * 8, held[e])
+                        token = i % per * 8 + lane % 4 * 2 + e % 2
+                        write(only, token, row + e // 2 * 8, held[e])
             call("qc_cluster_meet")  # none leaves while others read its memory
 
-        with T.If(group == READERS):
+        with T.If(group == readers):
             with T.Then():
                 produce()
             with T.Else():

@@ -337,7 +337,7 @@ def test_the_gpu_gives_what_the_quantized_program_gives(artifact: Artifact) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "limit"), [(5, 1e-6), (100, 5e-3)])
 def test_8_bit_floats_on_the_gpu(tokens: int, limit: float, tmp_path: Path) -> None:
-    """More than 64 tokens: sums of 256 products keep fewer bits than float32: `cuda_matmul_8bit`."""
+    """Sums of 256 products of more than 64 tokens keep few bits: `cuda_matmul_8bit`."""
     from safetensors.torch import load_file
 
     torch.manual_seed(0)

@@ -40,6 +40,8 @@ class Case:
         bits, group: of the weight.
         timed: whether it is measured, or only checked.
         variant: of a rows kernel: residual, norm, and the output's form.
+        how: of warpgroup products: (tokens, parts, readers, resident, splits, blocks) of
+            `cuda_tall.Tall`; empty: what `choose_tall` says.
     """
 
     kind: str
@@ -50,11 +52,13 @@ class Case:
     group: int = 128
     timed: bool = True
     variant: tuple[bool, bool, str] = (False, False, "int8")
+    how: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """Of the kernel."""
         tail = "_".join(str(v) for v in self.variant) if self.kind == "rows" else self.group
+        tail = "_".join(str(v) for v in (tail, *self.how))
         return f"{self.kind}_{self.tokens}_{self.rows}_{self.depth}_{self.bits}_{tail}".lower()
 
 
@@ -65,6 +69,9 @@ CASES = (
     Case("skinny", 1, 49152, 576, 8, 0),
     Case("skinny", 64, 4096, 4096),
     *(Case("hopper", m, n, k) for n, k in SQUARES for m in (64, 128, 256, 512, 1024, 2048, 4096)),
+    *(Case("hopper", m, n, k) for n, k in ((11008, 4096), (4096, 11008))
+      for m in (128, 256, 512, 1024, 2048)),
+    *(Case("hopper", m, 2048, 2048, 4, 32) for m in (128, 256, 512)),
     *(Case("int8", m, 8192, 8192, 8, 0) for m in (512, 2048, 8192)),
     *(Case("few8", m, 8192, 8192, 8, 0) for m in (1, 16, 64)),
     *(Case("w4a8", m, n, k, 4, 32) for n, k in SQUARES for m in (1, 8, 16, 64)),
@@ -104,6 +111,18 @@ CASES = (
             ("w4a8gemm", 200, 72, 576, 4, 64), ("w4a8gemm", 70, 300, 1088, 4, 32),
             ("hopper", 70, 100, 4096, 4, 128), ("hopper", 70, 100, 1536, 4, 64),
             ("few8", 1, 300, 576, 8, 0), ("few8", 5, 130, 200, 8, 0), ("few8", 70, 72, 1536, 8, 0),
+            ("fp8", 200, 130, 328, 8, 0),
+        )
+    ),
+    # Every way of sharing a product out.
+    *(
+        Case(kind, m, n, k, 4, group, timed=False, how=how)
+        for kind, m, n, k, group in (
+            ("hopper", 200, 520, 1536, 128), ("w4a8many", 300, 520, 1088, 64),
+        )
+        for how in (
+            (256, 1, 2, 1, 1, 0), (128, 2, 2, 1, 2, 0), (128, 1, 3, 1, 1, 0), (64, 1, 2, 2, 1, 0),
+            (64, 1, 2, 2, 4, 0), (128, 2, 2, 1, 1, 5), (128, 2, 2, 1, 1, 132),
         )
     ),
     *(
@@ -118,7 +137,13 @@ CASES = (
 
 def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     """The kernel and the elements of its workspace and counters; needs TVM, no GPU."""
-    from qcompiler.kernels import cuda_gemm, cuda_gemm_hopper, cuda_matmul_8bit, cuda_steps
+    from qcompiler.kernels import (
+        cuda_gemm,
+        cuda_gemm_hopper,
+        cuda_matmul_8bit,
+        cuda_steps,
+        cuda_tall,
+    )
     from qcompiler.kernels import cuda_skinny as few
     from qcompiler.kernels.code import Argument
 
@@ -159,10 +184,15 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
     how: Any
     make: Any
     if case.kind in ("hopper", "w4a8many"):
-        how, make = cuda_gemm_hopper.choose_tall(m, form), cuda_gemm_hopper.gemm_hopper
+        how = cuda_tall.choose_tall(m, form, stream=True)
+        if case.how:
+            names = "tokens", "parts", "readers", "resident", "splits", "blocks"
+            how = cuda_tall.deepest(cuda_tall.Tall(**dict(zip(names, case.how, strict=True))), form)
+        make = cuda_gemm_hopper.gemm_hopper
     else:
         how, make = cuda_gemm.choose_blocks(m, form), cuda_gemm.gemm
-        extra = _extra(how.workspace(m, form), how.grid(m, form))
+    if room := how.workspace(m, form):
+        extra = {"workspace": room, "counters": how.counters(m, form)}
     given += _shared(extra)
     write = _stored(m, n, len(given))
     if case.kind in WIDENED:
@@ -170,10 +200,6 @@ def kernel(case: Case) -> tuple[Any, dict[str, int]]:
         tokens = Argument("token_scales", "float32", m)
         return make(case.name, [*given, out, tokens], m, form, how, write), extra
     return make(case.name, [*given, out], m, form, how, write), extra
-
-
-def _extra(workspace: int, pieces: tuple[int, ...]) -> dict[str, int]:
-    return {"workspace": workspace, "counters": pieces[0] * pieces[1]} if workspace else {}
 
 
 def _shared(extra: dict[str, int]) -> list[Any]:

@@ -22,7 +22,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import Argument
 from qcompiler.kernels.cuda_cache import Decode, Source, write_cache
 from qcompiler.kernels.cuda_code import HOPPER, generate
-from qcompiler.kernels.cuda_gemm_hopper import choose_tall
+from qcompiler.kernels.cuda_tall import choose_tall
 from qcompiler.kernels.cuda_units import UNIT, unit_bytes, units
 from qcompiler.kernels.cuda_weights import (
     Nibbles,
@@ -256,7 +256,7 @@ def test_hopper_kernels_need_hopper(cases: ModuleType) -> None:
 def test_blocks_of_a_piece_are_a_cluster(cases: ModuleType) -> None:
     made, _ = cases.kernel(cases.Case("hopper", 128, 4096, 4096))
     assert made.blocks[:2] == (64, 2)
-    assert "__launch_bounds__(384, 1) __cluster_dims__(1, 2, 1)" in generate([made], "sm_90a")
+    assert "__launch_bounds__(384, 2) __cluster_dims__(1, 2, 1)" in generate([made], "sm_90a")
 
 
 def test_pieces_are_as_many_as_run_at_once(cases: ModuleType) -> None:
@@ -264,8 +264,18 @@ def test_pieces_are_as_many_as_run_at_once(cases: ModuleType) -> None:
     form = Weights(4096, 4096)
     found = {m: choose_tall(m, form) for m in (128, 256, 512, 1024, 4096)}
     assert [(how.tokens, how.rows, how.splits) for how in found.values()] == [
-        (64, 128, 2), (128, 128, 2), (128, 128, 1), (128, 256, 1), (128, 256, 1),
+        (64, 128, 2), (128, 128, 2), (128, 128, 1), (256, 128, 1), (128, 256, 1),
     ]  # fmt: skip
+
+
+def test_pieces_that_do_not_divide_are_shared_out_evenly() -> None:
+    """344 pieces for 132 processors: each takes 2.6 of them, through a workspace where it may."""
+    form = Weights(11008, 4096)
+    how = choose_tall(1024, form, stream=True)
+    assert (how.blocks, how.splits) == (132, 1)
+    assert how.workspace(1024, form) == 132 * how.tokens * how.rows
+    assert choose_tall(1024, form).blocks == 0
+    assert choose_tall(1024, Weights(4096, 4096), stream=True).blocks == 0
 
 
 def test_the_context_is_current_in_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,4 +321,4 @@ def test_kernels_agree_with_float64(cases: ModuleType, more: list[tuple[ModuleTy
         trial = source.trial(case, extra)
         module.run(launches[case.name], [a.data_ptr() for a in trial.arguments])
         torch.cuda.synchronize()
-        assert trial.error() < (5e-3 if case.kind.startswith("fp8") else 1e-3), case
+        assert trial.error() < 1e-3, case
