@@ -29,7 +29,7 @@ from qcompiler.backends.edge_group import (
     group,
     in_integers,
 )
-from qcompiler.backends.edge_integer import integer_linear, layers
+from qcompiler.backends.edge_integer import Source, integer_linear, layers
 from qcompiler.backends.edge_loops import (
     FOLDS,
     RANKS,
@@ -50,6 +50,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import attention
 from qcompiler.kernels.elementwise import elementwise
 from qcompiler.kernels.isa import Isa
+from qcompiler.kernels.packing import Packing
 from qcompiler.op_families import LINEAR
 
 aten = torch.ops.aten
@@ -87,7 +88,7 @@ class Calls:
         self.calls: list[Call] = []
         self.sums: dict[int, Storage] = {}  # of groups of activations, by the activations
         self.states: list[Storage] = []
-        self.integer, self.packings = layers(trace, isa)
+        self.integer, self.packings = self._layers()
         skipped = self._bypassed()
         self.moved = bordered(trace, self.integer)
         self.filled: set[int] = set()  # ids of the storages in `moved` whose border is written
@@ -108,6 +109,10 @@ class Calls:
                         self.stored.add(id(storage))
         for g in self.grouping.groups:
             self._group(g)
+
+    def _layers(self) -> tuple[dict[Op, Source], dict[Op, Packing]]:
+        """The layers with integer products, and those whose weights stay packed."""
+        return layers(self.trace, self.isa)
 
     def _bypassed(self) -> set[Op]:
         """Padding and copies that integer convolutions do themselves."""

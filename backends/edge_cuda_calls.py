@@ -23,34 +23,46 @@ from qcompiler.backends.edge_cuda_cache import attention_over_cache
 from qcompiler.backends.edge_cuda_linear import integer_linear, packed_linear
 from qcompiler.backends.edge_cuda_products import is_tall, small_product
 from qcompiler.backends.edge_group import ANCHORS, ROWS, Group, Writer, whole
+from qcompiler.backends.edge_integer import Source
 from qcompiler.backends.edge_ops import Op, Ref, Storage
 from qcompiler.backends.edge_rotate import factors_of
 from qcompiler.backends.edge_rows import norm_operands
 from qcompiler.backends.edge_trace import OVERWRITE
 from qcompiler.cached import CACHED
 from qcompiler.errors import UnsupportedError
-from qcompiler.kernels import cuda_attention, cuda_expressions
+from qcompiler.kernels import cuda_attention, cuda_expressions, cuda_loops
 from qcompiler.kernels.cuda_code import Gpu
 from qcompiler.kernels.cuda_hadamard import Rotation, rotate_rows
 from qcompiler.kernels.cuda_quantize import Norm, half_units, quantize_units
 from qcompiler.kernels.cuda_skinny import FEW
 from qcompiler.kernels.cuda_units import unit_bytes
 from qcompiler.kernels.isa import SCALAR
+from qcompiler.kernels.packing import Packing
 from qcompiler.op_families import LINEAR
 from qcompiler.qtype import QType
 
 ISA = SCALAR  # what remains of a CPU: float panels of 16 columns
 FLOAT = "float32"
 
+# What `edge_loops` folds along a dimension.
+FOLDED = (
+    "cumsum", "cumprod", "sum", "prod", "argmax", "argmin", "max", "min", "amax", "amin",
+)  # fmt: skip
 # Kernel → how it is built from the name, the arguments and the call's key.
 BUILD: dict[str, Callable[..., Any]] = {
     "elementwise": cuda_expressions.elementwise,
+    "depthwise": lambda name, given, key: cuda_expressions.depthwise(name, given, *key[:2]),
     "rotate": lambda name, given, key: rotate_rows(name, given, *key),
     "reduce": lambda name, given, key: cuda_expressions.reduction(name, given, *key),
     "attention": lambda name, given, key: cuda_attention.attention(name, given, *key[:2]),
     "matmul_float": lambda name, given, key: cuda_expressions.matmul_float(
         name, given, key[0], key[1], ISA.panel
     ),
+    "rank": lambda name, given, key: cuda_loops.rank(name, given, *key[:3], **dict(key[3])),
+    **{
+        kind: lambda name, given, key, kind=kind: cuda_loops.fold(name, given, kind, *key[:3])
+        for kind in FOLDED
+    },
     **{
         kind: lambda name, given, key, kind=kind: cuda_expressions.rows(name, given, kind, *key)
         for kind in ("layer_norm", "rms_norm", "softmax")
@@ -90,6 +102,11 @@ class CudaCalls(Calls):
         for storage in self.counting:
             self.fill(Ref(storage, torch.int32, 0, (storage.size,), (1,)), 0, "counters")
             self.calls.insert(0, self.calls.pop())
+
+    def _layers(self) -> tuple[dict[Op, Source], dict[Op, Packing]]:
+        """As for a CPU; filters are multiplied as floats, packed or not."""
+        integer, packings = super()._layers()
+        return integer, {op: form for op, form in packings.items() if op.target is LINEAR}
 
     def add(
         self, kind: str, label: str, key: Any, build: Callable[[str], Any], writer: Writer,

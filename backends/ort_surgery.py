@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import torch
 
@@ -124,8 +125,10 @@ def bypass_identities(graph: gs.Graph) -> None:
 def trim_outputs(graph: gs.Graph) -> None:
     """Drop the trailing optional outputs that nothing reads: kernels compute what is asked for."""
     for node in graph.nodes:
+        known = not node.domain and onnx.defs.has(node.op)
+        least = onnx.defs.get_schema(node.op).min_output if known else 1
         while (
-            len(node.outputs) > 1
+            len(node.outputs) > max(1, least)
             and not node.outputs[-1].outputs
             and node.outputs[-1] not in graph.outputs
         ):

@@ -1,4 +1,4 @@
-"""Kernels around expressions on a GPU: elementwise, norms and softmax, reductions, float products.
+"""Kernels around expressions on a GPU: elementwise, norms, softmax, reductions, float products.
 
 They compute what `elementwise`, `rows` and `matmul_float` compute on a CPU, one element a thread,
 one row or one result a block.
@@ -24,6 +24,7 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
+from qcompiler.kernels.depthwise import Window
 from qcompiler.kernels.elementwise import collapsed
 from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.kernels.tiles import Product
@@ -180,18 +181,21 @@ def matmul_float(
 
     Panels of `panel` columns lie side by side, so that a warp reads whole lines of the weight.
     """
-    batch = prod(product.batch)
+    members, groups = prod(product.batch), product.groups
     columns, depth = product.columns, product.depth
-    blocks = (-(-columns // THREADS), product.rows, batch)
+    blocks = (-(-columns // THREADS), product.rows, members * groups)
     with cuda_kernel(name, arguments, blocks, THREADS) as (
-        made, buffers, (block, row, member), thread, _,
+        made, buffers, (block, row, layer), thread, _,
     ):  # fmt: skip
         emitter = Emitter(expression, buffers)
         call("qc_after_previous")
         call("qc_let_next")
         column = T.Bind(block * THREADS + thread)
-        left: Any = product.offset + row * product.row_stride
-        right: Any = 0
+        member, group = (T.Bind(layer // groups), T.Bind(layer % groups)) if groups > 1 else (
+            layer, 0
+        )  # fmt: skip
+        left: Any = product.offset + row * product.row_stride + group * product.left_group
+        right: Any = group * product.right_group
         rest: Any = member
         for size, a, b in reversed([*zip(product.batch, product.left, product.right, strict=True)]):
             left, right = left + rest % size * a, right + rest % size * b
@@ -201,8 +205,38 @@ def matmul_float(
         with T.If(column < columns), T.Then():
             total = registers(1, "float32")
             T.buffer_store(total, T.float32(0), [0])
-            with T.serial(0, depth) as k:
-                a, b = buffers[0][left + k], buffers[1][right + k * panel]
+            with product.steps(1) as (place, k):
+                a, b = buffers[0][left + place], buffers[1][right + k * panel]
                 T.buffer_store(total, code.fma(a, b, total[0], 1), [0])
-            emitter.vector(emitter.coordinates(member * product.rows + row), column, 1, total[0])
+            spot = emitter.coordinates(member * product.rows + row)
+            emitter.vector(spot, group * columns + column, 1, total[0])
+    return made
+
+
+def depthwise(
+    name: str, arguments: Sequence[Argument], window: Window, expression: Expression
+) -> CudaKernel:
+    """A depthwise convolution of floats, one result a thread; see `depthwise.depthwise`."""
+    w, taps = window, window.taps
+    count = w.batch * w.height * w.width * w.channels
+    with cuda_kernel(name, arguments, (-(-count // THREADS),), THREADS) as (
+        made, buffers, (block,), thread, _,
+    ):  # fmt: skip
+        emitter = Emitter(expression, buffers)
+        call("qc_after_previous")
+        call("qc_let_next")
+        index = T.Bind(block * THREADS + thread)
+        with T.If(index < count), T.Then():
+            c, rest = T.Bind(index % w.channels), index // w.channels
+            x, y = T.Bind(rest % w.width), T.Bind(rest // w.width % w.height)
+            n = T.Bind(rest // (w.width * w.height))
+            start = w.offset + n * w.batch_stride + y * w.row_stride + x * w.column_stride + c
+            start = T.Bind(start)
+            total = registers(1, "float32")
+            T.buffer_store(total, T.float32(0), [0])
+            with T.serial(0, taps[0]) as i, T.serial(0, taps[1]) as j:
+                a = buffers[0][start + i * w.row_step + j * w.column_step]
+                b = buffers[1][(i * taps[1] + j) * w.channels + c]
+                T.buffer_store(total, code.fma(a, b, total[0], 1), [0])
+            emitter.vector([n, y, x], c, 1, total[0])
     return made

@@ -113,7 +113,7 @@ def rank(
             keys = code.scratch(padded, whole)
             with code.loop(count) as i:
                 value = code.load(source, start + first + i * inner, 1)
-                code.store(keys, i, _key(code.bind(value), dtype, whole), 1)
+                code.store(keys, i, ordered(code.bind(value), dtype, whole), 1)
             with code.loop(count) as i:
                 mine = code.bind(code.load(keys, i, 1))
                 before = code.scratch(LANES, "int32")
@@ -142,7 +142,7 @@ def rank(
     return made
 
 
-def _key(value: Any, dtype: str, whole: str) -> Any:
+def ordered(value: Any, dtype: str, whole: str) -> Any:
     """An integer that is ordered as the value is; −0 and 0 are equal, NaN is the largest."""
     if dtype != "float32":
         return T.Cast(whole, value)

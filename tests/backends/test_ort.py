@@ -532,6 +532,17 @@ def test_splits_are_no_sequences(tmp_path: Path) -> None:
     assert not any("Sequence" in name for name in nodes)
 
 
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.topk(2, -1).values
+
+
+def test_an_output_that_an_operator_must_have(tmp_path: Path) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    run = written(normalize(capture(Largest(), (x,))), tmp_path)
+    assert torch.equal(run(x)[0], x.topk(2, -1).values)
+
+
 class Clipped(nn.Module):
     def __init__(self, low: float | None, high: float | None) -> None:
         super().__init__()
