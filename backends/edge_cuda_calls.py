@@ -58,7 +58,9 @@ BUILD: dict[str, Callable[..., Any]] = {
     "matmul_float": lambda name, given, key: cuda_expressions.matmul_float(
         name, given, key[0], key[1], ISA.panel
     ),
-    "pool": lambda name, given, key: cuda_expressions.reduction(name, given, *key[:2], 4, key[2]),
+    "pool": lambda name, given, key: cuda_expressions.reduction(
+        name, given, key[0], key[1], 4, key[2]
+    ),
     "rank": lambda name, given, key: cuda_loops.rank(name, given, *key[:3], **dict(key[3])),
     **{
         kind: lambda name, given, key, kind=kind: cuda_loops.fold(name, given, kind, *key[:3])
