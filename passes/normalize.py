@@ -44,13 +44,8 @@ _CURVED = {
     aten.sigmoid.default,
     aten.exp.default,
 }
-_CONVS = (
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-)
+_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_NAMED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # "same" and "valid"
 _LAST = 9223372036854775807
 
 
@@ -61,6 +56,7 @@ def normalize(draft: Draft) -> None:
     _drop_no_ops(draft)
     _fold_constants(draft)
     _make_linears(draft)
+    _spell_paddings(draft)
     _fold_batch_norms(draft)
     _recognise_rms_norms(draft)
     _recognise_activations(draft)
@@ -232,6 +228,24 @@ def _make_linears(draft: Draft) -> None:
             continue
         turned = draft.add_constant(f"{node.name}_weight", draft.constant(weight).t().contiguous())
         draft.swap(node, draft.call(aten.linear.default, x, turned, bias, before=node))
+
+
+def _spell_paddings(draft: Draft) -> None:
+    """Paddings "same" and "valid" as numbers; the odd one goes behind, as in torch."""
+    for conv in draft.calls(*_NAMED):
+        given = {a.name: a.default_value for a in conv.target._schema.arguments} | dict(conv.kwargs)
+        given |= dict(zip(given, conv.args, strict=False))
+        x, weight, bias, stride, padding, dilation, groups = given.values()
+        kernel = weight.meta["val"].shape[2:]
+        steps = [*dilation] * (len(kernel) if len(dilation) == 1 else 1)
+        total = [d * (k - 1) * (padding == "same") for d, k in zip(steps, kernel, strict=True)]
+        if any(n % 2 for n in total):
+            behind = [side for n in reversed(total) for side in (0, n % 2)]
+            x = draft.call(aten.pad.default, x, behind, before=conv)
+        plain, halves = _CONVS[_NAMED.index(conv.target)], [n // 2 for n in total]
+        args = (x, weight, bias, stride, halves, dilation, groups)
+        draft.swap(conv, draft.call(plain, *args, before=conv))
+        draft.graph.erase_node(conv)
 
 
 def _fold_batch_norms(draft: Draft) -> None:

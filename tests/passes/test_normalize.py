@@ -258,6 +258,9 @@ def test_batch_norms_fold_into_convolutions(
     )
 
 
+PADDED = (torch.ops.aten.conv1d.padding, torch.ops.aten.conv2d.padding)
+
+
 def test_batch_norms_fold_in_one_dimension_and_with_padding_by_name(
     captured: Any, names: Callable[[Program], list[str]]
 ) -> None:
@@ -267,6 +270,19 @@ def test_batch_norms_fold_in_one_dimension_and_with_padding_by_name(
     for module, x in ((one, torch.randn(2, 4, 9)), (two, torch.randn(2, 4, 9, 9))):
         program = captured(module, x)
         assert "batch_norm" not in names(program)
+        close_to_eager(program, module, x)
+
+
+@pytest.mark.parametrize("kernel", [3, 4, (2, 5)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_paddings_by_name_become_numbers(
+    kernel: Any, padding: str, captured: Any, names: Callable[[Program], list[str]]
+) -> None:
+    two = nn.Conv2d(4, 6, kernel, padding=padding, dilation=(1, 3), groups=2)
+    one = nn.Conv1d(4, 6, kernel if kernel != (2, 5) else 2, padding=padding, bias=False)
+    for module, x in ((one, torch.randn(2, 4, 9)), (two, torch.randn(2, 4, 11, 17))):
+        program = captured(module, x)
+        assert all(node.target not in PADDED for node in program.exported.graph.nodes)
         close_to_eager(program, module, x)
 
 
