@@ -1,6 +1,7 @@
 """Bring a captured graph into the form that the other passes match on.
 
-- In-place ops become their functional form; dropout, assertions, full slices and other no-ops go.
+- In-place ops become their functional form (`in_place`); dropout, assertions, full slices and
+  other no-ops go.
 - What depends on constants alone is computed now, when the result is no larger than what it was
   made from.
 - `addmm`, `mm` and `matmul` with a constant matrix become `linear`.
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.errors import UnsupportedError
-from qcompiler.rewrite import Draft, evaluate, operand, place, rewrite
+from qcompiler.in_place import make_functional
+from qcompiler.rewrite import Draft, evaluate, operand, rewrite
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ _LAST = 9223372036854775807
 @rewrite(exact=True)
 def normalize(draft: Draft) -> None:
     """Functional form, no no-ops, one op for each norm and activation."""
-    _make_functional(draft)
+    make_functional(draft)
     _drop_no_ops(draft)
     _fold_constants(draft)
     _make_linears(draft)
@@ -60,67 +61,6 @@ def normalize(draft: Draft) -> None:
     _fold_batch_norms(draft)
     _recognise_rms_norms(draft)
     _recognise_activations(draft)
-
-
-def _make_functional(draft: Draft) -> None:
-    for node in draft.calls():
-        schema = getattr(node.target, "_schema", None)
-        if (
-            schema is None
-            or not schema.is_mutable
-            or not str(node.target).split(".")[1].endswith("_")
-        ):
-            continue
-        target = node.args[0]
-        packet, overload = str(node.target).removeprefix("aten.").split(".")
-        functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-        if functional is None or not isinstance(target, Node) or draft.is_constant(target):
-            raise UnsupportedError(
-                f"{place(node)} writes into its input in a way that has no functional form"
-            )
-        if _alias_is_read_later(target, node):
-            raise UnsupportedError(
-                f"{place(node)} writes into a view that is read later; use the out-of-place "
-                "operation in the model"
-            )
-        options: dict[str, Any] = dict(node.kwargs)
-        fresh = draft.call(functional, *node.args, before=node, **options)
-        nodes = list(draft.graph.nodes)
-        later = set(nodes[nodes.index(node) + 1 :])
-        target.replace_all_uses_with(fresh, delete_user_cb=later.__contains__)
-        draft.swap(node, fresh)
-        draft.graph.erase_node(node)
-
-
-# Ops whose result shares memory with their input, or may.
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice",
-    "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem", "expand", "unsqueeze",
-    "squeeze", "alias", "detach", "contiguous", "to", "dropout",
-}  # fmt: skip
-
-
-def _is_view(node: Node) -> bool:
-    name = getattr(node.target, "_schema", None)
-    name = (
-        name.name.removeprefix("aten::")
-        if name is not None
-        else getattr(node.target, "__name__", "")
-    )
-    if name == "getitem":  # of several results, each a view or each a tensor of its own
-        return _is_view(operand(node, 0))
-    return node.op == "call_function" and name in _VIEWS
-
-
-def _alias_is_read_later(target: Node, writer: Node) -> bool:
-    """Whether another value that shares memory with `target` is read after the write."""
-    base = target
-    while _is_view(base):
-        base = operand(base, 0)
-    family = [base]
-    for value in family:  # grows while it is read
-        family += [user for user in value.users if _is_view(user) and user < writer]
-    return any(user > writer for value in family if value is not target for user in value.users)
 
 
 def _drop_no_ops(draft: Draft) -> None:
@@ -233,7 +173,8 @@ def _make_linears(draft: Draft) -> None:
 def _spell_paddings(draft: Draft) -> None:
     """Paddings "same" and "valid" as numbers; the odd one goes behind, as in torch."""
     for conv in draft.calls(*_NAMED):
-        given = {a.name: a.default_value for a in conv.target._schema.arguments} | dict(conv.kwargs)
+        op: Any = conv.target
+        given = {a.name: a.default_value for a in op._schema.arguments} | dict(conv.kwargs)
         given |= dict(zip(given, conv.args, strict=False))
         x, weight, bias, stride, padding, dilation, groups = given.values()
         kernel = weight.meta["val"].shape[2:]
@@ -242,7 +183,7 @@ def _spell_paddings(draft: Draft) -> None:
         if any(n % 2 for n in total):
             behind = [side for n in reversed(total) for side in (0, n % 2)]
             x = draft.call(aten.pad.default, x, behind, before=conv)
-        plain, halves = _CONVS[_NAMED.index(conv.target)], [n // 2 for n in total]
+        plain, halves = _CONVS[_NAMED.index(op)], [n // 2 for n in total]
         args = (x, weight, bias, stride, halves, dilation, groups)
         draft.swap(conv, draft.call(plain, *args, before=conv))
         draft.graph.erase_node(conv)

@@ -21,7 +21,7 @@ LEVELS = (
     {"ops"},
     {"program"},
     {"rewrite"},
-    {"op_families"},
+    {"op_families", "in_place"},
     {"integer", "regions", "scaling", "rotatable", "probing", "rotary", "plan", "recipe", "spec"},
     {"calibration", "hessian", "rounding", "stages", "journal", "divergence", "differentiable"},
     {"outliers", "fitting", "overflow"},

@@ -342,6 +342,23 @@ def part(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def parts_of_parts(m: Any, x: Tensor) -> Tensor:
+    h = m.linear(x)
+    h[1:, :, ::2] *= 2
+    h[0, 1] = h[1, 0] + 1
+    h[:, -1].relu_()
+    h[:, 2] = torch.ones((), dtype=torch.int64)
+    h[:, 3, 1:] = x[:, :1, 0].double()
+    return h.transpose(0, 1)[1:] + h[:, 0].sum()
+
+
+def a_part_seen_otherwise(m: Any, x: Tensor) -> Tensor:
+    h = m.linear(x)
+    other = h[1:]
+    h[:, 0].zero_()
+    return other
+
+
 def view_of_it(m: Any, x: Tensor) -> Tensor:
     h = m.linear(x)
     view = h.reshape(15, 8)
@@ -364,6 +381,8 @@ IN_PLACE = {
     "of the input": lambda m, x: x.relu_() + 1,
     "read before": read_before,
     "read after": read_after,
+    "a part": part,
+    "parts of parts": parts_of_parts,
 }
 
 
@@ -385,7 +404,14 @@ def test_a_run_leaves_its_inputs_as_they_were(formula: Any) -> None:
         assert torch.equal(given, X)
 
 
-@pytest.mark.parametrize("function", [part, view_of_it, base_of_it])
+def test_a_state_that_is_kept_is_refused() -> None:
+    module = nn.BatchNorm1d(8)
+    module.forward = lambda x: x + module.running_mean[:4].add_(1).sum()  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match="would keep for its next call"):
+        normalize(capture(module, (torch.randn(4, 8),)))
+
+
+@pytest.mark.parametrize("function", [a_part_seen_otherwise, view_of_it, base_of_it])
 def test_writing_into_memory_that_another_value_shares_is_refused(
     function: Any, formula: Any
 ) -> None:
