@@ -184,10 +184,11 @@ def lower(
     )  # fmt: skip
     say("link")
     maker.write(edge, folder)
+    given, made = [list(p.shape) for p in ports], [list(p.shape) for p in outputs]
     described = {
-        "inputs": [list(p.shape) for p in ports], "outputs": [list(p.shape) for p in outputs],
+        "inputs": given, "outputs": made,
         "entries": [dict(e.sizes) for e in entries], "padded": sorted(padded),
-        "batch": batch_of([p.shape for p in ports], [p.shape for p in outputs], exact),
+        "batch": batch_of(given, made, padded | exact.keys()),
         "exact": exact,
     }  # fmt: skip
     (folder / SIZES).write_text(json.dumps(described) + "\n")

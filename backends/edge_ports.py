@@ -59,9 +59,9 @@ def exact_of(
     return exact_sizes(*tried, [p.shape for p in ports], masks[0] if masks else None)
 
 
-def batch_of(inputs: Shapes, outputs: Shapes, exact: Collection[str]) -> str | None:
-    """The size that leads every output and nothing but leads inputs, and may be run in pieces."""
-    names = {shape[0] for shape in outputs if shape and isinstance(shape[0], str)} - set(exact)
+def batch_of(inputs: Shapes, outputs: Shapes, whole: Collection[str]) -> str | None:
+    """The size that leads every output and nothing but leads inputs, and is not one of `whole`."""
+    names = {shape[0] for shape in outputs if shape and isinstance(shape[0], str)} - set(whole)
     for name in sorted(str(name) for name in names):
         inside = any(name in shape[1:] for shape in (*inputs, *outputs))
         if not inside and all(shape and shape[0] == name for shape in outputs):

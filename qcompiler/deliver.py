@@ -92,7 +92,7 @@ def deliver(
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
     known.clear()
     latency = []
-    if lowered.run_float is not None:
+    if lowered.run_float is not None and held_out:
         say("time")
         latency.append(_timed(lowered.run_float, run, held_out[0]))
     metric = None

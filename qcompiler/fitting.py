@@ -55,6 +55,10 @@ def fitted(batches: Sequence[Batch], limits: Mapping[str, Any], most: int | None
     """
     shapes, entries = limits["inputs"], limits["entries"]
     lead = {shape[0] for shape in shapes if shape and isinstance(shape[0], str)}
+    lead -= set(limits["padded"])
+    for name in lead & limits.get("exact", {}).keys():  # its parts may be no inputs of the model
+        met = {int(entry[name]) for entry in entries}
+        batches = [b for b in batches if _lead(b, shapes, name) in met] or batches
     found = []
     for batch in batches:
         pieces = [batch]

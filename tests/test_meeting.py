@@ -63,6 +63,17 @@ def test_columns_that_are_rows_of_several_tables(rows: int) -> None:
         assert [*found] == (["n"] if meet else [])
 
 
+def test_rows_that_others_name() -> None:
+    """Two rows are no graph: their edges name others."""
+    program = capture(
+        Two(lambda x, edges: x.index_add(0, edges[1], x[edges[0]])),
+        (torch.randn(5, 6), torch.arange(4).repeat(2, 1)),
+        {"x": {0: "n"}, "mask": {1: "edges"}},
+    )
+    batch = torch.randn(5, 6), torch.tensor([[0, 4, 3], [1, 2, 4]])
+    assert [*exact_sizes(program, batch, [("n", 6), (2, "edges")], None)] == ["n"]
+
+
 def hidden(x: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("blc,bl->bc", x, mask.float()) / mask.sum(1, keepdim=True)
 
@@ -89,3 +100,27 @@ def test_padding_that_shows(name: str) -> None:
     program = capture(Two(function), {"x": x, "mask": mask}, shapes)
     named = [("batch", "length", 3), ("batch", "length")]
     assert [*exact_sizes(program, (x, mask), named, 1)] == (["length"] if shows else [])
+
+
+def attend(x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    scores = x @ x.transpose(-1, -2) + bias
+    return scores.masked_fill(mask[..., None, :] == 0, -torch.inf).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize("shows", [False, True])
+def test_padding_of_sequences_alone_and_of_so_many(rows: int, shows: bool) -> None:
+    """No rows: sequences without a batch. Four rows, and no other number of them."""
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+            found = attend(x, bias, torch.ones_like(mask) if shows else mask)
+            return found.reshape(*([rows] if rows else []), -1, 3)
+
+    lead = (rows,) if rows else ()
+    x, mask = torch.randn(*lead, 7, 3), torch.ones(*lead, 7).long()
+    batch, at = (x, torch.randn(7, 7), mask), len(lead)
+    shapes = {"x": {at: "length"}, "bias": {0: "length", 1: "length"}, "mask": {at: "length"}}
+    named = [(*lead, "length", 3), ("length", "length"), (*lead, "length")]
+    program = capture(Attention(), batch, shapes)
+    assert [*exact_sizes(program, batch, named, 2)] == (["length"] if shows else [])
