@@ -61,6 +61,7 @@ BUILD: dict[str, Callable[..., Any]] = {
     "pool": lambda name, given, key: cuda_expressions.reduction(
         name, given, key[0], key[1], 4, key[2]
     ),
+    "scatter": lambda name, given, key: cuda_loops.scatter(name, given, *key),
     "rank": lambda name, given, key: cuda_loops.rank(name, given, *key[:3], **dict(key[3])),
     **{
         kind: lambda name, given, key, kind=kind: cuda_loops.fold(name, given, kind, *key[:3])

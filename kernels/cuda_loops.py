@@ -7,12 +7,15 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from qcompiler.errors import UnsupportedError
 from qcompiler.kernels import code
 from qcompiler.kernels.code import Argument
-from qcompiler.kernels.cuda_code import CudaKernel, call, cuda_kernel, registers
+from qcompiler.kernels.cuda_code import WARP, CudaKernel, call, cuda_kernel, registers
+from qcompiler.kernels.expression import Access, Emitter, Expression
 from qcompiler.kernels.loops import ordered
 
 THREADS = 256
+SCATTERED = 1 << 14  # values at most
 
 
 def fold(
@@ -95,4 +98,44 @@ def rank(
                 to = T.Bind(row * (top * inner) + at * inner + column)
                 T.buffer_store(values, value, [to])
                 T.buffer_store(places, T.Cast("int64", i), [to])
+    return made
+
+
+def scatter(
+    name: str, arguments: Sequence[Argument], source: Expression, place: Access,
+    indices: Sequence[Access], numbers: Sequence[float], add: bool,
+) -> CudaKernel:  # fmt: skip
+    """A kernel that writes values to places found at run time; see `loops.scatter`.
+
+    One thread writes them in order, so that the last of several stays and sums are the same in
+    every run.
+
+    Raises:
+        UnsupportedError: where there are so many that this would take long.
+    """
+    count = source.rows * source.width
+    if count > SCATTERED:
+        raise UnsupportedError(
+            f"scattering {count} values: a GPU does it one after the other, at most {SCATTERED}"
+        )
+    with cuda_kernel(name, arguments, (1,), WARP) as (made, buffers, _, thread, _):
+        call("qc_after_previous")
+        call("qc_let_next")
+        read = Emitter(source, buffers)
+        with (
+            T.If(thread == 0),
+            T.Then(),
+            T.serial(0, source.rows) as row,
+            T.serial(0, source.width) as column,
+        ):
+            at = read.coordinates(row)
+            start = read.start(place, at, column)
+            for index, distance, rows in zip(indices, numbers[::2], numbers[1::2], strict=True):
+                start = start + read.found(index, at, column, int(rows)) * int(distance)
+            start = T.Bind(start)
+            value = read.value(at, column, 1)
+            if place.dtype == "bool":
+                value = T.Cast("uint8", value)
+            buffer = buffers[place.argument]
+            T.buffer_store(buffer, buffer[start] + value if add else value, [start])
     return made

@@ -186,3 +186,19 @@ def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other[1, 3, 2] = other[1, 4, 0] = float("nan")
     mask = torch.randint(0, 2, (4, 300), generator=generator)
     agree(Lines(), (x, mask), "fp32", tmp_path, monkeypatch, (other, mask))
+
+
+class Experts(nn.Module):
+    """The two best of six experts for each token, and sums at places of which some come twice."""
+
+    def forward(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        shares, best = x.topk(2, -1)
+        spread = torch.zeros_like(x).scatter(-1, best, shares * shares)
+        return spread, torch.zeros(7).scatter_add(0, places, x[0, :2].flatten())
+
+
+def test_scattering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 9, 6, generator=generator)
+    places = torch.randint(0, 7, (12,), generator=generator)
+    agree(Experts(), (x, places), "fp32", tmp_path, monkeypatch)
