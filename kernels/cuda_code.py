@@ -185,7 +185,9 @@ def generate(kernels: Sequence[CudaKernel], arch: str) -> str:
     """
     module = tvm.IRModule({k.name: k.function for k in kernels})
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+    # Loops marked so are left for nvcc to unroll.
+    config = {"tirx.disable_assert": True, "tirx.UnrollLoop": {"explicit_unroll": False}}
+    with tvm.transform.PassContext(config=config):
         library = tvm.tirx.build(module, target=target)
     source = "\n".join(m.inspect_source("cuda") for m in library.imports)
     # Swizzled units want 1024 bytes; TVM aligns to 64.

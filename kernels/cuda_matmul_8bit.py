@@ -224,12 +224,12 @@ def matmul_8bit(
                 m = T.Bind(first + half * 8)
                 with T.If(m < tokens), T.Then():
                     place = emitter.coordinates(m)
-                    for column in range(p.columns // 8):
-                        for i in range(2):
-                            n = T.Bind(row_block * p.columns + column * 8 + lane % 4 * 2 + i)
-                            found = T.Bind(total[column * 4 + half * 2 + i])
-                            with T.If(n < p.rows), T.Then():
-                                emitter.vector(place, n, 1, found)
+                    # nvcc unrolls it: the same code of a tenth of the source.
+                    with T.unroll(0, p.columns // 8) as column, T.unroll(0, 2) as i:
+                        n = T.Bind(row_block * p.columns + column * 8 + lane % 4 * 2 + i)
+                        found = T.Bind(total[column * 4 + half * 2 + i])
+                        with T.If(n < p.rows), T.Then():
+                            emitter.vector(place, n, 1, found)
 
         with T.If(group == READERS):
             with T.Then():
