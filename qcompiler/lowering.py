@@ -321,6 +321,9 @@ def _edge(job: Job) -> Lowered:
     notes = []
     if absent:
         notes.append(_not_run(absent))
+    if target.device == "cuda":
+        too_large = overflow.warning_of_products(job.quantized, job.sample)
+        notes += [too_large] if too_large else []
     if emulator:
         notes.append(
             f"compiled for {target}; on this machine it ran under {emulator}: "

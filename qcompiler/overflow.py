@@ -7,28 +7,36 @@ mask adds is beyond float16 too, on purpose: it may become infinite.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from qcompiler import ops
+from qcompiler.op_families import LINEAR
 from qcompiler.program import Batch, Program
-from qcompiler.rewrite import module_path
+from qcompiler.rewrite import module_path, operand
 
 LARGEST = 65504.0
 HIDING = 1e30  # magnitudes from here on are those of masks
 
 
-def peak(program: Program, batch: Batch) -> tuple[Node, float] | None:
+def peak(
+    program: Program, batch: Batch, among: Collection[Node] | None = None
+) -> tuple[Node, float] | None:
     """The node with the largest number beyond float16, and its magnitude; None where none is.
 
     Args:
         program: float or quantized; what it computes in float32 is looked at.
         batch: one tensor for each input.
+        among: the nodes that matter; all when not given.
     """
     found: list[tuple[Node, float]] = []
 
     def watch(node: Node, result: Any) -> None:
+        if among is not None and node not in among:
+            return
         for x in result if isinstance(result, tuple) else (result,):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
                 continue
@@ -54,4 +62,23 @@ def warning(program: Program, batch: Batch) -> str | None:
     return (
         f"numbers reach {value:.3g} ({where}) on held-out data and float16 ends at 65504: outputs "
         "may be infinite or NaN; use --set products=bfloat16"
+    )
+
+
+def warning_of_products(program: Program, batch: Batch) -> str | None:
+    """As `warning`, where float16 is only what linears with quantized weights read."""
+    readers = {
+        operand(node, 0): node
+        for node in program.exported.graph.nodes
+        if node.target is LINEAR
+        and operand(node, 1).target is ops.dequantize
+        and operand(node, 0).target is not ops.dequantize
+    }
+    most = peak(program, batch, readers)
+    if most is None:
+        return None
+    path = module_path(readers[most[0]])
+    return (
+        f"'{path}' reads numbers up to {most[1]:.3g} on held-out data, rounded to float16, which "
+        f"ends at 65504: outputs may be infinite or NaN; use --set keep_float={path}"
     )

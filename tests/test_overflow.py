@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import overflow
+from qcompiler.compiler import quantize
+from qcompiler.data import Data
 from qcompiler.program import capture
 from qcompiler.recipe import load_recipe
+from qcompiler.spec import ModelSpec
+from qcompiler.target import Target
 
 
 class Massive(nn.Module):
@@ -55,3 +59,24 @@ def test_compile_says_what_float16_cannot_hold(tmp_path: Path, torchlib_once: No
         said.append([w for w in made.manifest["warnings"] if "float16 ends at 65504" in w])
     assert ["products=bfloat16" in w for w in said[0]] == [True]
     assert said[1] == []
+
+
+def test_what_linears_read() -> None:
+    """Where the stream is float32 the norm after it is right; a linear that reads it is not."""
+
+    class Stream(Massive):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(x + self.up(x)) + self.down(self.norm(x))
+
+    said = []
+    for module in (Massive(1e6), Stream(1e6)):
+        program, recipe = capture(module, (X,)), load_recipe("w8", {"embeddings": None})
+        spec = ModelSpec(
+            name="m", module=module, example_inputs=(X,), calibration=lambda: [(X,)] * 2
+        )
+        target = Target.parse("tvm:cuda:sm_90")
+        made = quantize(program, Data(program, spec, recipe), recipe, target, lambda step: None)
+        said.append(overflow.warning_of_products(made.quantized, (X,)))
+    assert said[0] is None
+    assert said[1].startswith("'down' reads numbers up to ")
+    assert said[1].endswith("--set keep_float=down")
