@@ -4,7 +4,7 @@
 
 #include "edge_ort_api.h"
 
-enum { MOST_TENSORS = 8, MOST_PRODUCTS = 16 }; /* of an operator: edge_cuda_products.py */
+enum { MOST_TENSORS = 8, MOST_PRODUCTS = 16 }; /* edge_cuda_products.py, edge_cuda_ort.py */
 
 /* What a kernel's parameter is. The first four are forms of the activations: float16 rows; units of
  * integers, of 8 bits or as float16; rows by a tensor map. */

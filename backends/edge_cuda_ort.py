@@ -41,7 +41,7 @@ from qcompiler.target import Target
 
 ALL = (80, 86, 90)  # generations that code is made for where none is named; 8.9 runs that of 8.6
 ALIGN = 256
-MOST = 16  # products of an operator: edge_cuda_ort.c
+MOST = 16  # products of an operator: edge_cuda_ort.h
 COMPILED = ("edge_cuda_ort.c",)
 INCLUDED = ("edge_cuda_ort.h", "edge_ort_api.h", "edge_ort_call.h")
 # What `.incbin` reads is next to the source; nothing outside the library sees the name.
