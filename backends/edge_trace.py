@@ -203,6 +203,8 @@ class _Tracer(Interpreter):
                 result = target(*args, **kwargs)
             self.record(target, args, kwargs, result)
             return result
+        if target is aten.view.default:  # the strides here may not be those of eager execution
+            target = aten.reshape.default
         target = RECURRENT.get(target, target)
         with self.mode, self.recorder:
             return target(*args, **kwargs)

@@ -93,13 +93,14 @@ def correct_bias(draft: Draft, shifts: Mapping[str, Tensor]) -> None:
             continue
         shift, bias = shifts[node.name], operand(node, 2)
         quantize = operand(bias, 0) if bias.target is ops.dequantize else None
-        if quantize is None:
-            fresh = (draft.constant(bias).double() + shift).float()
-            draft.set_input(node, 2, draft.add_constant(f"{node.name}_bias", fresh))
-        else:  # int32: the constant before its quantizer
-            source = operand(quantize, 0)
-            fresh = (draft.constant(source).double() + shift).float()
-            draft.set_input(quantize, 0, draft.add_constant(f"{node.name}_bias", fresh))
+        source = bias if quantize is None else operand(quantize, 0)  # before its int32 quantizer
+        if not draft.is_constant(source):
+            draft.refuse(node, "its bias is computed")
+            continue
+        fresh = (draft.constant(source).double() + shift).float()
+        corrected = draft.add_constant(f"{node.name}_bias", fresh)
+        reader, place = (node, 2) if quantize is None else (quantize, 0)
+        draft.set_input(reader, place, corrected)
         count += 1
     if count:
         draft.note(f"{count} biases corrected")

@@ -17,6 +17,7 @@ Refused, with the reason: batch normalization that no convolution feeds alone.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -132,7 +133,8 @@ def _same_shape(left: Tensor, right: Tensor) -> bool:
 def _fold_constants(draft: Draft) -> None:
     count = 0
     for node in draft.calls():
-        inputs = node.all_input_nodes
+        made = operand(node, 0) if node.target is operator.getitem else node
+        inputs = made.all_input_nodes
         value = node.meta.get("val")
         if (
             not inputs
@@ -140,16 +142,17 @@ def _fold_constants(draft: Draft) -> None:
             or not all(draft.is_constant(n) for n in inputs)
         ):
             continue
-        if not str(node.target).startswith("aten.") or not all(type(s) is int for s in value.shape):
+        if not str(made.target).startswith("aten.") or not all(type(s) is int for s in value.shape):
             continue
-        if value.numel() > sum(draft.constant(n).numel() for n in inputs) or str(node.target) in (
+        if value.numel() > sum(draft.constant(n).numel() for n in inputs) or str(made.target) in (
             "aten.rand_like.default", "aten.bernoulli.p",
         ):  # fmt: skip
             continue
-        args = torch.fx.node.map_arg(node.args, draft.constant)
-        kwargs = torch.fx.node.map_arg(node.kwargs, draft.constant)
+        args = torch.fx.node.map_arg(made.args, draft.constant)
+        kwargs = torch.fx.node.map_arg(made.kwargs, draft.constant)
         with torch.no_grad():
-            folded = evaluate(node, args, kwargs)
+            folded = evaluate(made, args, kwargs)
+        folded = folded if made is node else folded[operand(node, 1)]
         draft.swap(node, draft.add_constant(f"{node.name}_folded", folded.contiguous()))
         count += 1
     if count:

@@ -232,6 +232,17 @@ def test_bias_correction_of_dynamic_and_weight_only_linears(captured: Any) -> No
         assert new < 0.02 * old
 
 
+def test_bias_correction_refuses_a_bias_that_is_computed(captured: Any) -> None:
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, x.mean((0, 1))[:5])
+
+    program, seen = coarse(Shifted(16, 5), X, captured)
+    after = correct_bias(program, seen)
+    assert after.exported is program.exported
+    assert [refusal.reason for refusal in after.history[-1].refusals] == ["its bias is computed"]
+
+
 def test_bias_correction_leaves_the_rest_alone(captured: Any) -> None:
     bare = nn.Linear(16, 5, bias=False)
     program, seen = coarse(bare, X, captured)

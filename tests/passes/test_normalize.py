@@ -447,6 +447,19 @@ def test_no_ops_go_and_constants_are_computed(
     assert sorted(shapes.values()) == [(8,), (8,), (8, 8)]
 
 
+def test_parts_of_a_constant_are_constants(
+    formula: Any, captured: Any, names: Callable[[Program], list[str]]
+) -> None:
+    def split(m: Any, x: Tensor) -> Tensor:
+        first, second = torch.cat([m.one.bias, m.two.bias]).chunk(2)
+        return F.linear(F.linear(x, m.one.weight, first), m.two.weight, second)
+
+    module = formula(split, one=nn.Linear(8, 8), two=nn.Linear(8, 8))
+    program = captured(module, X)
+    assert names(program) == ["linear", "linear"]
+    close_to_eager(program, module, X)
+
+
 def test_views_outlive_the_copy_that_made_them_possible() -> None:
     """A view of what was made contiguous becomes a reshape when the copy goes."""
 
