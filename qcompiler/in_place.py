@@ -1,8 +1,9 @@
 """Ops that write into their first operand, as ops that make a tensor.
 
 What is written into a selected or sliced part goes back into the whole: `x[:, 0] += 1` becomes
-`x' = select_scatter(x, x[:, 0] + 1, 1, 0)`, and who read `x` afterwards reads `x'`. Refused: other
-views that are read later, and buffers, which would keep what a call wrote for the next.
+`x' = select_scatter(x, x[:, 0] + 1, 1, 0)`, and who read `x` or its part afterwards reads `x'` or
+its part. Refused: other views that are read later, and buffers, which would keep what a call wrote
+for the next.
 """
 
 from __future__ import annotations
@@ -21,12 +22,6 @@ _BACK = {
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
 }
-# Ops whose result shares memory with their input, or may.
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice",
-    "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem", "expand", "unsqueeze",
-    "squeeze", "alias", "detach", "contiguous", "to", "dropout",
-}  # fmt: skip
 
 
 def make_functional(draft: Draft) -> None:
@@ -68,15 +63,22 @@ def make_functional(draft: Draft) -> None:
         else:
             options: dict[str, Any] = dict(node.kwargs)
             fresh = draft.call(functional, *node.args, before=node, **options)
+            dtype = target.meta["val"].dtype
+            if fresh.meta["val"].dtype != dtype:  # what is written into keeps its own
+                fresh = draft.call(aten.to.dtype, fresh, dtype, before=node)
         nodes = list(draft.graph.nodes)
         later = set(nodes[nodes.index(node) + 1 :])
-        target.replace_all_uses_with(fresh, delete_user_cb=later.__contains__)
         value = fresh
         for part, whole in pairwise(parts):
             op: Any = part.target
             value = draft.call(_BACK[op], whole, value, *part.args[1:], before=node)
-            whole.replace_all_uses_with(value, delete_user_cb=later.__contains__)
-        draft.swap(node, fresh)
+        # Parts are taken again: what is written into them next goes back into the whole, too.
+        for part in reversed(parts):
+            if part is not parts[-1]:
+                op = part.target
+                value = draft.call(op, value, *part.args[1:], before=node)
+            part.replace_all_uses_with(value, delete_user_cb=later.__contains__)
+        draft.swap(node, value)
         draft.graph.erase_node(node)
 
 
@@ -90,15 +92,13 @@ def _spread(draft: Draft, value: Node, target: Node, before: Node) -> Node:
 
 
 def _is_view(node: Node) -> bool:
-    name = getattr(node.target, "_schema", None)
-    name = (
-        name.name.removeprefix("aten::")
-        if name is not None
-        else getattr(node.target, "__name__", "")
-    )
-    if name == "getitem":  # of several results, each a view or each a tensor of its own
-        return _is_view(operand(node, 0))
-    return node.op == "call_function" and name in _VIEWS
+    if getattr(node.target, "__name__", "") == "getitem":
+        return _is_view(operand(node, 0))  # of several results, each a view or a tensor of its own
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    shared = (result.alias_info for result in schema.returns)
+    return schema.name == "aten::dropout" or any(a is not None and not a.is_write for a in shared)
 
 
 def _root(node: Node) -> Node:

@@ -352,6 +352,25 @@ def parts_of_parts(m: Any, x: Tensor) -> Tensor:
     return h.transpose(0, 1)[1:] + h[:, 0].sum()
 
 
+def a_part_twice(m: Any, x: Tensor) -> Tensor:
+    h = m.linear(x)
+    first = h[:, 0]
+    first += 1
+    first *= 2
+    several = h[:, 1:4, 2:5]
+    several[:, 1] = 3
+    several -= 1
+    counts = torch.arange(4, dtype=torch.int32)
+    counts += torch.arange(4)
+    return h + counts.sum()
+
+
+def diagonal(m: Any, x: Tensor) -> Tensor:
+    h = m.linear(x)
+    h[0].diagonal().zero_()
+    return h
+
+
 def a_part_seen_otherwise(m: Any, x: Tensor) -> Tensor:
     h = m.linear(x)
     other = h[1:]
@@ -383,6 +402,7 @@ IN_PLACE = {
     "read after": read_after,
     "a part": part,
     "parts of parts": parts_of_parts,
+    "a part twice": a_part_twice,
 }
 
 
@@ -411,7 +431,7 @@ def test_a_state_that_is_kept_is_refused() -> None:
         normalize(capture(module, (torch.randn(4, 8),)))
 
 
-@pytest.mark.parametrize("function", [a_part_seen_otherwise, view_of_it, base_of_it])
+@pytest.mark.parametrize("function", [a_part_seen_otherwise, view_of_it, base_of_it, diagonal])
 def test_writing_into_memory_that_another_value_shares_is_refused(
     function: Any, formula: Any
 ) -> None:
