@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler import ops
-from qcompiler.backends.edge_group import CONV, Group, Writer, quantized_operand
+from qcompiler.backends.edge_group import CONV, Group, Writer, quantized_operand, whole
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_packed import packing
 from qcompiler.kernels import matmul_int8
@@ -114,20 +114,29 @@ def _source(op: Op) -> Source | None:
             return _seen_otherwise(ref, maker, pads)
         if op.target is not CONV or maker is None:
             return None
-        if len(maker.out.storage.readers) > 1:
-            return None
+        if len(maker.out.storage.readers) > 1 or not whole(ref, _image(maker.out)):
+            return None  # a part of what was padded, or another arrangement of it
         if maker.target is aten.clone.default and maker.out.shape == maker.args[0].shape:
-            ref = maker.args[0]
+            ref = _image(maker.args[0])
             continue
         if maker.target is aten.constant_pad_nd.default:
-            left, right, top, bottom, *rest = [*maker.args[1], 0, 0][:6]
+            sides, most = maker.args[1], 2 * len(maker.out.shape) - 4
+            left, right, top, bottom = [*sides, 0, 0, 0, 0][:4]
             value = maker.args[2] if len(maker.args) > 2 else 0
-            if value != 0 or any(rest) or len(maker.args[1]) > 4 or min(maker.args[1]) < 0:
+            if value != 0 or any(sides[most:]) or min(sides) < 0:
                 return None
             pads = (pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right)
-            ref = maker.args[0]
+            ref = _image(maker.args[0])
             continue
         return None
+
+
+def _image(x: Ref) -> Ref:
+    """A sequence of vectors as an image of one row, as convolutions read it."""
+    if len(x.shape) != 3:
+        return x
+    (n, c, length), (step, channel, position) = x.shape, x.strides
+    return Ref(x.storage, x.dtype, x.offset, (n, c, 1, length), (step, channel, 0, position))
 
 
 def _seen_otherwise(ref: Ref, maker: Op, pads: tuple[int, int, int, int]) -> Source | None:

@@ -31,6 +31,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "signal": (lambda: nn.Conv1d(10, 24, 3, padding=1), (2, 10, 17)),
     "signal in groups": (lambda: nn.Conv1d(8, 24, 5, stride=2, dilation=2, groups=2), (1, 8, 23)),
+    "signal padded before": (
+        lambda: nn.Sequential(nn.ConstantPad1d((4, 0), 0), nn.Conv1d(10, 24, 3, dilation=2)),
+        (2, 10, 17),
+    ),
     "signal, depthwise": (lambda: nn.Conv1d(20, 20, 4, padding=3, groups=20), (1, 20, 13)),
 }
 
@@ -65,3 +69,21 @@ def test_convolutions(compiled: Any, case: str, recipe: str) -> None:
     kind = "integer" if recipe == "w8a8" else "float"
     assert {layer.kernel for layer in audit.layers} == {kind}, audit.layers
     assert recipe == "w8" or not audit.broken
+
+
+class Turned(nn.Sequential):
+    """Padding, of which a convolution reads a part with its sides exchanged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = nn.functional.pad(nn.functional.relu(self[0](x)), (3, 1, 2, 0))
+        return self[1](padded[:, :, 1:].transpose(2, 3))
+
+
+def test_a_part_of_what_was_padded(compiled: Any) -> None:
+    torch.manual_seed(1)
+    module, shape = Turned(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), (2, 3, 9, 7)
+    program, run, _, _ = compiled(module, shape, "w8a8", {"correct_bias": False})
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    total = Sqnr()
+    total.update(integer.run(program, (x,))[0], run(x)[0])
+    assert total.db >= EXACT_DB
