@@ -348,11 +348,13 @@ static ort_status *multiply(struct queue *queue, const struct operator_of *op, u
               "clearing counters"));
     queue->after_kernel = 0;
   }
-  if (op->before < 0)
+  if (op->before < 0) {
     values[X] = tensors[0];
-  else
-    TRY(launch(queue, queue->module->gpu->befores[op->before].kernels[scratch.reads], (int)rows,
-               values));
+  } else {
+    int kernel = queue->module->gpu->befores[op->before].kernels[scratch.reads];
+    if (kernel < 0) return refuse(queue->api, ORT_FAIL, "%s: no kernel for its steps", op->name);
+    TRY(launch(queue, kernel, (int)rows, values));
+  }
   for (int i = 0; i < op->count; i++) {
     const struct product *product = &op->products[i];
     const struct choice *choice = choose(queue->module, product->form, rows);

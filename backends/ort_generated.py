@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.ort_cache import JOINED
-from qcompiler.backends.ort_steps import rotation, take_steps
+from qcompiler.backends.ort_steps import Before, rotation, take_steps
 from qcompiler.backends.ort_translate import INTERNAL
 from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Generate, Linear, Operator, Step
 
 PRODUCT, ROTATION, TABLE = "QuantizedMatMul", "Rotate", "LookUp"  # of edge_ort.c
+WIDEST = 32768  # numbers of a row that a block of a GPU holds: kernels/cuda_steps.py
 
 
 def use_generated(graph: gs.Graph, generate: Generate) -> bytes:
@@ -175,7 +176,8 @@ def _on_gpu(
     scratch = gs.Variable(f"{parts[0][1].name}_scratch", np.float32)
     linears = tuple(linear for linear, _ in parts)
     depth = int(linears[0].q.shape[1])
-    before = take_steps(graph, data, depth)
+    steps = activation or depth <= WIDEST
+    before = take_steps(graph, data, depth) if steps else Before([data])
     outputs = [*(output for _, output in parts), *before.outputs, scratch]
     attrs = {"activation": activation or "float16"}
     node = gs.Node(PRODUCT, name, attrs, before.inputs, outputs, domain=INTERNAL)

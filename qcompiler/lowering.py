@@ -208,8 +208,9 @@ def _onnx_cuda(job: Job) -> Lowered:
     notes = _phases(bits, one, many, writes, half) if job.planned and generate is None else []
     if any(job.recipe.cache_types):
         notes.append(OWN_CACHE)
-    too_large = overflow.warning(job.quantized, job.sample) if half == "float16" else None
-    notes += [too_large] if too_large else []
+    if half == "float16":
+        too_large = overflow.warning(job.quantized, job.sample, generate is not None)
+        notes += [too_large] if too_large else []
     run: Run = partial(_in_torch, job.quantized)
     run_float, absent = None, ""
     try:

@@ -51,34 +51,37 @@ def peak(
     return max(found, key=lambda entry: entry[1], default=None)
 
 
-def warning(program: Program, batch: Batch) -> str | None:
-    """What to tell a user whose model is about to be written in float16; None where it fits."""
+def warning(program: Program, batch: Batch, generated: bool = False) -> str | None:
+    """What to tell a user whose model is about to be written in float16; None where it fits.
+
+    Args:
+        program, batch: as for `peak`.
+        generated: whether kernels that know no bfloat16 multiply the weights.
+    """
     most = peak(program, batch)
     if most is None:
         return None
     node, value = most
-    node, value = most
     where = f"'{node.name}', {module_path(node) or 'the model'}"
     return (
         f"numbers reach {value:.3g} ({where}) on held-out data and float16 ends at 65504: outputs "
-        "may be infinite or NaN; use --set products=bfloat16"
+        f"may be infinite or NaN; use --set products=bfloat16{', without --kernels' * generated}"
     )
 
 
 def warning_of_products(program: Program, batch: Batch) -> str | None:
     """As `warning`, where float16 is only what linears with quantized weights read."""
-    readers = {
-        operand(node, 0): node
-        for node in program.exported.graph.nodes
-        if node.target is LINEAR
-        and operand(node, 1).target is ops.dequantize
-        and operand(node, 0).target is not ops.dequantize
-    }
+    readers: dict[Node, list[str]] = {}
+    for node in program.exported.graph.nodes:
+        given = node.target is LINEAR and operand(node, 1).target is ops.dequantize
+        if given and operand(node, 0).target is not ops.dequantize:
+            readers.setdefault(operand(node, 0), []).append(module_path(node))
     most = peak(program, batch, readers)
     if most is None:
         return None
-    path = module_path(readers[most[0]])
+    paths = readers[most[0]]
     return (
-        f"'{path}' reads numbers up to {most[1]:.3g} on held-out data, rounded to float16, which "
-        f"ends at 65504: outputs may be infinite or NaN; use --set keep_float={path}"
+        f"'{paths[0]}' reads numbers up to {most[1]:.3g} on held-out data, rounded to float16, "
+        "which ends at 65504: outputs may be infinite or NaN; use --set "
+        f"keep_float={','.join(dict.fromkeys(paths))}"
     )

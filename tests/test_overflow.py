@@ -46,6 +46,8 @@ def test_the_largest_number_is_found() -> None:
     assert node.name in ("add", "linear")
     assert value == pytest.approx(float(largest), rel=1e-4)
     assert overflow.warning(capture(Massive(1.0), (X,)), (X,)) is None
+    said = str(overflow.warning(capture(module, (X,)), (X,), generated=True))
+    assert said.endswith("--set products=bfloat16, without --kernels")
 
 
 def test_compile_says_what_float16_cannot_hold(tmp_path: Path, torchlib_once: None) -> None:
@@ -65,8 +67,13 @@ def test_what_linears_read() -> None:
     """Where the stream is float32 the norm after it is right; a linear that reads it is not."""
 
     class Stream(Massive):
+        def __init__(self, size: float) -> None:
+            super().__init__(size)
+            self.gate = nn.Linear(32, 32)
+
         def forward(self, x: Tensor) -> Tensor:
-            return self.down(x + self.up(x)) + self.down(self.norm(x))
+            large = x + self.up(x)
+            return self.down(large) + self.gate(large)
 
     said = []
     for module in (Massive(1e6), Stream(1e6)):
@@ -79,4 +86,4 @@ def test_what_linears_read() -> None:
         said.append(overflow.warning_of_products(made.quantized, (X,)))
     assert said[0] is None
     assert said[1].startswith("'down' reads numbers up to ")
-    assert said[1].endswith("--set keep_float=down")
+    assert said[1].endswith("--set keep_float=down,gate")
