@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,16 @@ def test_a_library_that_was_written_again(tmp_path: Path) -> None:
             loaded.append(ctypes.CDLL(str(name)))  # loaded already: the same one
     assert [library.number() for library in loaded] == [1, 1, 2, 2]
     assert loaded[2]._handle == loaded[3]._handle
+
+
+def test_a_system_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with under_its_own_name(tmp_path / "made.so") as name:
+        assert name == tmp_path / "made.so"
+    with (
+        pytest.raises(OSError, match=r"made\.so"),
+        under_its_own_name(tmp_path / "made.so") as name,
+    ):
+        ctypes.CDLL(str(name))  # errors of the caller are not swallowed
