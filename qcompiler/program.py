@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -316,6 +317,7 @@ def capture(
     except Exception as error:
         raise CaptureError(explain_export(error, module)) from error
     _demand_whole_floats(exported)
+    _demand_tensors(exported)
     return Program(exported)
 
 
@@ -333,6 +335,7 @@ def load_pt2(path: Path) -> Program:
             "version"
         ) from error
     _demand_whole_floats(exported)
+    _demand_tensors(exported)
     return Program(exported)
 
 
@@ -351,6 +354,21 @@ def _demand_whole_floats(exported: ExportedProgram) -> None:
                 f"{what} is {value.dtype}; models are taken in float32, which keeps such numbers "
                 "as they are: call model.float() and give float32 inputs (transformers: "
                 "from_pretrained(…, dtype=torch.float32)); formats are the recipe's"
+            )
+
+
+def _demand_tensors(exported: ExportedProgram) -> None:
+    """Raise an InputError for outputs that are numbers or None."""
+    specs = [s for s in exported.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    spec = exported.call_spec.out_spec
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([*range(len(specs))], spec))[0]
+    for (path, _), output in zip(paths, specs, strict=True):
+        if not isinstance(output.arg, TensorArgument):
+            value = getattr(output.arg, "value", "a number that depends on a size")
+            raise InputError(
+                f"output{pytree.keystr(path)} is {value}, not a tensor, and compiled models return "
+                "tensors alone: leave it out of what forward returns (a small module around this "
+                "one can)"
             )
 
 

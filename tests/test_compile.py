@@ -486,6 +486,32 @@ def test_halves_are_refused(tmp_path: Path) -> None:
         fails(InputError, said, tmp_path, narrow, (X.to(dtype),), recipe="w8")
 
 
+class Told(nn.Module):
+    """A linear that also says something of its input."""
+
+    def __init__(self, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.what = nn.Linear(8, 2), what
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"y": self.linear(x), "told": self.what(x)}
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda x: None, r"output\['told'\] is None, not a tensor"),
+        (lambda x: 3, r"output\['told'\] is 3, not a tensor"),
+        (lambda x: x.shape[0], r"output\['told'\] is a number that depends on a size"),
+    ],
+)
+def test_outputs_that_are_no_tensors(
+    what: Callable[[Tensor], Any], said: str, tmp_path: Path
+) -> None:
+    shapes = {"x": {0: "batch"}}
+    fails(InputError, said, tmp_path, Told(what), (X,), recipe="w8", dynamic_shapes=shapes)
+
+
 def test_dynamic_shapes_that_the_model_cannot_have(tmp_path: Path) -> None:
     shapes = {"input": {1: "features"}}
     fails(CaptureError, "leave that dimension out of dynamic_shapes", tmp_path, LINEAR, (X,),
