@@ -94,7 +94,8 @@ def load_model(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     """
     running = session(path)
     kinds = {i.name: i.type for i in running.get_inputs()}
-    results = [o.name for o in running.get_outputs()]
+    made = {o.name: o.type for o in running.get_outputs()}
+    results = [*made]
     stores = read_metadata(running.get_modelmeta().custom_metadata_map)
 
     def run_narrow(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -103,7 +104,11 @@ def load_model(path: Path) -> Callable[..., tuple[Tensor, ...]]:
             name: given_value(x.bfloat16() if kind == BFLOAT16 else x) for (name, kind), x in given
         }
         found = map(from_dlpack, running.run_with_ort_values(results, feed))
-        return tuple(y.float() if y.dtype == torch.bfloat16 else y.clone() for y in found)
+        types = {BFLOAT16: torch.float32, "tensor(bool)": torch.bool}  # bytes in DLPack
+        wanted = (types.get(kind) for kind in made.values())
+        return tuple(
+            y.to(kind or y.dtype, copy=True) for y, kind in zip(found, wanted, strict=True)
+        )
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         feed = {}

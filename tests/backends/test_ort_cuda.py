@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 import qcompiler
 from qcompiler import benching, gpu, integer
@@ -209,6 +209,33 @@ def test_a_tensor_of_bfloat16_for_onnx_runtime() -> None:
     x = torch.tensor([[1.0, -3e38], [0.1, 0]]).bfloat16()
     for given in (x, x[:0], x.float()):
         assert torch.equal(torch.from_dlpack(ort_cuda.given_value(given)), given)
+
+
+def test_results_of_a_bfloat16_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = [2, 3]
+    x, y, positive = (
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind in (
+            ("x", TensorProto.BFLOAT16), ("y", TensorProto.BFLOAT16), ("positive", TensorProto.BOOL)
+        )
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Greater", ["wide", "zero"], ["positive"]),
+        helper.make_node("Cast", ["wide"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    zero = [helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])]
+    graph = helper.make_graph(nodes, "g", [x], [y, positive], zero)
+    opsets = [helper.make_opsetid("", 21)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(ort_cuda, "session", lambda path: session)
+    given = torch.tensor([[-1.0, 0, 2.5], [3e38, -2, 1]]).bfloat16().float()
+    out, found = ort_cuda.load_model(Path())(given)
+    assert out.dtype == torch.float32
+    assert found.dtype == torch.bool
+    assert torch.equal(out, given)
+    assert torch.equal(found, given > 0)
 
 
 class Turned(torch.nn.Module):
