@@ -25,6 +25,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Var
 from tvm.tirx.script.builder import ir as T
 
+from qcompiler.errors import UnsupportedError
 from qcompiler.kernels.code import GPU, Argument, Size
 from qcompiler.kernels.cuda_device import DEVICE
 
@@ -54,6 +55,7 @@ GPUS = {
     90: Gpu(90, 132, (227 << 10) - 1024),
 }
 HOPPER = GPUS[90]
+MOST_BLOCKS = 65535  # along y and z
 
 _MAP = "struct alignas(64) qc_map { char bytes[128]; };\n"
 _SIGNATURE = re.compile(r'extern "C" __global__ void \S*\s*(\w+)_kernel\(([^)]*)\);')
@@ -105,11 +107,16 @@ def cuda_kernel(
         The kernel, its buffers, the block's indices, the thread's index, and shared memory as
         a buffer of bytes (None without).
 
+    Raises:
+        UnsupportedError: for a grid that no GPU launches.
+
     Kernels overlap: each calls `qc_after_previous` before it touches what other kernels write, and
     only then `qc_let_next`. So two run at once at most. With the calls the other way round a third
     one waits on a processor whose first-level cache the first one still fills: measured on an
     H200, it then read lines that the second had overwritten.
     """
+    if any(isinstance(extent, int) and extent > MOST_BLOCKS for extent in blocks[1:]):
+        raise UnsupportedError(f"GPUs launch up to {MOST_BLOCKS} blocks a dimension: {blocks}")
     made = CudaKernel(name, arguments, blocks, threads, shared, resident)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)

@@ -183,14 +183,17 @@ def matmul_float(
     """
     members, groups = prod(product.batch), product.groups
     columns, depth = product.columns, product.depth
-    blocks = (-(-columns // THREADS), product.rows, members * groups)
-    with cuda_kernel(name, arguments, blocks, THREADS) as (
-        made, buffers, (block, row, layer), thread, _,
+    across = -(-columns // THREADS)
+    # Along x alone: the pixels of images are more than the 65535 that y and z may have.
+    with cuda_kernel(name, arguments, (across * product.rows * members * groups,), THREADS) as (
+        made, buffers, (block,), thread, _,
     ):  # fmt: skip
         emitter = Emitter(expression, buffers)
         call("qc_after_previous")
         call("qc_let_next")
-        column = T.Bind(block * THREADS + thread)
+        column = T.Bind(block % across * THREADS + thread)
+        row = T.Bind(block // across % product.rows)
+        layer = T.Bind(block // (across * product.rows))
         member, group = (T.Bind(layer // groups), T.Bind(layer % groups)) if groups > 1 else (
             layer, 0
         )  # fmt: skip

@@ -27,7 +27,12 @@ from qcompiler.artifact import REFERENCE
 from qcompiler.backends import edge_cuda_folder
 from qcompiler.backends.edge_cuda_driver import Launch
 from qcompiler.backends.edge_cuda_load import PROGRAM, WEIGHTS
-from qcompiler.kernels.cuda_code import generate
+from qcompiler.errors import UnsupportedError
+from qcompiler.kernels import cuda_expressions
+from qcompiler.kernels.code import Argument
+from qcompiler.kernels.cuda_code import MOST_BLOCKS, cuda_kernel, generate
+from qcompiler.kernels.expression import Access, Expression, Step
+from qcompiler.kernels.tiles import Product
 from qcompiler.program import Program
 from qcompiler.recipe import load_recipe
 
@@ -164,6 +169,19 @@ def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 33, 36, generator=torch.Generator().manual_seed(1))
     kernels = agree(Filters(), (x,), "w4a16", tmp_path, monkeypatch)
     assert (kernels["matmul_float"], kernels["depthwise"]) == (4, 1)
+
+
+def test_more_pixels_than_a_grid_has_along_y() -> None:
+    pixels = MOST_BLOCKS + 2
+    given = [Argument(name, "float32", 4 * pixels) for name in ("x", "weight", "out")]
+    written = ((0, Access(2, "float32", 0, (4, 1))),)
+    expression = Expression((pixels, 4), (Step("anchor", "float32"),), written)
+    product = Product(rows=pixels, columns=4, depth=4, row_stride=4)
+    made = cuda_expressions.matmul_float("k", given, product, expression, 16)
+    assert made.blocks == (pixels, 1, 1)
+    refused = pytest.raises(UnsupportedError, match="up to 65535 blocks")
+    with refused, cuda_kernel("k", given, (1, MOST_BLOCKS + 1), 32):
+        pass
 
 
 class Lines(nn.Module):
