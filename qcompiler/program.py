@@ -273,7 +273,8 @@ def capture(
 
     Raises:
         CaptureError: with the line of the model at fault and the known remedy.
-        InputError: for example inputs that are not tensors, or dynamic shapes of unknown inputs.
+        InputError: for example inputs that are not tensors, for dynamic shapes of unknown inputs or
+            not by name.
     """
     names = _forward_names(module)
     args: tuple[Tensor, ...] = ()
@@ -294,6 +295,14 @@ def capture(
         raise InputError(
             f"dynamic shapes of unknown inputs {sorted(unknown)}; the inputs are {keys}"
         )
+    sizes: Any  # torch's own forms are met, too
+    for key, sizes in dynamic_shapes.items():
+        given = sizes.items() if isinstance(sizes, Mapping) else [("", sizes)]
+        if any(type(dim) is not int or not isinstance(size, str) for dim, size in given):
+            raise InputError(
+                f"dynamic shapes of '{key}' are {sizes}; give each dynamic dimension's number and "
+                'the name of its size, as {0: "batch"}: one name is one size'
+            )
     widened = [
         _widen(value, dynamic_shapes.get(key, {}), key)
         for key, value in zip(keys, args or kwargs.values(), strict=True)

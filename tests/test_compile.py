@@ -522,6 +522,10 @@ def test_dynamic_shapes_that_the_model_cannot_have(tmp_path: Path) -> None:
     shapes = {"input": {2: "batch"}}
     fails(InputError, "has no dimension 2", tmp_path, LINEAR, (X,), recipe="w8",
           dynamic_shapes=shapes)  # fmt: skip
+    batch = torch.export.Dim("batch")
+    for sizes in ({0: batch}, {0: 2 * batch}, {0: torch.export.Dim.AUTO}, (batch, None), None):
+        fails(InputError, "the name of its size", tmp_path, LINEAR, (X,), recipe="w8",
+              dynamic_shapes={"input": sizes})  # fmt: skip
 
 
 def spoiled(value: float) -> Tensor:
