@@ -118,7 +118,7 @@ def _is_no_op(node: Node, name: str) -> bool:
     if name in ("add", "sub", "mul", "div") and not node.kwargs:
         other, neutral = operand(node, 1), 0 if name in ("add", "sub") else 1
         return len(node.args) == 2 and type(other) in (int, float) and bool(other == neutral)
-    if name in ("view", "reshape", "expand", "flatten"):
+    if name in ("view", "reshape", "expand", "flatten", "squeeze"):
         return _same_shape(value, before)
     return False
 

@@ -451,7 +451,7 @@ class Wasteful(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(x.contiguous()).to(torch.float32)
         x = (x + 0) * 1
-        x = x.view(x.shape)[:, :, :]
+        x = x.view(x.shape)[:, :, :].squeeze(-1)
         return self.linear(x.clone()) + (self.table.reshape(2, 8) * 2).sum(0)
 
 
