@@ -162,6 +162,11 @@ def number(value: float, lanes: int = LANES) -> Any:
     return spread(T.float32(_float32(value)), lanes)
 
 
+def reciprocal(size: Any) -> Any:
+    """1 / size, of a size that the call gives: the float32 that `number(1 / size)` is."""
+    return T.float32(1.0) / cast(size, "float32", 1)
+
+
 def integer(value: int, lanes: int = LANES) -> Any:
     """An int32 constant in every lane."""
     return spread(T.int32(value), lanes)

@@ -226,7 +226,9 @@ def reduction(
 
         def finish(value: Any, place: list[Any], column: Any, lanes: int) -> None:
             if kind == "mean":
-                value = value * code.number(1 / count, lanes)
+                whole = code.known(count)
+                share = code.number(1 / count, 1) if whole else code.reciprocal(count)
+                value = value * code.spread(share, lanes)
             write.vector(place, column, lanes, code.bind(value * code.number(sign, lanes)))
 
         def fold(total: Any, value: Any, lanes: int) -> Any:

@@ -101,6 +101,27 @@ def test_convolutions_with_any_batch(tmp_path: Path) -> None:
         assert torch.equal(run(x)[0], load(fixed, 1)(x)[0])
 
 
+class Means(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.mean(1), x.mean((1, 2)), x.amin(1), x.mean(-1)
+
+
+def test_means_over_any_size(tmp_path: Path) -> None:
+    shapes = {"x": {0: "batch", 1: "length"}}
+    example = (torch.randn(2, 6, 24),)
+    run = compiled(Means(), example, shapes, tmp_path, batch=[4], length=[64])
+    fixed = tmp_path / "fixed"
+    fixed.mkdir()
+    sizes = {"batch": [3], "length": [7, 49]}
+    program = capture(Means(), example, shapes)
+    edge.lower(program, FIXED, fixed, dynamic_shapes=shapes, buckets=sizes)
+    for length in sizes["length"]:
+        x = torch.randn(3, length, 24)
+        for found, bits, exact in zip(run(x), load(fixed, 1)(x), Means()(x), strict=True):
+            assert torch.equal(found, bits)
+            torch.testing.assert_close(found, exact)
+
+
 def test_an_artifact(tmp_path: Path) -> None:
     """Compiled with limits, loaded, verified within them; what it does not take is an error."""
     spec = ZOO["tiny-attention-block"].build()
