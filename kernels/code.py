@@ -137,6 +137,17 @@ def bind(value: Any) -> Any:
     return T.Bind(value)
 
 
+def opaque(value: Any, lanes: int = LANES) -> Any:
+    """A float value that TVM's simplifier does not look into.
+
+    It writes out what names stand for: where each is read more than once, the time for a chain of
+    functions grows exponentially. The code is the same, since LLVM keeps such memory in registers.
+    """
+    held = scratch(lanes, FLOAT)
+    store(held, 0, value, lanes)
+    return bind(load(held, 0, lanes))
+
+
 def span(start: Any, lanes: int, stride: int = 1) -> Any:
     """Index of `lanes` elements from `start`."""
     return start if lanes == 1 else T.ramp(start, stride, lanes)
@@ -299,13 +310,13 @@ def expm1(x: Any, lanes: int = LANES) -> Any:
 
 def log1p(x: Any, lanes: int = LANES) -> Any:
     """log(1 + x): the rounding of 1 + x is taken out (Higham 2002, section 1.14.1)."""
-    one = number(1.0, lanes)
+    x, one = opaque(x, lanes), number(1.0, lanes)
     total = bind(fma(x, one, one, lanes))  # a plain sum less one, TVM would simplify to x
     log = bind(intrinsic("llvm.log", named(FLOAT, lanes), total))
     small, none = bind(total - one), number(0.0, lanes)
     # Where 1 + x is 1, it is x; where x is so large that 1 drops out, the correction is 1.
     plain = T.Select(small == x, log, log * x / small)
-    return bind(T.Select(small == none, x, plain))
+    return opaque(T.Select(small == none, x, plain), lanes)
 
 
 def remainder(a: Any, b: Any, floored: bool, lanes: int = LANES) -> Any:
