@@ -141,9 +141,9 @@ def opaque(value: Any, lanes: int = LANES) -> Any:
     """A float value that TVM's simplifier does not look into.
 
     It writes out what names stand for: where each is read more than once, the time for a chain of
-    functions grows exponentially. The code is the same, since LLVM keeps such memory in registers.
+    functions grows exponentially. The code is the same: compilers keep such memory in registers.
     """
-    held = scratch(lanes, FLOAT)
+    held = T.alloc_buffer((lanes,), FLOAT, scope="local")  # the scope that GPUs have too
     store(held, 0, value, lanes)
     return bind(load(held, 0, lanes))
 

@@ -185,7 +185,7 @@ def test_more_pixels_than_a_grid_has_along_y() -> None:
 
 
 class Lines(nn.Module):
-    """Running sums, extremes and where they are, the largest, sorting."""
+    """Running sums, extremes and where they are, the largest, sorting; a chain of functions."""
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         values, places = (x + torch.linspace(0, 0.5, 5)).topk(3, -1)
@@ -194,6 +194,7 @@ class Lines(nn.Module):
         return (
             values, places, ordered, order, x.sort(-1).values, low, at, x.cumsum(1),
             mask.cumsum(-1), x.argmax(-1), x.argmax(), mask.sum(-1), mask.amax(0),
+            nn.functional.mish(x),
         )  # fmt: skip
 
 
