@@ -150,8 +150,7 @@ class Emitter:
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
             value = self._value(step, given, row, column, lanes, anchor)
-            # TVM's analyzer fails on bound comparisons of vectors.
-            values.append(value if step.dtype == "bool" else code.bind(value))
+            values.append(self._named(step, value, lanes))
         for index, access in self.expression.stores:
             value, dtype = values[index], access.dtype
             have = self.expression.steps[index].dtype
@@ -251,8 +250,17 @@ class Emitter:
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
             value = self._value(step, given, row, column, lanes, anchor)
-            values.append(value if step.dtype == "bool" else code.bind(value))
+            values.append(self._named(step, value, lanes))
         return values[-1]
+
+    def _named(self, step: Step, value: Any, lanes: int) -> Any:
+        """A step's value, computed once; TVM's analyzer fails on some."""
+        if step.dtype == "bool":  # on comparisons of vectors
+            return value
+        branches = [self.expression.steps[i].op for i in step.values[1:]]
+        if step.op == "where" and step.dtype == FLOAT and "constant" not in branches:
+            return code.opaque(value, lanes)  # on bounds of what may be one or the other (PReLU)
+        return code.bind(value)
 
     def turned(self, dim: int) -> Emitter:
         """The same with dimension `dim` last, so that vectors run along it."""

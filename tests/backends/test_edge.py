@@ -325,6 +325,20 @@ def test_a_leading_size_that_is_no_batch(tmp_path: Path) -> None:
         run(x)  # twice four rows give other numbers
 
 
+def test_integers_behind_one_branch_or_the_other(tmp_path: Path) -> None:
+    """PReLU before an integer layer: TVM's analyzer fails on bounds of such values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(32, 32), nn.PReLU(), nn.Linear(32, 8))
+        x = torch.randn(64, 32)
+    spec = ModelSpec("prelu", module, (x,), {}, lambda: [(x,)])
+    program = quantized(capture(module, (x,), {}), spec, "w8a8")
+    run, _ = lowered(program, spec, tmp_path / "a")
+    total = Sqnr()
+    total.update(module(x).detach(), run(x)[0])
+    assert total.db > 25
+
+
 def test_constants_are_told_apart_by_themselves_not_their_ids() -> None:
     weights, constants = Weights(), Constants()
     for value in range(64):  # each gone before the next is made, to which Python gives the same id
