@@ -426,7 +426,7 @@ def test_a_run_leaves_its_inputs_as_they_were(formula: Any) -> None:
 
 def test_a_state_that_is_kept_is_refused() -> None:
     module = nn.BatchNorm1d(8)
-    module.forward = lambda x: x + module.running_mean[:4].add_(1).sum()  # type: ignore[assignment]
+    module.forward = lambda x: x + module.running_mean[:4].add_(1).sum()
     with pytest.raises(UnsupportedError, match="would keep for its next call"):
         normalize(capture(module, (torch.randn(4, 8),)))
 
