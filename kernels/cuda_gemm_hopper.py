@@ -181,6 +181,7 @@ def gemm_hopper(
                         unpack(form, a, packed_step, memory, base, chunk * 4 + step, lane)
 
             def release(slot: Any) -> None:
+                call("qc_sync_warp")  # the other lanes have read the weights too
                 with T.If(lane == 0), T.Then():
                     call("qc_barrier_arrive", ring.free(slot))
 
