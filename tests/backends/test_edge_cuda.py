@@ -104,6 +104,9 @@ def test_the_artifact_is_code_weights_and_a_description(artifact: Artifact) -> N
 def test_without_a_gpu_nothing_is_claimed(artifact: Artifact) -> None:
     assert any(w.startswith("not run: no GPU") for w in artifact.manifest["warnings"])
     assert artifact.manifest["errors"]["lowering"] == []
+    quantized = min(row["sqnr_db"] for row in artifact.manifest["errors"]["quantization"])
+    bound = artifact.manifest["bounds"]["min_lowering_sqnr"]
+    assert bound == pytest.approx(min(quantized, 30) - 6, abs=0.1)
     assert artifact.manifest["latency"] == []
 
 
