@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | format | clean
+# make setup | demo | test | bench | gpu | gpu-sanitize | format | clean
 #
 # Everything runs from .venv, which is made on first use and brought up to date whenever pyproject.toml or
 # constraints.txt changes. The interpreter is PYTHON: `make test PYTHON=python3.12`.
@@ -12,17 +12,22 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 EXTRAS ?= hf,zoo,tvm,test
 
+# An environment with torch's build for CUDA; .venv has the one for CPUs.
+GPU_PYTHON ?= python3
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint types unit demo bench format clean
+.PHONY: help setup test lint types unit demo bench gpu gpu-sanitize format clean
 
 help:
 	@echo "make demo     compile all-MiniLM-L6-v2 to int8 into build/minilm-w8a8"
 	@echo "make test     lint, types, tests"
 	@echo "make bench    time and judge MiniLM and EfficientNet-Lite0 beside their peers"
+	@echo "make gpu      check and time all GPU code, tests too, into build/gpu.json    (GPU_PYTHON=$(GPU_PYTHON), with torch for CUDA)"
+	@echo "make gpu-sanitize    its small cases under compute-sanitizer: memcheck, racecheck"
 	@echo "make setup    only the environment, .venv    (PYTHON=$(PYTHON), EXTRAS=$(EXTRAS))"
 	@echo "make format   let ruff fix and format the sources"
 	@echo "make clean    remove build/, caches and .venv"
@@ -71,6 +76,13 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/minilm.py
 	$(BIN)/python tests/benchmarks/efficientnet.py
+
+gpu:
+	$(GPU_PYTHON) tests/benchmarks/gpu.py all build/gpu --out build/gpu.json
+
+gpu-sanitize:
+	$(GPU_PYTHON) tests/benchmarks/gpu.py build build/gpu-small --small
+	$(GPU_PYTHON) tests/benchmarks/gpu.py sanitize build/gpu-small --out build/gpu-sanitizer.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

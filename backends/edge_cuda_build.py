@@ -74,10 +74,13 @@ def build(
     compiler()  # that it is missing is said at once
     source = generate(kernels, f"sm_{architecture(max(capabilities))}")
     data = compiled(source, capabilities)
-    launches = {
-        k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order) for k in kernels
-    }
-    return data, launches
+    return data, {k.name: launch(k) for k in kernels}
+
+
+def launch(kernel: CudaKernel) -> Launch:
+    """How a compiled kernel is launched."""
+    k = kernel
+    return Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order)
 
 
 def build_images(kernels: Sequence[CudaKernel], capability: int) -> tuple[list[bytes], list[int]]:

@@ -25,6 +25,7 @@ import qcompiler
 from qcompiler import integer
 from qcompiler.artifact import REFERENCE
 from qcompiler.backends import edge_cuda_folder
+from qcompiler.backends.edge_cuda_build import launch
 from qcompiler.backends.edge_cuda_driver import Launch
 from qcompiler.backends.edge_cuda_load import PROGRAM, WEIGHTS
 from qcompiler.errors import UnsupportedError
@@ -59,10 +60,7 @@ def keep_source(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def build(kernels: Any, capabilities: Any) -> tuple[bytes, dict[str, Launch]]:
         source = generate(kernels, "sm_90")
         (folder / "kernels.cu").write_text(source)
-        return b"", {
-            k.name: Launch(f"{k.name}_kernel", k.blocks, k.threads, k.shared, k.order)
-            for k in kernels
-        }
+        return b"", {k.name: launch(k) for k in kernels}
 
     monkeypatch.setattr(edge_cuda_folder, "build", build)
 

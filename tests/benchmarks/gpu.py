@@ -1,15 +1,20 @@
 """The GPU kernels: checked and timed, beside torch's float16 (cuBLAS) and ONNX Runtime.
 
-    python tests/benchmarks/gpu.py build FOLDER                  # TVM and nvcc; no GPU
-    python tests/benchmarks/gpu.py run FOLDER --out FILE.json    # a GPU; neither TVM nor nvcc
+    python tests/benchmarks/gpu.py all FOLDER --out FILE.json      # a GPU, TVM and nvcc: both below
+    python tests/benchmarks/gpu.py build FOLDER                    # TVM and nvcc; no GPU
+    python tests/benchmarks/gpu.py run FOLDER --out FILE.json      # a GPU; neither TVM nor nvcc
+    python tests/benchmarks/gpu.py sanitize FOLDER --out FILE.json # compute-sanitizer too
 
 `build` compiles every case of `gpu_cases.py`, `gpu_attention.py`, `gpu_encoder.py` and
-`gpu_quantize.py` (or of some of them: `--families`). `run` checks each on fresh random inputs
-against float64, twice (the bits must agree), with poisoned outputs, then times it: a CUDA graph of
-launches that read the weight from one place after another, more than the L2 cache holds; the median
-of several replays. ONNX Runtime takes part where onnxruntime-gpu is installed. Then a decoder of
-Llama-2-7B's shape (`decoder.py`), and the tests marked `gpu`, which want TVM and nvcc too and are
-skipped without. `--check` leaves out all but the checks of small cases: for compute-sanitizer.
+`gpu_quantize.py` (or of some of them: `--parts`), on all processors. `run` checks each on
+fresh random inputs against float64, twice (the bits must agree), with poisoned outputs, then times
+it: a CUDA graph of launches that read the weight from one place after another, more than the L2
+cache holds; the median of several replays. ONNX Runtime takes part where onnxruntime-gpu is
+installed. Then whole programs (`gpu_programs.py`), a decoder of Llama-2-7B's shape (`decoder.py`),
+and the tests marked `gpu`, which want TVM and nvcc too and say that they are skipped without. What
+it prints is a table; FILE.json has all of it, each test's outcome too. `--small` leaves out what
+is timed, the decoder and the tests: the small cases and the programs, which are what `sanitize`
+puts under memcheck and racecheck (`gpu_sanitize.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +22,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
-import subprocess
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,10 @@ import decoder
 import gpu_attention
 import gpu_cases
 import gpu_encoder
+import gpu_programs
 import gpu_quantize
+import gpu_sanitize
+import gpu_tests
 import torch
 from gpu_attention import ATTENTIONS, Attention
 from gpu_cases import CASES, Case, Trial
@@ -40,7 +49,7 @@ from gpu_timing import CACHE, copy_bandwidth, count_of, cublas, onnx_runtime, ti
 from qcompiler.backends.edge_cuda_driver import Launch, Module
 from qcompiler.gpu import device, driver_version
 
-BATCH = 12  # kernels of a module
+BATCH = 4  # kernels of a module; a small case has its own, which a sanitizer rewrites quickly
 TOLERANCE = 1e-3  # of ‖out − ref‖ / ‖ref‖: float16 output and scales give 2e-4 to 3e-4
 # Family → its cases, how one is read back, and where kernels and trials are made.
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
@@ -50,41 +59,60 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "encoders": (ENCODERS, Encoder, gpu_encoder),
     "quantization": (QUANTIZED, Quantized, gpu_quantize),
 }
-DECODER = "decoder"  # of `build`, beside the families; its folder
-TESTS = Path(__file__).parents[1]
+CAPABILITY = 90
+DECODER = "decoder"  # its folder
+PARTS = (*FAMILIES, gpu_programs.FOLDER, DECODER)  # of `build`
 
 
-def build(folder: Path, families: Sequence[str]) -> None:
-    """Compile all cases of some families, and the decoder where it is among them."""
-    from qcompiler.backends.edge_cuda_build import build as compiled
-
+def build(folder: Path, parts: Sequence[str], small: bool) -> None:
+    """Compile some of `PARTS`, each family and each program in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = []
-    if DECODER in families:
-        decoder.build(folder / DECODER)
-    for family in (name for name in families if name in FAMILIES):
-        every, _, module = FAMILIES[family]
-        for start in range(0, len(every), BATCH):
-            cases = every[start : start + BATCH]
-            made = [module.kernel(case) for case in cases]
-            image, launches = compiled([k for k, _ in made], [90])
-            name = f"{family}{start}.fatbin"
-            (folder / name).write_bytes(image)
-            for case, (k, extra) in zip(cases, made, strict=True):
-                table.append({"family": family, "case": asdict(case), "module": name,
-                              "launch": asdict(launches[k.name]), "extra": extra})  # fmt: skip
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(gpu_sanitize.build, folder, CAPABILITY)]
+        tables = [pool.submit(build_family, folder, p, small) for p in parts if p in FAMILIES]
+        if gpu_programs.FOLDER in parts:
+            jobs += [pool.submit(gpu_programs.build, folder, p) for p in gpu_programs.NAMES]
+        if DECODER in parts and not small:
+            jobs.append(pool.submit(decoder.build, folder / DECODER))
+        table = [row for family in tables for row in family.result()]
+        for job in jobs:
+            job.result()
     (folder / "cases.json").write_text(json.dumps(table, indent=1))
 
 
-def run(folder: Path, out: Path | None, check: bool) -> int:
+def build_family(folder: Path, family: str, small: bool) -> list[dict[str, Any]]:
+    """Compile all cases of a family; what `run` must know of each."""
+    from qcompiler.backends.edge_cuda_build import architecture, compiled, launch
+    from qcompiler.kernels.cuda_code import generate
+
+    every, _, module = FAMILIES[family]
+    timed = [] if small else [case for case in every if case.timed]
+    batches = [timed[i : i + BATCH] for i in range(0, len(timed), BATCH)]
+    table, images = [], {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for cases in [*batches, *([case] for case in every if not case.timed)]:
+            made = [module.kernel(case) for case in cases]
+            name = f"{family}{len(table)}.fatbin"
+            source = generate([k for k, _ in made], f"sm_{architecture(CAPABILITY)}")
+            images[name] = pool.submit(compiled, source, [CAPABILITY])
+            for case, (k, extra) in zip(cases, made, strict=True):
+                table.append({"family": family, "case": asdict(case), "module": name,
+                              "launch": asdict(launch(k)), "extra": extra})  # fmt: skip
+        for name, image in images.items():
+            (folder / name).write_bytes(image.result())
+    return table
+
+
+def run(folder: Path, out: Path | None, small: bool, only: str) -> int:
     """Check and time everything that `build` made; 1 if something is wrong."""
-    copy = 0.0 if check else copy_bandwidth()
+    copy = 0.0 if small else copy_bandwidth()
     table, modules, wrong = [], {}, 0
     peers: dict[tuple[int, int, int], tuple[float, float | None]] = {}
     for entry in json.loads((folder / "cases.json").read_text()):
         _, read, family = FAMILIES[entry["family"]]
         case = read(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["case"].items()})
-        if check and case.timed:
+        if (small and case.timed) or only not in ("", case.name):
             continue
         launch = Launch(**{**entry["launch"], "blocks": tuple(entry["launch"]["blocks"]),
                            "order": tuple(entry["launch"]["order"])})  # fmt: skip
@@ -114,11 +142,14 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
         summary["onnxruntime"] = onnxruntime.__version__
     except ImportError:
         summary["onnxruntime"] = None
-    if not check:
+    if not only:
+        summary["programs"] = told = gpu_programs.run(folder)
+        wrong += sum(said != "ok" for said in told.values())
+    if not small:
         if (folder / DECODER).is_dir():
             summary["decoder"] = decoder.run(folder / DECODER)
-        summary["tests"] = told = tests()
-        wrong += bool(re.search(r"\d+ (failed|error)", told))
+        summary["tests"] = found = gpu_tests.run()
+        wrong += sum(test["outcome"] == "failed" for test in found)
     if out is not None:
         short = [
             {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -127,18 +158,9 @@ def run(folder: Path, out: Path | None, check: bool) -> int:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in short)
         head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
         out.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    print({k: v for k, v in summary.items() if k != "rows"})
+    print({k: v for k, v in summary.items() if k not in ("rows", "tests")})
     print(f"{wrong} wrong, of {len(table)} and the tests" if wrong else f"all {len(table)} right")
-    return int(wrong > 0)
-
-
-def tests() -> str:
-    """What pytest says at the end of the tests marked `gpu`."""
-    files = [str(f) for f in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in f.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+    return int(wrong > 0 or not table)
 
 
 def measure(
@@ -195,17 +217,26 @@ def line(row: dict[str, Any], copy: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("build", "run"))
+    parser.add_argument("what", choices=("all", "build", "run", "sanitize"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--families", nargs="*", default=[*FAMILIES, DECODER],
-                        choices=[*FAMILIES, DECODER])  # fmt: skip
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", default="", metavar="NAME", help="of `run`: this case alone")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     given = parser.parse_args()
-    if given.what == "build":
-        build(given.folder, given.families)
-        return 0
-    return run(given.folder, given.out, given.check)
+    if given.what != "build" and not torch.cuda.is_available():
+        print(f"error: torch {torch.__version__} sees no GPU. In an environment of its own: "
+              "pip install torch, its build for CUDA, and -e '.[cuda,hf,test]'")  # fmt: skip
+        return 2
+    if given.what in ("all", "build"):
+        build(given.folder, given.parts, given.small)
+    if given.only in gpu_sanitize.PLANTED.values():
+        return gpu_sanitize.plant(given.folder, given.only)
+    if given.what in ("all", "run"):
+        return run(given.folder, given.out, given.small, given.only)
+    if given.what == "sanitize":
+        return gpu_sanitize.sanitize(given.folder, given.out, Path(__file__))
+    return 0
 
 
 if __name__ == "__main__":

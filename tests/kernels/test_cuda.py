@@ -315,10 +315,11 @@ def test_kernels_agree_with_float64(cases: ModuleType, more: list[tuple[ModuleTy
     every = [(cases, case) for case in cases.CASES] + more
     checked = [(source, case) for source, case in every if not case.timed]
     made = [source.kernel(case) for source, case in checked]
-    image, launches = edge_cuda_build.build([k for k, _ in made], [90])
-    module = edge_cuda_driver.Module(image)
-    for (source, case), (_, extra) in zip(checked, made, strict=True):
+    images, places = edge_cuda_build.build_images([k for k, _ in made], 90)
+    modules = [edge_cuda_driver.Module(image) for image in images]
+    for (source, case), (kernel, extra), place in zip(checked, made, places, strict=True):
+        launch = edge_cuda_build.launch(kernel)
         trial = source.trial(case, extra)
-        module.run(launches[case.name], [a.data_ptr() for a in trial.arguments])
+        modules[place].run(launch, [a.data_ptr() for a in trial.arguments])
         torch.cuda.synchronize()
         assert trial.error() < 1e-3, case
