@@ -30,7 +30,7 @@ def targets(as_json: Json = False, debug: Debug = False) -> None:
                         recipe.weight_type,
                         kind,
                         recipe.cache_types,
-                        "float32" if target.narrows_all else recipe.products,
+                        target.products_apart(recipe.products),
                     )
                     is None
                     # The candidates of `mixed` read float, or integers by token where need be.

@@ -125,7 +125,7 @@ def compile(
         )
     spec = spec_for(model, example_inputs, calibration, dynamic_shapes)
     recipe = mixed.prepared(recipe, target, spec) if recipe.mixed else recipe
-    products = "float32" if target.narrows_all else recipe.products
+    products = target.products_apart(recipe.products)
     reason = target.refusal(
         recipe.weight_type, recipe.activation_type, recipe.cache_types, products
     )

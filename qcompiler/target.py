@@ -233,6 +233,10 @@ class Target:
         """Whether a recipe's bfloat16 is that of the whole model, not of its products alone."""
         return (self.runtime, self.device, self.kernels) == ("ort", "cuda", "")
 
+    def products_apart(self, asked: str) -> str:
+        """The arithmetic of products apart from the rest's, where a recipe asks for that."""
+        return "float32" if self.narrows_all else asked
+
     @property
     def multiplies_bfloat16(self) -> bool:
         """Whether it has an instruction for products of bfloat16 numbers (or needs none)."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"errors", "devices", "history"},
     {"qtype", "source", "hadamard", "audit", "generated", "gpu"}
-    | {"memory", "library", "export_errors"},
+    | {"memory", "library", "export_errors", "acceptance"},
     {"target", "cached", "format"},
     {"ops"},
     {"program"},
