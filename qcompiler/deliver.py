@@ -5,6 +5,7 @@ And doing so again with an artifact on disk.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -28,7 +29,7 @@ from qcompiler.lowering import Job, Run, integer_layers, lower
 from qcompiler.manifest import Compiled, manifest_of
 from qcompiler.memory import peak_memory
 from qcompiler.op_families import LINEAR
-from qcompiler.program import Program
+from qcompiler.program import Batch, Program
 from qcompiler.recipe import Recipe
 from qcompiler.spec import ModelSpec
 from qcompiler.target import Target
@@ -73,14 +74,17 @@ def deliver(
         )
     )  # fmt: skip
     run, names = lowered.run, names[: lowered.outputs]
-    calibration, held_out = lowered.fit(calibration), lowered.fit(held_out)
+    taken = {
+        kind: _taken(compiled.source, lowered.fit(batches))
+        for kind, batches in (("calibration", calibration), ("held-out", held_out))
+    }
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     known: dict[torch.fx.Node, Any] = {}
     sound = True
-    for kind, batches in (("calibration", calibration), ("held-out", held_out)):
+    for kind, (batches, results) in taken.items():
+        captured = [lowered.view(result) for result in results]
         quantized = [lowered.view(integer.run(compiled.quantized, b, known)) for b in batches]
-        captured = [lowered.view(compiled.source.run(b)) for b in batches]
         sound &= all(map(finite, captured))
         actual = [run(*b) for b in batches] if lowered.ran else quantized
         masks = [b[inputs.index(spec.padding_mask)] for b in batches] if spec.padding_mask else None
@@ -93,9 +97,9 @@ def deliver(
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
     known.clear()
     latency = []
-    if lowered.run_float is not None and held_out:
+    if lowered.run_float is not None and taken["held-out"][0]:
         say("time")
-        latency.append(_timed(lowered.run_float, run, held_out[0]))
+        latency.append(_timed(lowered.run_float, run, taken["held-out"][0][0]))
     metric = None
     if spec.metric is not None and lowered.run_float is not None:
         say(f"metric: {spec.metric_name}")
@@ -177,6 +181,19 @@ def _as_module(run: Callable[..., Any], inputs: Sequence[str], spec: Any) -> Cal
         return pytree.tree_unflatten(list(run(*flat)), spec)
 
     return call
+
+
+def _taken(source: Program, batches: Sequence[Batch]) -> tuple[list[Batch], list[Any]]:
+    """The batches that the model takes, and what it gives.
+
+    A part of a batch may be no input of the model, though the whole was one: where a graph is cut,
+    its edges lead to nodes that are gone.
+    """
+    found = []
+    for batch in batches:
+        with contextlib.suppress(IndexError, RuntimeError):
+            found.append((batch, source.run(batch)))
+    return [batch for batch, _ in found], [result for _, result in found]
 
 
 def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:

@@ -25,3 +25,24 @@ def test_sequences_that_are_padded_are_cut() -> None:
 def test_what_must_be_met_as_it_is_stays_whole_where_it_can() -> None:
     assert sizes(exact={"n": "why"}) == [6]
     assert sizes(exact={"n": "why"}, entries=[{"n": 3}]) == [3] * 7
+
+
+class Neighbours(torch.nn.Module):
+    """Sums over the edges of a graph."""
+
+    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        return x + torch.zeros_like(x).index_add(0, target, x[source])
+
+
+def test_a_part_of_a_graph_is_no_graph(tmp_path: Path) -> None:
+    """No data of a compiled size, and edges of the parts lead to nodes that are gone."""
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    inputs = torch.randn(10, 4), *torch.randint(0, 10, (2, 30))
+    made = qcompiler.compile(
+        Neighbours(), inputs, calibration=[inputs] * 2, target="tvm:native", recipe="fp32",
+        dynamic_shapes={"x": {0: "nodes"}, "source": {0: "edges"}, "target": {0: "edges"}},
+        buckets={"nodes": [5], "edges": [20]}, out=tmp_path / "graph",
+    )  # fmt: skip
+    assert made.manifest["warnings"][0].startswith("not verified: no batch of the data has a size")
+    nodes, edges = torch.randn(5, 4), torch.randint(0, 5, (2, 20))
+    torch.testing.assert_close(made.load()(nodes, *edges), Neighbours()(nodes, *edges))
