@@ -105,13 +105,13 @@ def build_images(kernels: Sequence[CudaKernel], capability: int) -> tuple[list[b
     return images, [i // TOGETHER for i in range(len(kernels))]
 
 
-def compiled(source: str, capabilities: Sequence[int]) -> bytes:
-    """The fat binary of CUDA C++.
+def compiled(source: str, capabilities: Sequence[int], *options: str) -> bytes:
+    """The fat binary of CUDA C++, with more options of nvcc's.
 
     Raises:
         UnsupportedError: if nvcc is missing or refuses.
     """
-    command = [compiler(), f"-std={STANDARD}", f"-diag-suppress={QUIET}", "-fatbin"]
+    command = [compiler(), f"-std={STANDARD}", f"-diag-suppress={QUIET}", "-fatbin", *options]
     for capability in capabilities:
         name = architecture(capability)
         command.append(f"-gencode=arch=compute_{name},code=sm_{name}")

@@ -41,6 +41,31 @@ DEVICE["qc_barrier_arrive"] = (
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(at) : "memory");
 }""",
 )
+# A warp has read what its lanes were to read. One arrival is enough after the warp's own barrier,
+# which racecheck does not follow: compiled for it, each lane arrives.
+_LANES = """#ifndef QC_ARRIVE
+#ifdef QC_EACH_LANE
+#define QC_ARRIVE 32
+#else
+#define QC_ARRIVE 1
+#endif
+#endif
+"""
+DEVICE["qc_barrier_init_warps"] = (
+    "void",
+    _LANES
+    + DEVICE["qc_barrier_init"][1].replace("qc_barrier_init(", "qc_barrier_init_warps(")
+    .replace('"r"(count)', '"r"(count * QC_ARRIVE)'),
+)  # fmt: skip
+DEVICE["qc_barrier_arrive_warp"] = (
+    "void",
+    _LANES
+    + """__device__ __forceinline__ void qc_barrier_arrive_warp(void* barrier, int lane) {
+  unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
+  __syncwarp();
+  if (lane < QC_ARRIVE) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(at) : "memory");
+}""",
+)
 DEVICE["qc_barrier_wait"] = (
     "void",
     """__device__ __forceinline__ void qc_barrier_wait(void* barrier, int parity) {
@@ -239,9 +264,15 @@ class Ring:
         """Address of a barrier."""
         return T.address_of(self.memory[self.at + slot * 16 + 8])
 
-    def start(self, thread: Any, readers: int) -> None:
-        """Set the barriers up; the block must meet afterwards."""
+    def start(self, thread: Any, readers: int, warps: bool = False) -> None:
+        """Set the barriers up; the block must meet afterwards.
+
+        Args:
+            thread: of the block.
+            readers: how many say that a stage is used up.
+            warps: whether those are warps, with `qc_barrier_arrive_warp`.
+        """
         with T.If(thread == 0), T.Then():
             for slot in range(self.stages):
                 call("qc_barrier_init", self.full(slot), 1)
-                call("qc_barrier_init", self.free(slot), readers)
+                call(f"qc_barrier_init{'_warps' * warps}", self.free(slot), readers)

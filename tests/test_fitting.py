@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+
+import qcompiler
 from qcompiler.fitting import fitted
 
 BATCHES = [(torch.arange(n)[:, None],) for n in (6, 12, 5)]

@@ -89,13 +89,14 @@ def build_family(folder: Path, family: str, small: bool) -> list[dict[str, Any]]
     every, _, module = FAMILIES[family]
     timed = [] if small else [case for case in every if case.timed]
     batches = [timed[i : i + BATCH] for i in range(0, len(timed), BATCH)]
+    options = gpu_sanitize.OPTIONS if small else ()
     table, images = [], {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for cases in [*batches, *([case] for case in every if not case.timed)]:
             made = [module.kernel(case) for case in cases]
             name = f"{family}{len(table)}.fatbin"
             source = generate([k for k, _ in made], f"sm_{architecture(CAPABILITY)}")
-            images[name] = pool.submit(compiled, source, [CAPABILITY])
+            images[name] = pool.submit(compiled, source, [CAPABILITY], *options)
             for case, (k, extra) in zip(cases, made, strict=True):
                 table.append({"family": family, "case": asdict(case), "module": name,
                               "launch": asdict(launch(k)), "extra": extra})  # fmt: skip
