@@ -50,6 +50,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.tracer = tracer
+        self.reducing: list[Any] = []  # ops on the way: torch's formulas may lead back to them
         self.decompositions = torch._decomp.decomposition_table | FORMULAS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,11 +81,16 @@ class Recorder(TorchDispatchMode):
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)
-        if func not in BASIC and (not _is_view(func) or func._can_decompose()):
+        reducible = func not in BASIC and func not in self.reducing
+        if reducible and (not _is_view(func) or func._can_decompose()):
             simpler = self._simpler(func)
             if simpler is not None:
-                with self:
-                    result = simpler(*args, **kwargs)
+                self.reducing.append(func)
+                try:
+                    with self:
+                        result = simpler(*args, **kwargs)
+                finally:
+                    self.reducing.pop()
                 if result is not NotImplemented:
                     return result
         result = func(*args, **kwargs)

@@ -66,8 +66,33 @@ def _lstm_layer(
     return torch.stack(made), h.unsqueeze(0), c.unsqueeze(0), x.new_zeros(0)
 
 
+def _asinh(x: Tensor) -> Tensor:
+    """By |x|, as a + a² / (1 + √(1 + a²)) without the square: neither cancels nor overflows."""
+    a = x.abs()
+    turned = 1 / a
+    made = torch.log1p(a + a / (turned + (1 + turned * turned).sqrt()))
+    return torch.where(x < 0, -made, made)
+
+
+def _acosh(x: Tensor) -> Tensor:
+    over = x - 1
+    return torch.log1p(over + over.sqrt() * (over + 2).sqrt())
+
+
+def _atanh(x: Tensor) -> Tensor:
+    a = x.abs()
+    made = torch.log1p(2 * a / (1 - a)) * 0.5
+    return torch.where(x < 0, -made, made)
+
+
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.abs(), y.abs()
+    long, ratio = torch.maximum(x, y), torch.minimum(x, y) / torch.maximum(x, y)
+    return torch.where(long == 0, long, long * (1 + ratio * ratio).sqrt())
+
+
 def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
-    kind = next(x.dtype for x in (a, b) if isinstance(x, Tensor))
+    kind = torch.result_type(a, b)
     a, b = (x if isinstance(x, Tensor) else torch.full((), x, dtype=kind) for x in (a, b))
     found: Tensor = aten.where.self(condition, a, b)
     return found
@@ -142,6 +167,10 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.min.default: lambda x: x.amin(),
     aten.signbit.default: lambda x: x < 0,
     torch.ops.prims.where.default: _where,
+    aten.hypot.default: _hypot,
+    aten.asinh.default: _asinh,
+    aten.acosh.default: _acosh,
+    aten.atanh.default: _atanh,
     aten.mkldnn_rnn_layer.default: _lstm_layer,
     aten.full_like.default: lambda x, value, dtype=None, **rest: torch.full(
         x.shape, value, dtype=dtype or x.dtype

@@ -204,7 +204,8 @@ def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     """
     measured = [row["sqnr_db"] for row in errors["lowering"]]
     expected = [UNMEASURED, *(row["sqnr_db"] for row in errors["quantization"])]
-    return round(max(0.0, min(measured or expected) - 6.0), 1)
+    bound: float = min(measured or expected) - 6.0
+    return round(max(0.0, bound), 1)
 
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:

@@ -57,6 +57,13 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
                       x.tan(), torch.atan2(x, x.flip(0)), x.isnan(), x.log().nan_to_num(0.5)),
         {}, (X3,),
     ),
+    "inverse hyperbolic": (
+        lambda m, x: (x.asinh(), (x * 1e30).asinh(), (x * 1e-30).asinh(), (x * 0).asinh(),
+                      (1 + x.abs()).acosh(), x.acosh(), x.atanh(), (x * 1e-6).atanh(),
+                      x.hypot(x.flip(0)), (x * 1e25).hypot(x * 0), (x * 0).hypot(x * 0),
+                      x.round().heaviside(x)),
+        {}, (X3,),
+    ),
     "division with rest": (
         lambda m, x: (x.fmod(0.7), x.remainder(0.7), x.remainder(-0.7), x // 0.3,
                       torch.remainder(x, x.flip(0) + 3)),
