@@ -50,7 +50,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.tracer = tracer
-        self.reducing: list[Any] = []  # ops on the way: torch's formulas may lead back to them
+        # Calls on the way, op and operands: torch's formulas of some ops lead back to themselves.
+        self.reducing: list[list[Any]] = []
         self.decompositions = torch._decomp.decomposition_table | FORMULAS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,11 +82,12 @@ class Recorder(TorchDispatchMode):
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)
-        reducible = func not in BASIC and func not in self.reducing
+        call = [func, *pytree.tree_leaves((args, kwargs))]
+        reducible = func not in BASIC and not any(_same(call, other) for other in self.reducing)
         if reducible and (not _is_view(func) or func._can_decompose()):
             simpler = self._simpler(func)
             if simpler is not None:
-                self.reducing.append(func)
+                self.reducing.append(call)
                 try:
                     with self:
                         result = simpler(*args, **kwargs)
@@ -171,6 +173,14 @@ class Recorder(TorchDispatchMode):
             return None
         moved: Tensor = source.as_strided(taken.shape, strides, source.storage_offset() + first)
         return moved
+
+
+def _same(call: list[Any], other: list[Any]) -> bool:
+    """Whether both are of one op and the same operands."""
+    return len(call) == len(other) and all(
+        a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+        for a, b in zip(call, other, strict=True)
+    )
 
 
 def _is_view(func: Any) -> bool:
