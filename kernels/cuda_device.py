@@ -23,6 +23,16 @@ def load_matrices(name: str, change: str = "") -> str:
 
 
 # Name → (result, source). PTX ISA 8: cp.async, ldmatrix, mma, griddepcontrol.
+# The larger one; NaN where one is, as in torch.
+_LARGER = """#ifndef QC_LARGER
+#define QC_LARGER
+__device__ __forceinline__ float qc_larger(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+#endif
+"""
 DEVICE: dict[str, tuple[str, str]] = {
     # 16 bytes from global to shared memory, past L1; zeros where `valid` is 0.
     "qc_copy16": (
@@ -191,43 +201,12 @@ __device__ __forceinline__ void qc_store8(void* to, const float* from) {
   *(int4*)to = held;
 }""",
     ),
-    # round(x / scale) + zero between two bounds, half to even, as four bytes.
-    "qc_quantize4": (
-        "void",
-        """__device__ __forceinline__ void qc_quantize4(
-    void* to, const float* from, float scale, float zero, float low, float high) {
-  unsigned held = 0;
-  for (int i = 0; i < 4; ++i) {
-    float q = fminf(fmaxf(rintf(__fdiv_rn(from[i], scale)) + zero, low), high);
-    held |= ((unsigned)(int)q & 255) << 8 * i;
-  }
-  *(unsigned*)to = held;
-}""",
-    ),
-    # As float16, two here and two there.
-    "qc_quantize4_halves": (
-        "void",
-        """#include <cuda_fp16.h>
-__device__ __forceinline__ void qc_quantize4_halves(
-    void* first, void* second, const float* from, float scale, float zero, float low, float high) {
-  float q[4];
-  for (int i = 0; i < 4; ++i)
-    q[i] = fminf(fmaxf(rintf(__fdiv_rn(from[i], scale)) + zero, low), high);
-  *(half2*)first = __floats2half2_rn(q[0], q[1]);
-  *(half2*)second = __floats2half2_rn(q[2], q[3]);
-}""",
-    ),
-    # x / scale as the nearest e4m3, half to even, in four bytes: what is too large becomes 448.
-    "qc_quantize4_e4m3": (
-        "void",
-        """__device__ __forceinline__ void qc_quantize4_e4m3(
-    void* to, const float* from, float scale) {
-  unsigned short two[2];
-  for (int i = 0; i < 2; ++i) {
-    float low = __fdiv_rn(from[2 * i], scale), high = __fdiv_rn(from[2 * i + 1], scale);
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two[i]) : "f"(high), "f"(low));
-  }
-  *(unsigned*)to = two[0] | (unsigned)two[1] << 16;
+    "qc_larger": ("float32", _LARGER),
+    "qc_larger_magnitude": (
+        "float32",
+        _LARGER
+        + """__device__ __forceinline__ float qc_larger_magnitude(float total, float x) {
+  return qc_larger(total, fabsf(x));
 }""",
     ),
     # Over all threads of a block; each gets the result. `scratch` holds a float for each warp.
@@ -246,13 +225,14 @@ __device__ __forceinline__ void qc_quantize4_halves(
     ),
     "qc_block_max": (
         "float32",
-        """__device__ __forceinline__ float qc_block_max(float x, void* scratch_, int warps) {
+        _LARGER
+        + """__device__ __forceinline__ float qc_block_max(float x, void* scratch_, int warps) {
   volatile float* scratch = (volatile float*)scratch_;
-  for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, i));
+  for (int i = 16; i; i /= 2) x = qc_larger(x, __shfl_xor_sync(0xffffffff, x, i));
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   x = scratch[threadIdx.x % 32 < warps ? threadIdx.x % 32 : 0];
-  for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, i));
+  for (int i = 16; i; i /= 2) x = qc_larger(x, __shfl_xor_sync(0xffffffff, x, i));
   __syncthreads();
   return x;
 }""",

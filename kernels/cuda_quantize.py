@@ -31,22 +31,13 @@ from qcompiler.kernels.cuda_code import (
     registers,
     value,
 )
-from qcompiler.kernels.cuda_device import DEVICE
 from qcompiler.kernels.cuda_expressions import SCRATCH, THREADS
 from qcompiler.kernels.cuda_hadamard import Line, Rotation
-from qcompiler.kernels.cuda_units import UNIT, UNIT_BYTES, UNIT_ROWS
+from qcompiler.kernels.cuda_round import place_in_units, range_of, store_quantized
+from qcompiler.kernels.cuda_units import UNIT_BYTES
 from qcompiler.kernels.expression import Emitter, Expression
 from qcompiler.qtype import QType
 
-DEVICE["qc_round_quotient"] = (
-    "float32",
-    # The quotient may be halfway between two integers only as float32 rounds it, and often is:
-    # wherever a row's largest and smallest number are the same but for the sign.
-    """__device__ __forceinline__ float qc_round_quotient(float x, float y) {
-  float q = __fdiv_rn(x, y), low = floorf(q), rest = fmaf(-q, y, x);
-  return q - low == 0.5f && rest != 0.0f ? low + (rest > 0.0f) : rintf(q);
-}""",
-)
 PIECE = 4  # integers that a thread stores at once
 HELD = 32  # numbers of a row that a thread holds at most
 MANY = 256  # rows from which on a block need not be fast, but several of them together
@@ -65,13 +56,6 @@ class Norm:
     centered: bool
     epsilon: float
     expression: Expression
-
-
-def place_in_units(row: Any, byte: Any, across: int) -> Any:
-    """Where a row's byte lies in units, `across` of them side by side."""
-    unit = T.cast(row // UNIT_ROWS, "int64") * across + byte // UNIT_BYTES
-    piece = T.bitwise_xor(byte % UNIT_BYTES // 16, row % 8)
-    return unit * UNIT + row % UNIT_ROWS * UNIT_BYTES + piece * 16 + byte % 16
 
 
 def half_units(name: str, arguments: Sequence[Argument], source: Expression) -> CudaKernel:
@@ -173,75 +157,19 @@ def quantize_units(
                     T.buffer_store(held, given(column + j), [i * PIECE + j])
         if isinstance(before, Norm):
             _normalize(before, buffers, row, held, columns, width, fold)
-        low: Any = None  # of −x
-        if kind.symmetric:
-            high = fold(0.0, lambda t, x: code.maximum(t, code.maximum(x, T.float32(0) - x)), "max")
-        else:
-            high = fold(0.0, code.maximum, "max")
-            low = fold(0.0, lambda t, x: code.maximum(t, T.float32(0) - x), "max")
-        scale, zero = scale_and_zero(kind, high, low)
+        found = range_of(kind, lambda step: fold(0.0, step, "max"))
         with T.If(thread == 0), T.Then():
-            T.buffer_store(buffers[len(kinds)], scale, [row])
+            T.buffer_store(buffers[len(kinds)], found.scale, [row])
             if not kind.symmetric:
                 last = len(kinds) + 1
-                T.buffer_store(buffers[last], T.Cast(arguments[last].dtype, zero), [row])
+                T.buffer_store(buffers[last], T.Cast(arguments[last].dtype, found.zero), [row])
         for units, wide in zip(buffers, kinds, strict=False):
             across = -(-width * (1 + wide) // UNIT_BYTES)
             for i, column in enumerate(columns):
                 with T.If(column * (1 + wide) < across * UNIT_BYTES), T.Then():
                     quad = address(held, i * PIECE, PIECE)
-                    store_quad(units, row, column, across, wide, quad, kind, scale, zero)
+                    store_quantized(units, row, column, across, wide, quad, PIECE, kind, found)
     return made
-
-
-def scale_and_zero(kind: QType, high: Any, low: Any) -> tuple[Any, Any]:
-    """A row's scale and zero point, float32.
-
-    Args:
-        kind: of what is stored.
-        high: the largest number, or 0; of symmetric formats, of magnitudes.
-        low: the largest of −x, or 0; None for symmetric formats.
-    """
-    bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
-    if low is None:
-        reach = high / code.number(float(kind.qmax - kind.middle), 1)
-    else:
-        reach = (high + low) / code.number(float(kind.qmax - kind.qmin), 1)
-    reach = T.Bind(reach)
-    scale = T.Bind(T.Select(reach == T.float32(0), T.float32(1), reach))
-    if low is None:
-        return scale, code.number(float(kind.middle), 1)
-    zero = bottom + value("qc_round_quotient", low, scale)
-    return scale, T.Bind(code.minimum(code.maximum(zero, bottom), top))
-
-
-def store_quad(
-    units: Any, row: Any, column: Any, across: int, wide: bool, quad: Any, kind: QType, scale: Any,
-    zero: Any,
-) -> None:  # fmt: skip
-    """Quantize four numbers of a row, and store them.
-
-    Args:
-        units: where to.
-        row, column: of the first.
-        across: units side by side.
-        wide: as float16.
-        quad: where the numbers are.
-        kind: of what is stored.
-        scale, zero: of the row.
-    """
-    bottom, top = code.number(float(kind.qmin), 1), code.number(float(kind.qmax), 1)
-    if not wide:
-        at = address(units, place_in_units(row, column, across))
-        if kind.floating:
-            call("qc_quantize4_e4m3", at, quad, scale)
-        else:
-            call("qc_quantize4", at, quad, scale, zero, bottom, top)
-        return
-    # `widened_columns`: of 16, the n-th four lie at 2n and at 2n + 8.
-    byte = T.Bind(column // 16 * 32 + column % 16)
-    first, second = (address(units, place_in_units(row, byte + n, across)) for n in (0, 16))
-    call("qc_quantize4_halves", first, second, quad, scale, zero, bottom, top)
 
 
 def _normalize(

@@ -3,7 +3,7 @@
     x = steps(x_0, x_1, …)      sums, products, activation functions, norms
 
 What comes out is x in float16, as rows or as units (`cuda_units`), or quantized with a range for
-each row (`cuda_quantize`), and what else is read of the steps. A block holds a row in registers, in
+each row (`cuda_round`), and what else is read of the steps. A block holds a row in registers, in
 float32; what is stored on the way goes on as it was stored, rounded to float16.
 
     rms_norm: y = x / √(mean x² + ε) · scale                  Zhang and Sennrich 2019, eq. 4
@@ -32,7 +32,7 @@ from qcompiler.kernels.cuda_code import (
     value,
 )
 from qcompiler.kernels.cuda_device import DEVICE
-from qcompiler.kernels.cuda_quantize import place_in_units, scale_and_zero, store_quad
+from qcompiler.kernels.cuda_round import place_in_units, range_of, store_quantized
 from qcompiler.kernels.cuda_units import UNIT_BYTES
 from qcompiler.kernels.scalar_ops import binary, unary
 from qcompiler.qtype import QType
@@ -316,29 +316,16 @@ class _Row:
         what, kind, x = self.what, self.what.kind, self.values[self._last]
         assert kind is not None
 
-        def largest(sign: float) -> Any:
-            """Of the numbers times `sign`, and at least 0; sign 0: of their magnitudes."""
-
-            def step(total: Any, v: Any) -> Any:
-                if sign >= 0:
-                    total = code.maximum(total, v)
-                return total if sign > 0 else code.maximum(total, T.float32(0) - v)
-
-            return self._over(0.0, step, x, "max")
-
-        high, low = (largest(0), None) if kind.symmetric else (largest(1), largest(-1))
-        scale, zero = scale_and_zero(kind, high, low)
+        found = range_of(kind, lambda step: self._over(0.0, step, x, "max"))
         with T.If(self.thread == 0), T.Then():
-            T.buffer_store(self.buffers["token_scales"], scale, [self.row])
+            T.buffer_store(self.buffers["token_scales"], found.scale, [self.row])
             if what.shifted:
-                T.buffer_store(self.buffers["token_zeros"], T.Cast("int32", zero), [self.row])
+                T.buffer_store(self.buffers["token_zeros"], T.Cast("int32", found.zero), [self.row])
         for output in what.outputs:
             wide = output == "wide"
             across = -(-what.width * (1 + wide) // UNIT_BYTES)
             for i in range(self.each):
                 with T.If(self.column(i) * (1 + wide) < across * UNIT_BYTES), T.Then():
-                    for four in range(0, PIECE, 4):
-                        quad = address(x, i * PIECE + four, 4)
-                        column = self.column(i) + four
-                        store_quad(self.buffers[output], self.row, column, across, wide, quad,
-                                   kind, scale, zero)  # fmt: skip
+                    mine, column = address(x, i * PIECE, PIECE), self.column(i)
+                    store_quantized(self.buffers[output], self.row, column, across, wide, mine,
+                                    PIECE, kind, found)  # fmt: skip

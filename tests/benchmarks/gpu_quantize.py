@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_cases import EPSILON, Trial, rows_of
+from gpu_cases import EPSILON, Trial, differing, rows_of, strange
 from torch import Tensor
 
 from qcompiler.kernels.cuda_units import unit_bytes
 from qcompiler.kernels.cuda_weights import widened_columns
+from qcompiler.qtype import QType
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Quantized:
 
     Attributes:
         rows, width: of the matrix.
-        kind: int8:token or uint8:token:affine; float32: only rotated.
+        kind: int8:token, float8_e4m3:token or uint8:token:affine; float32: only rotated.
         norm: RMSNorm before it.
         core: they are rotated by a random orthogonal matrix of that order (1: none) ⊗ the
             Walsh–Hadamard matrix of what is left of the width; 0: not rotated.
@@ -55,7 +56,8 @@ QUANTIZED = (
     Quantized(4, 8192, core=1), Quantized(3, 1536, "float32", core=12),
     Quantized(2, 80, "float32", core=5), Quantized(70, 64, "float32", core=1),
     Quantized(5, 576), Quantized(70, 576, widened=True), Quantized(3, 208, core=13, widened=True),
-    Quantized(70, 200, "uint8:token:affine"), Quantized(3, 1544, norm=True),
+    Quantized(70, 200, "uint8:token:affine"), Quantized(70, 264, "float8_e4m3:token"),
+    Quantized(3, 1544, norm=True),
 )  # fmt: skip
 
 
@@ -65,7 +67,6 @@ def kernel(case: Quantized) -> tuple[Any, dict[str, int]]:
     from qcompiler.kernels.cuda_hadamard import rotate_rows
     from qcompiler.kernels.cuda_quantize import Norm, quantize_units
     from qcompiler.kernels.expression import Access, Expression, Step
-    from qcompiler.qtype import QType
 
     shape = case.rows, case.width
     if case.kind == "float32":
@@ -122,9 +123,12 @@ def _rotated(x: Tensor, core: Tensor) -> Tensor:
 
 def trial(case: Quantized, extra: dict[str, int], device: str = "cuda") -> Trial:
     """Fresh random inputs; one row of several is all zeros."""
-    affine = case.kind != "int8:token"
+    affine = case.kind.endswith("affine")
     x = torch.randn(case.rows, case.width, device=device)
     x[1:2] = 0
+    plain = case.kind != "float32" and not (case.norm or case.core)
+    if plain:
+        strange(x)
     size = unit_bytes(case.rows, case.width, 1)
     out = torch.full((size,), 255, device=device, dtype=torch.uint8)
     scale = torch.full((case.rows,), float("nan"), device=device)
@@ -152,12 +156,15 @@ def trial(case: Quantized, extra: dict[str, int], device: str = "cuda") -> Trial
             y = y * (y.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
         if case.core:
             y = _rotated(y, core.double())
-        found = rows_of(out, case.rows, case.width, torch.uint8 if affine else torch.int8).double()
+        found = rows_of(out, case.rows, case.width, QType.parse(case.kind).dtype).double()
         point = zero.double()[:, None] if affine else 0.0
         if case.widened:
             halves = rows_of(wide, case.rows, case.width, torch.float16)
             if not torch.equal(halves.double(), found[:, widened_columns(case.width).to(device)]):
                 return float("nan")
+        if plain:
+            zeros = zero if affine else None
+            return float("nan") if differing(x, case.kind, found, scale, zeros) else 0.0
         low, high = y.amin(-1).clamp(max=0), y.amax(-1).clamp(min=0)
         want = (high - low) / 255 if affine else torch.maximum(high, -low) / 127
         want = torch.where(want == 0, 1.0, want)

@@ -15,10 +15,10 @@ import torch
 from onnx import TensorProto, helper
 from ort_cuda import BLOCK, EPSILON, SIZES, SMOLLM2
 
+from qcompiler import ops
 from qcompiler.backends.ort_session import LIBRARY
 from qcompiler.kernels.cuda_units import units
 from qcompiler.kernels.cuda_weights import Bytes, Nibbles, Weights, pack, pack_nibbles
-from qcompiler.qtype import QType
 
 TABLE = "kernels.json"
 ALIGN = 256  # of what an operator's constants consist of
@@ -240,9 +240,8 @@ def expected(op: Operation, given: list[torch.Tensor]) -> torch.Tensor:
             x = x.half().float() if op.kept else x
         x = torch.nn.functional.rms_norm(x, (op.depth,), None, EPSILON)
     if op.activation:
-        kind = QType.parse(op.activation)
-        scale, zero = kind.scale_for(*kind.ranges(x))
-        x = (kind.quantize(x, scale, zero, -1).double() - zero.double()) * scale.double()
+        q, scale, zero = ops.dynamic_quantize(x.cpu(), op.activation)
+        x = ((q.double() - zero.double()) * scale.double()).to(x.device)
     return x.double()
 
 
