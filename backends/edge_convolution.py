@@ -180,7 +180,7 @@ def _product(
     flat = f.kernel == (1, 1) and f.stride == (1, 1) and _without_gaps(x)
     product = Product(
         rows=n * prod(f.out) if flat else f.out[1], columns=columns, depth=deep * pieces,
-        row_stride=f.stride[1] * x.strides[3], offset=x.offset,
+        row_stride=x.shape[1] if flat else f.stride[1] * x.strides[3], offset=x.offset,
         batch=() if flat else (n, f.out[0]),
         left=() if flat else (x.strides[0], f.stride[0] * x.strides[2]),
         right=() if flat else (0, 0),

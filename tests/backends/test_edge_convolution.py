@@ -21,6 +21,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dilated": (lambda: nn.Conv2d(5, 16, 3, dilation=2, padding=(2, 1)), (1, 5, 9, 9)),
     "strided points": (lambda: nn.Conv2d(12, 24, 1, stride=2), (1, 12, 7, 7)),
     "points": (lambda: nn.Conv2d(12, 24, 1), (3, 12, 3, 5)),
+    "points of squeezed images": (
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 24, 1)),
+        (3, 12, 3, 5),
+    ),
     "groups": (lambda: nn.Conv2d(12, 40, 3, padding=1, groups=2), (1, 12, 6, 6)),
     "groups of points": (lambda: nn.Conv2d(20, 12, 1, groups=4), (2, 20, 4, 4)),
     "two filters for each channel": (lambda: nn.Conv2d(6, 12, 3, groups=6), (1, 6, 6, 6)),
