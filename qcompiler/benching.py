@@ -18,7 +18,8 @@ from qcompiler import language_bench
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.errors import InputError
-from qcompiler.generation import Runtime, runtime, settings_of
+from qcompiler.explaining import FLOATING
+from qcompiler.generation import Runtime, float_target, runtime, settings_of
 from qcompiler.gpu import device
 from qcompiler.lowering import Progress, Run, model_size
 from qcompiler.manifest import machine
@@ -50,12 +51,14 @@ def bench(
         shape: such as "8x128": sizes for the dynamic dimensions of the inputs, in their order; of
             language models the tokens of a prompt, and those before the ones that are written.
     """
-    from qcompiler.backends import ort, ort_cuda
+    from qcompiler.backends import ort, ort_cuda, torch_half
 
     say = progress or (lambda step: None)
     artifact = Artifact.open(folder)
+    target = Target.parse(str(artifact.manifest["target"]))
     base = artifact.folder / REFERENCE
-    if not (base / ort.MODEL).is_file():
+    kept = (ort.MODEL, FLOATING) if float_target(str(target)) == "torch:cuda" else (ort.MODEL,)
+    if not all((base / name).is_file() for name in kept):
         raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
     writes = bool(artifact.manifest.get("generation"))
     usual = "ort-int4" if writes else "ort-dynamic"
@@ -69,11 +72,16 @@ def bench(
     names = [o["name"] for o in artifact.manifest["outputs"]]
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"float": base / ort.MODEL, "qcompiler": artifact.folder / ort.MODEL}
-        on_gpu = artifact.manifest["target"].startswith("ort:cuda")
-        open_model = (
-            ort_cuda.load_model if on_gpu else partial(ort.load_model, threads=threads, rest=True)
-        )
-        runs: dict[str, Run] = {"float": open_model(paths["float"])}
+        on_cpu = partial(ort.load_model, threads=threads, rest=True)
+        open_model = ort_cuda.load_model if target.device == "cuda" else on_cpu
+        beside = float_target(str(target))
+        match beside:
+            case "torch:cuda":
+                runs: dict[str, Run] = {"float": torch_half.load(base)}
+            case "ort:cpu":
+                runs = {"float": on_cpu(paths["float"])}
+            case _:
+                runs = {"float": open_model(paths["float"])}
         sizes = {"qcompiler": int(artifact.manifest["size"]["model_bytes"])}
         if paths["qcompiler"].is_file():
             runs["qcompiler"] = open_model(paths["qcompiler"])
@@ -99,7 +107,7 @@ def bench(
                 **asdict(t),
                 "size_bytes": sizes.get(t.name) or model_size(paths[t.name]),
                 "sqnr_db": None if t.name == "float" else quality[t.name],
-                "note": slow if t.name == "qcompiler" else "",
+                "note": {"qcompiler": slow, "float": _where(target, beside)}.get(t.name, ""),
             }
             for t in timings
         ]
@@ -134,7 +142,8 @@ def _bench_language(
     settings = settings_of(artifact.folder, artifact.manifest)
     room = int(artifact.manifest.get("capacity") or settings["context"])
     prompt, past = language_bench.sizes_of(shape, room)
-    beside = target if target.startswith("ort:") else "ort:cpu"
+    beside = float_target(target)
+    peers_on = "ort:cuda" if Target.parse(target).device == "cuda" else "ort:cpu"
     sizes = {
         "float": model_size(base / ort.MODEL),
         "qcompiler": int(artifact.manifest["size"]["model_bytes"]),
@@ -145,15 +154,14 @@ def _bench_language(
             "qcompiler": runtime(artifact.folder, target, threads),
         }
         peers, notes = _open_peers(
-            artifact, against, Path(scratch), lambda model: runtime(model.parent, beside, threads),
-            say,
+            artifact, against, Path(scratch),
+            lambda model: runtime(model.parent, peers_on, threads), say,
         )  # fmt: skip
         writers |= peers
         sizes |= {peer: model_size(Path(scratch) / peer / ort.MODEL) for peer in peers}
         say("time")
         rows = language_bench.time_writers(writers, prompt, past, seconds)
-    if target.startswith("tvm:cuda"):
-        notes["float"] = "ONNX Runtime on the CPU"
+    notes["float"] = _where(Target.parse(target), beside)
     rows = [{**r, "size_bytes": sizes[r["name"]], "note": notes.get(r["name"], "")} for r in rows]
     absent = {n: note for n, note in notes.items() if n not in writers}
     rows += [{"name": n, "phase": "", "note": note} for n, note in absent.items()]
@@ -161,6 +169,15 @@ def _bench_language(
         "rows": rows, "threads": threads, "machine": _machine(target),
         "shape": f"a prompt of {prompt}, {language_bench.STEPS} after {past}",
     }  # fmt: skip
+
+
+def _where(target: Target, beside: str) -> str:
+    """What ran the float model of an artifact for a GPU; nothing of others."""
+    if target.device != "cuda":
+        return ""
+    return {"torch:cuda": "torch, float16", "ort:cpu": "ONNX Runtime on the CPU"}.get(
+        beside, "ONNX Runtime on this GPU"
+    )
 
 
 def _machine(target: str) -> dict[str, Any]:

@@ -278,7 +278,10 @@ def runtime(folder: Path, target: str, threads: int | None = None) -> Runtime:
     """The target's decoder of the model in `folder`: an artifact's own, or its float model."""
     from importlib import import_module
 
-    backends = {"ort": "ort_decode", "ort:cuda": "ort_cuda_decode", "tvm": "edge_decode"}
+    backends = {
+        "ort": "ort_decode", "ort:cuda": "ort_cuda_decode", "tvm": "edge_decode",
+        "torch:cuda": "torch_half",
+    }  # fmt: skip
     runtime, _, rest = target.partition(":")
     device = rest.partition("+")[0].partition(":")[0]
     name = backends.get(f"{runtime}:{device}") or backends.get(runtime)
@@ -287,6 +290,15 @@ def runtime(folder: Path, target: str, threads: int | None = None) -> Runtime:
     made: Any = import_module(f"qcompiler.backends.{name}").Decoder(folder, threads)
     decoder: Runtime = made
     return decoder
+
+
+def float_target(target: str) -> str:
+    """What runs the float model beside an artifact for a target."""
+    if target.startswith("tvm:cuda"):
+        import torch
+
+        return "torch:cuda" if torch.cuda.is_available() else "ort:cpu"
+    return target if target.startswith("ort:") else "ort:cpu"
 
 
 def settings_of(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

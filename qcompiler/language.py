@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.errors import InputError
-from qcompiler.generation import Runtime, Tokenizer, runtime, settings_of
+from qcompiler.generation import Runtime, Tokenizer, float_target, runtime, settings_of
 
 WINDOW = 1024
 CHUNK = 256  # tokens read at once: the logits of a whole window would take 200 MB
@@ -224,8 +224,7 @@ def _models(artifact: Artifact, threads: int | None) -> dict[str, Runtime]:
     models = {"artifact": runtime(artifact.folder, target, threads)}
     reference = artifact.folder / REFERENCE
     if reference.is_dir():
-        # The float model beside an artifact is ONNX Runtime's, whatever runs the artifact.
-        models["float"] = runtime(reference, target if target[:4] == "ort:" else "ort:cpu", threads)
+        models["float"] = runtime(reference, float_target(target), threads)
     return models
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -316,13 +317,14 @@ def _edge(job: Job) -> Lowered:
         integer=job.integer_layers, say=job.say, **job.naming, **given,
     )  # fmt: skip
     seconds = time.perf_counter() - since
-    reference = _reference(job)
+    gpu = target.device == "cuda"
+    reference = _reference(job, "float16" if gpu else "")  # peers run it on the GPU too
     run, absent = _edge_run(folder, target, job.quantized)
     emulator = " ".join(getattr(run, "emulator", ()))
     notes = []
     if absent:
         notes.append(_not_run(absent))
-    if target.device == "cuda":
+    if gpu:
         too_large = overflow.warning_of_products(job.quantized, job.sample)
         notes += [too_large] if too_large else []
     if emulator:
@@ -344,7 +346,7 @@ def _edge(job: Job) -> Lowered:
         sum((folder / name).stat().st_size for name in edge_artifact.files(target)),
         model_size(reference / ort.MODEL),
     )
-    run_float = None if emulator or absent else _later(partial(ort.load, reference, 1))
+    run_float = None if emulator or absent else _later(partial(_float, job.plain, reference, gpu))
     described = asdict(audit) | {"time_share": []}
     if "capacity" in limits:
         extra["capacity"] = limits["capacity"]
@@ -360,6 +362,15 @@ def _edge(job: Job) -> Lowered:
         return fitted(batches, limits, EMULATED if emulator else None)
 
     return Lowered(run, run_float, described, *sizes, fit, ran=not absent, extra=extra, notes=notes)
+
+
+def _float(plain: Program, reference: Path, gpu: bool) -> Run:
+    """The float model on this machine: where the artifact runs on a GPU, in float16 there."""
+    from qcompiler.backends import ort, torch_half
+
+    if gpu and torch.cuda.is_available():
+        return torch_half.load_program(plain)
+    return ort.load(reference, 1)
 
 
 def _edge_run(folder: Path, target: Target, quantized: Program) -> tuple[Run, str]:
