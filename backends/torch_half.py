@@ -4,13 +4,15 @@ Weights are float16, which cuBLAS and torch's attention multiply. Where an opera
 and float32 (tables of angles, masks), float32 becomes float16, of constants once for all. Shapes
 that come again run as a CUDA graph.
 
-A language model's step has fixed shapes too: its tokens read all of a cache's places, of which a
-mask hides those that nothing was written to yet.
+A language model's step has fixed shapes too: keys and values are written into a cache in place, and
+its tokens read all of it, with a mask over what comes later. What layers share, such as that mask
+and the angles of the positions, is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from qcompiler.cached import CACHED
+from qcompiler.cached import CACHED, cached_attention, turn
 from qcompiler.errors import InputError
 from qcompiler.explaining import FLOATING
 from qcompiler.op_families import LINEAR
@@ -30,6 +32,7 @@ MASK, TOKENS, PLACES = "attention_mask", "input_ids", "position_ids"
 KEPT = 2  # texts of different lengths whose caches and graphs are kept
 CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata.default})  # that types are float32
 Values = tuple[Tensor, ...]
+Attend = Callable[..., Values]  # computes an attention over a cache: its node and its arguments
 
 
 class _Narrow:
@@ -56,12 +59,14 @@ class _Narrow:
 
     def narrowed(self, value: Tensor) -> Tensor:
         """Floats in the narrow type, what is beyond it as its largest."""
-        if value.dtype != torch.float32:
+        if value.dtype != torch.float32 or self._dtype == torch.float32:
             return value
         return value.clamp(self._limits.min, self._limits.max).to(self._dtype)
 
     @torch.no_grad()
-    def run(self, given: Sequence[Tensor], last: bool = False) -> Values:
+    def run(
+        self, given: Sequence[Tensor], last: bool = False, attend: Attend | None = None
+    ) -> Values:
         """The outputs; `last`: the first, which a linear made, for the last position alone."""
         values: dict[Node, Any] = {}
         rest = iter(given)
@@ -74,12 +79,14 @@ class _Narrow:
             elif node.op == "output":
                 return tuple(values[n] for n in node.args[0])  # type: ignore[union-attr,index]
             elif node.target not in CHECKS:
-                values[node] = self._call(node, values, last)
+                values[node] = self._call(node, values, last, attend)
             for source in self._dying.get(node, ()):
                 values.pop(source, None)
         raise AssertionError("a graph without an output node")
 
-    def _call(self, node: Node, values: Mapping[Node, Any], last: bool) -> Any:
+    def _call(
+        self, node: Node, values: Mapping[Node, Any], last: bool, attend: Attend | None
+    ) -> Any:
         found = (values[n] for n in node.all_input_nodes)
         narrow = any(isinstance(v, Tensor) and v.dtype == self._dtype for v in found)
 
@@ -99,6 +106,8 @@ class _Narrow:
             kwargs["device"] = self._device
         if last and node is self._head:
             args = (args[0][:, -1:], *args[1:])
+        if attend is not None and node.target in CACHED:
+            return attend(node, *args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -196,7 +205,7 @@ class Decoder:
             for reader in nodes[name].users
         }  # fmt: skip
         # Windows count places, and other attention may too: those read a cache without gaps.
-        self._fixed = all(n.target in CACHED and n.args[12] <= 0 for n in readers)  # type: ignore[operator]
+        self._fixed = all(n.target is cached_attention and n.args[12] <= 0 for n in readers)  # type: ignore[operator]
         logits = program.exported.graph.output_node().args[0][0]  # type: ignore[index,union-attr]
         self.vocabulary = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
         self._program = _Narrow(program, device, dtype)
@@ -221,12 +230,15 @@ class Decoder:
         found: NDArray[np.float32] = logits[0].float().cpu().numpy()
         return found[-1:] if last else found
 
-    def _step(self, ids: Tensor, mask: Tensor, places: Tensor, past: Values, last: bool) -> Values:
+    def _step(
+        self, ids: Tensor, mask: Tensor, places: Tensor, past: Values, last: bool,
+        attend: Attend | None = None,
+    ) -> Values:  # fmt: skip
         """Logits, and the caches with the tokens."""
         known = {TOKENS: ids, MASK: mask, PLACES: places}
         rest = iter(past)
         given = [known[name] if name in known else next(rest) for name in self._inputs]
-        return self._program.run(given, last)
+        return self._program.run(given, last, attend)
 
     def _memory(self, tokens: int) -> Values:
         """Caches for so many tokens."""
@@ -251,29 +263,23 @@ class _Text:
         key = (new, first, last)
         if key not in self._steps:
             self._steps[key] = self._step(new, first, last)
-        (held, mask, places), compute = self._steps[key]
+        (held, places), compute = self._steps[key]
         held.copy_(ids)
         places.copy_(torch.arange(length, length + new)[None])
-        if not first:
-            mask[:, : self._capacity] = torch.arange(self._capacity) < length
         return compute()[0]
 
     def _step(self, new: int, first: bool, last: bool) -> tuple[Values, Callable[[], Values]]:
-        """Tokens, mask and places on the device, and what computes the logits from them."""
-        decoder, before = self._decoder, 0 if first else self._capacity
+        """Tokens and places on the device, and what computes the logits from them."""
+        decoder = self._decoder
         ids, places = (
             torch.zeros(1, new, dtype=torch.int64, device=decoder._device) for _ in range(2)
         )
-        mask = torch.ones(1, before + new, dtype=torch.int64, device=decoder._device)
-        past = self._none if first else self._past
 
         def compute() -> Values:
-            logits, *present = decoder._step(ids, mask, places, past, last)
-            for memory, made in zip(self._past, present, strict=True):
-                memory.index_copy_(2, places[0], made[:, :, before:].to(memory.dtype))
-            return (logits,)
+            attend = partial(_attention, {}, places[0], first)
+            return decoder._step(ids, ids, places, self._past, last, attend)[:1]
 
-        return (ids, mask, places), _captured(compute, decoder._device)
+        return (ids, places), _captured(compute, decoder._device)
 
     def read_exactly(self, ids: Tensor, length: int, last: bool) -> Tensor:
         """As `read`, with a past of `length` tokens and no place more."""
@@ -284,3 +290,48 @@ class _Text:
         logits, *present = self._decoder._step(ids, mask, places, past, last)
         self._past = tuple(present)
         return logits
+
+
+def _attention(
+    shared: dict[Any, Values], places: Tensor, first: bool, node: Node, q: Tensor, k: Tensor,
+    v: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None,
+    positions: Tensor | None, heads: int, kv_heads: int, scale: float, window: int,
+    interleaved: bool,
+) -> Values:  # fmt: skip
+    """`qc::cached_attention` of one text without padding, over a cache with places for all of it.
+
+    Args:
+        shared: of all attentions of a run; empty at its start.
+        places: (new,) where the tokens stand in the text and the cache.
+        first: nothing stands before them.
+        node: the attention.
+        keys, values: (1, kv_heads, capacity, size), written at those places.
+        mask, window: not looked at: all before a token is text, and it reads all of that.
+        q, k, v, cos, sin, positions, heads, kv_heads, scale, interleaved: as the op's.
+    """
+    query, key, value = (
+        x.unflatten(-1, (count, x.shape[-1] // count)).transpose(1, 2)
+        for x, count in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
+    if cos is not None and sin is not None and positions is not None:
+        tables = node.args[6:9]
+        if tables not in shared:
+            shared[tables] = tuple(table[positions][:, None] for table in (cos, sin))
+        both = turn(torch.cat([query, key], 1), *shared[tables], interleaved)
+        query, key = both.split([heads, kv_heads], 1)
+    keys.index_copy_(2, places, key)
+    values.index_copy_(2, places, value)
+    product = partial(torch.nn.functional.scaled_dot_product_attention, scale=scale)
+    grouped = heads != kv_heads
+    if first:
+        out = product(query, key, value, is_causal=True, enable_gqa=grouped)
+    else:
+        if "seen" not in shared:
+            seen = torch.arange(keys.shape[2], device=places.device) <= places[:, None]
+            shared["seen"] = (seen,)
+        (seen,) = shared["seen"]
+        if len(places) == 1:  # the heads that share a key are read as if they were tokens
+            query, grouped = query.reshape(1, kv_heads, -1, query.shape[-1]), False
+        out = product(query, keys, values, seen, enable_gqa=grouped)
+        out = out.reshape(1, heads, len(places), -1)
+    return out.transpose(1, 2).flatten(2), keys, values
