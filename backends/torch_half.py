@@ -54,7 +54,7 @@ class _Narrow:
         self._dying: dict[Node, list[Node]] = {}
         for source, reader in last.items():
             self._dying.setdefault(reader, []).append(source)
-        first = self._nodes[-1].args[0][0]  # type: ignore[index,union-attr]
+        first = self._nodes[-1].args[0][0]
         self._head = first if isinstance(first, Node) and first.target is LINEAR else None
 
     def narrowed(self, value: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _Narrow:
             elif node.op == "get_attr":
                 values[node] = getattr(self._module, str(node.target))
             elif node.op == "output":
-                return tuple(values[n] for n in node.args[0])  # type: ignore[union-attr,index]
+                return tuple(values[n] for n in node.args[0])
             elif node.target not in CHECKS:
                 values[node] = self._call(node, values, last, attend)
             for source in self._dying.get(node, ()):
@@ -100,9 +100,13 @@ class _Narrow:
                 self._narrowed[source] = self.narrowed(held)
             return self._narrowed[source]
 
-        args = torch.fx.node.map_arg(node.args, value)
+        args: Any = torch.fx.node.map_arg(node.args, value)
         kwargs = dict(torch.fx.node.map_arg(node.kwargs, value))
-        if kwargs.get("device") is not None:
+        known = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        made = any(a.name == "device" for a in known) and not any(
+            isinstance(v, Tensor) for v in args
+        )
+        if made or kwargs.get("device") is not None:
             kwargs["device"] = self._device
         if last and node is self._head:
             args = (args[0][:, -1:], *args[1:])
@@ -205,9 +209,9 @@ class Decoder:
             for reader in nodes[name].users
         }  # fmt: skip
         # Windows count places, and other attention may too: those read a cache without gaps.
-        self._fixed = all(n.target is cached_attention and n.args[12] <= 0 for n in readers)  # type: ignore[operator]
-        logits = program.exported.graph.output_node().args[0][0]  # type: ignore[index,union-attr]
-        self.vocabulary = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
+        self._fixed = all(n.target is cached_attention and n.args[12] <= 0 for n in readers)
+        logits = program.exported.graph.output_node().args[0][0]
+        self.vocabulary = int(logits.meta["val"].shape[-1])
         self._program = _Narrow(program, device, dtype)
         self._device, self._dtype = device, dtype
         self._texts: dict[int, _Text] = {}
@@ -317,7 +321,8 @@ def _attention(
         tables = node.args[6:9]
         if tables not in shared:
             shared[tables] = tuple(table[positions][:, None] for table in (cos, sin))
-        both = turn(torch.cat([query, key], 1), *shared[tables], interleaved)
+        c, s = shared[tables]
+        both = turn(torch.cat([query, key], 1), c, s, interleaved)
         query, key = both.split([heads, kv_heads], 1)
     keys.index_copy_(2, places, key)
     values.index_copy_(2, places, value)

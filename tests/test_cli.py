@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from qcompiler import compiler, terminal
+from qcompiler import cli_artifact, compiler, terminal
 from qcompiler.artifact import FORMAT, Artifact
 from qcompiler.cli import app
 from qcompiler.errors import QCompilerError
@@ -209,6 +209,26 @@ def test_bad_manifest(
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
     assert part in error_line(run(command, tmp_path))
+
+
+def test_caches_are_one_row_of_verify() -> None:
+    def check(what: str, value: float, ok: bool = True) -> dict[str, Any]:
+        return {"what": f"artifact: {what}", "value": value, "bound": 3.0, "ok": ok}
+
+    checks = [
+        {"what": "files", "value": 7, "bound": "checksums", "ok": True},
+        check("logits, calibration", 30.0),
+        check("present.0.key, calibration", 20.0), check("present.0.value, calibration", 10.0),
+        check("logits, held-out", 31.0),
+        check("present.0.key, held-out", 2.0, False), check("present.0.value, held-out", 12.0),
+    ]  # fmt: skip
+    assert [(c["what"], c["value"], c["ok"]) for c in cli_artifact._grouped(checks)] == [
+        ("files", 7, True),
+        ("artifact: logits, calibration", 30.0, True),
+        ("artifact: caches, calibration (the worst of 2)", 10.0, True),
+        ("artifact: logits, held-out", 31.0, True),
+        ("artifact: caches, held-out (the worst of 2)", 2.0, False),
+    ]
 
 
 def test_changed_file(run: Run, folder: Path) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from qcompiler import benching, language_bench
+from qcompiler import benching, generation, language_bench
 from qcompiler.artifact import Artifact
 from qcompiler.errors import InputError
-from qcompiler.generation import Generated, Sampling, Stream, Tokenizer
+from qcompiler.generation import Generated, Generator, Sampling, Stream, Tokenizer
 from qcompiler.language import last_words, perplexity, student
 
 CONTEXT = 48  # of the fixture's model
@@ -293,6 +293,35 @@ class Counting:
         assert last
         self.fed.append(len(tokens))
         return np.zeros((1, self.vocabulary), np.float32)
+
+
+def test_a_gpu_is_warm_before_the_clock(
+    language_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first runs are not what `qcompiler run` calls its speed; what is written stays."""
+    real, fed = generation.runtime, list[Any]()
+
+    def counting(folder: Path, target: str, threads: int | None) -> Any:
+        made = real(folder, "ort:cpu", threads)
+        feed = made.feed
+        monkeypatch.setattr(
+            made, "feed", lambda x, last=False: (fed.append(len(x)), feed(x, last))[1]
+        )
+        return made
+
+    monkeypatch.setattr(generation, "runtime", counting)
+    made = {}
+    for target in ("ort:cpu", "ort:cuda:sm_90+tvm", "tvm:cuda:sm_90"):
+        generator = Generator(language_artifact.folder, {**language_artifact.manifest,
+                                                         "target": target})  # fmt: skip
+        for count in (1, 5):
+            fed.clear()
+            made[target, count] = generator.generate("a cat", count)
+            steps = [5, *[1] * made[target, count].steps]
+            cold = "cuda" in target and count == 1
+            assert fed == ([5, 1, *steps] if cold else steps)
+    for count in (1, 5):
+        assert len({(made[key].text, made[key].tokens) for key in made if key[1] == count}) == 1
 
 
 def test_what_is_timed_of_a_writer() -> None:

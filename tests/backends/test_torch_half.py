@@ -126,3 +126,6 @@ def test_graphs_on_a_gpu(program: Program, tmp_path: Path) -> None:
         decoder.reset(20)
         pieces = [decoder.feed(tokens[a:b]) for a, b in ((0, 5), (5, 6), (6, 7), (7, 14))]
         assert error(np.concatenate(pieces), want) < CLOSE
+    steps = decoder._text._steps.values()
+    assert all(isinstance(run._graph, torch.cuda.CUDAGraph) for _, run in steps)
+    assert bool(steps) == decoder._fixed
