@@ -52,7 +52,15 @@ def session(path: Path, graphs: bool = False) -> Any:
     onnxruntime.preload_dlls()
     _check_libraries(Path(onnxruntime.__file__).parent)
     settings = {"enable_cuda_graph": "1"} if graphs else {}
-    made = open_session(path, session_options(path), [(PROVIDER, settings), CPU])
+    try:
+        made = open_session(path, session_options(path), [(PROVIDER, settings), CPU])
+    except Exception as error:  # of a class that onnxruntime does not export
+        if "graph capture" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{path}: not all of its operators run on the GPU, so that a token's step is no CUDA "
+            "graph, and it writes no text there; compile it for ort:cpu"
+        ) from error
     if PROVIDER not in made.get_providers():
         raise UnsupportedError(
             f"ONNX Runtime could not start its CUDA provider on {found.name}; its log says why: "

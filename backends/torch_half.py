@@ -101,6 +101,7 @@ class _Narrow:
             return self._narrowed[source]
 
         args: Any = torch.fx.node.map_arg(node.args, value)
+        args = tuple(self._device if isinstance(a, torch.device) else a for a in args)
         kwargs = dict(torch.fx.node.map_arg(node.kwargs, value))
         known = getattr(getattr(node.target, "_schema", None), "arguments", ())
         made = any(a.name == "device" for a in known) and not any(

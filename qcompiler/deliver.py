@@ -202,8 +202,8 @@ def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     It is what was measured here, less 6 dB for another CPU's kernels. Where the artifact could not
     run here, it is the quantization error, or `UNMEASURED` where that is smaller, less as much.
     """
-    measured = [row["sqnr_db"] for row in errors["lowering"]]
-    expected = [UNMEASURED, *(row["sqnr_db"] for row in errors["quantization"])]
+    measured = [float(row["sqnr_db"]) for row in errors["lowering"]]
+    expected = [UNMEASURED, *(float(row["sqnr_db"]) for row in errors["quantization"])]
     bound: float = min(measured or expected) - 6.0
     return round(max(0.0, bound), 1)
 

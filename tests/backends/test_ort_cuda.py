@@ -320,6 +320,21 @@ def test_what_a_machine_lacks_is_one_line(
         llama.runner()
 
 
+def test_a_model_that_is_no_graph_is_one_line(
+    llama: Artifact, pretended: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("This session cannot use the graph capture feature as requested")
+
+    pretended.setattr(onnxruntime, "get_available_providers", lambda: [ort_cuda.PROVIDER])
+    pretended.setattr(ort_cuda, "free_memory", lambda: 1 << 40)
+    pretended.setattr(onnxruntime, "preload_dlls", lambda: None)
+    pretended.setattr(ort_cuda, "_check_libraries", lambda folder: None)
+    pretended.setattr(ort_cuda, "open_session", refuse)
+    with pytest.raises(UnsupportedError, match="not all of its operators run on the GPU"):
+        llama.generate("Hello", 2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(llama: Artifact) -> None:
     with pytest.raises(UnsupportedError, match="no GPU"):
