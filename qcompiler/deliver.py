@@ -5,7 +5,6 @@ And doing so again with an artifact on disk.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -23,9 +22,9 @@ from qcompiler import explaining, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
-from qcompiler.errors import VerifyError
+from qcompiler.errors import VerifyError, first_line
 from qcompiler.findings import INNER
-from qcompiler.lowering import Job, Run, integer_layers, lower
+from qcompiler.lowering import Job, Lowered, Run, integer_layers, lower
 from qcompiler.manifest import Compiled, manifest_of
 from qcompiler.memory import peak_memory
 from qcompiler.op_families import LINEAR
@@ -74,16 +73,15 @@ def deliver(
         )
     )  # fmt: skip
     run, names = lowered.run, names[: lowered.outputs]
-    taken = {
-        kind: _taken(compiled.source, lowered.fit(batches))
-        for kind, batches in (("calibration", calibration), ("held-out", held_out))
-    }
     say("verify")
     errors: dict[str, list[dict[str, Any]]] = {"quantization": [], "lowering": []}
     known: dict[torch.fx.Node, Any] = {}
     sound = True
-    for kind, (batches, results) in taken.items():
-        captured = [lowered.view(result) for result in results]
+    batches: list[Batch] = []
+    left_out: list[str] = []
+    for kind, whole in (("calibration", calibration), ("held-out", held_out)):
+        batches, captured, reasons = _taken(compiled.source, whole, lowered)
+        left_out += reasons
         quantized = [lowered.view(integer.run(compiled.quantized, b, known)) for b in batches]
         sound &= all(map(finite, captured))
         actual = [run(*b) for b in batches] if lowered.ran else quantized
@@ -97,9 +95,9 @@ def deliver(
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
     known.clear()
     latency = []
-    if lowered.run_float is not None and taken["held-out"][0]:
+    if lowered.run_float is not None and batches:  # held out
         say("time")
-        latency.append(_timed(lowered.run_float, run, taken["held-out"][0][0]))
+        latency.append(_timed(lowered.run_float, run, batches[0]))
     metric = None
     if spec.metric is not None and lowered.run_float is not None:
         say(f"metric: {spec.metric_name}")
@@ -143,6 +141,12 @@ def deliver(
             manifest,
         )  # fmt: skip
     manifest["warnings"] = _warnings(manifest) + lowered.notes
+    if left_out:
+        manifest["warnings"].append(
+            f"verified without {len(left_out)} parts of the data, cut to the sizes that there is "
+            f"code for, which the model does not take ({left_out[0]}): give sizes of the data "
+            "(--bucket)"
+        )
     if data.note:
         manifest["warnings"].append(f"calibrated and verified on {data.note}")
     manifest["peak_memory_bytes"] = peak_memory()
@@ -183,17 +187,30 @@ def _as_module(run: Callable[..., Any], inputs: Sequence[str], spec: Any) -> Cal
     return call
 
 
-def _taken(source: Program, batches: Sequence[Batch]) -> tuple[list[Batch], list[Any]]:
-    """The batches that the model takes, and what it gives.
+def _taken(
+    source: Program, whole: Sequence[Batch], lowered: Lowered
+) -> tuple[list[Batch], list[Any], list[str]]:
+    """The batches that both artifact and model take, what the model gives, and why others are not.
 
-    A part of a batch may be no input of the model, though the whole was one: where a graph is cut,
+    A part of a batch may be no input of the model, though the whole is one: where a graph is cut,
     its edges lead to nodes that are gone.
+
+    Raises:
+        IndexError, RuntimeError: the model's own, for a whole batch.
     """
-    found = []
-    for batch in batches:
-        with contextlib.suppress(IndexError, RuntimeError):
-            found.append((batch, source.run(batch)))
-    return [batch for batch, _ in found], [result for _, result in found]
+    sizes = [[x.shape for x in batch] for batch in whole]
+    taken, results, reasons = [], [], []
+    for batch in lowered.fit(whole):
+        try:
+            result = source.run(batch)
+        except (IndexError, RuntimeError) as error:
+            if [x.shape for x in batch] in sizes:
+                raise
+            reasons.append(first_line(error))
+            continue
+        taken.append(batch)
+        results.append(lowered.view(result))
+    return taken, results, reasons
 
 
 def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
