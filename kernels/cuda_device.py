@@ -22,7 +22,6 @@ def load_matrices(name: str, change: str = "") -> str:
 }}"""
 
 
-# Name → (result, source). PTX ISA 8: cp.async, ldmatrix, mma, griddepcontrol.
 # The larger one; NaN where one is, as in torch.
 _LARGER = """#ifndef QC_LARGER
 #define QC_LARGER
@@ -33,6 +32,7 @@ __device__ __forceinline__ float qc_larger(float x, float y) {
 }
 #endif
 """
+# Name → (result, source). PTX ISA 8: cp.async, ldmatrix, mma, griddepcontrol.
 DEVICE: dict[str, tuple[str, str]] = {
     # 16 bytes from global to shared memory, past L1; zeros where `valid` is 0.
     "qc_copy16": (
