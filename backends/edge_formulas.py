@@ -5,6 +5,7 @@ Each takes and returns what the op does; sources are the ops' own documentation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,17 +67,22 @@ def _lstm_layer(
     return torch.stack(made), h.unsqueeze(0), c.unsqueeze(0), x.new_zeros(0)
 
 
+MUCH = 1e19  # from there on 1 + x² is x², and twice x may be infinite
+
+
 def _asinh(x: Tensor) -> Tensor:
-    """By |x|, as a + a² / (1 + √(1 + a²)) without the square: neither cancels nor overflows."""
+    """By |x|, as a + a² / (1 + √(1 + a²)) without the square: it does not cancel."""
     a = x.abs()
     turned = 1 / a
     made = torch.log1p(a + a / (turned + (1 + turned * turned).sqrt()))
+    made = torch.where(a > MUCH, a.log() + math.log(2), made)
     return torch.where(x < 0, -made, made)
 
 
 def _acosh(x: Tensor) -> Tensor:
     over = x - 1
-    return torch.log1p(over + over.sqrt() * (over + 2).sqrt())
+    made = torch.log1p(over + over.sqrt() * (over + 2).sqrt())
+    return torch.where(x > MUCH, x.log() + math.log(2), made)
 
 
 def _atanh(x: Tensor) -> Tensor:
@@ -88,7 +94,8 @@ def _atanh(x: Tensor) -> Tensor:
 def _hypot(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.abs(), y.abs()
     long, ratio = torch.maximum(x, y), torch.minimum(x, y) / torch.maximum(x, y)
-    return torch.where(long == 0, long, long * (1 + ratio * ratio).sqrt())
+    found = torch.where(long == 0, long, long * (1 + ratio * ratio).sqrt())
+    return torch.where((x == math.inf) | (y == math.inf), math.inf, found)
 
 
 def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
