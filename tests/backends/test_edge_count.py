@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
 from qcompiler.backends import edge_count
 from qcompiler.backends.edge import choose_isa
 from qcompiler.backends.edge_calls import Calls

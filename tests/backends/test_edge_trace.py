@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
 from qcompiler import ops
 from qcompiler.backends.edge_ops import Ref, Storage, Trace, dense_order
 from qcompiler.backends.edge_trace import trace
