@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from qcompiler import benching
 from qcompiler.backends import torch_half
 from qcompiler.cached import CACHED
 from qcompiler.errors import InputError
@@ -22,6 +23,7 @@ from qcompiler.models import find
 from qcompiler.passes.fuse_cache import fuse_cache
 from qcompiler.passes.normalize import normalize
 from qcompiler.program import Program, capture
+from qcompiler.target import Target
 
 CLOSE = 5e-3  # ‖out − ref‖ / ‖ref‖ of float16 arithmetic in two layers
 
@@ -114,6 +116,11 @@ def test_what_runs_the_float_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert float_target("tvm:cuda:sm_90") == ours
         assert float_target("ort:cuda") == "ort:cuda"
         assert float_target("tvm:native") == "ort:cpu"
+    said = [
+        benching._where(Target.parse(target), float_target(target))
+        for target in ("tvm:cuda:sm_90", "ort:cuda:sm_90+tvm", "tvm:native", "ort:cpu")
+    ]
+    assert said == ["ONNX Runtime on the CPU", "ONNX Runtime on this GPU", "", ""]
 
 
 @pytest.mark.gpu
