@@ -8,13 +8,14 @@ from where a warpgroup product takes its left operand, and activations come as u
 fragments is multiplied, the other is unpacked. Where there are fewer such pieces than processors,
 the blocks of a cluster share out a piece's columns; each adds up its part of the sums, which it
 reads from the others' shared memory. Where pieces don't divide among the processors, so many blocks
-share out all their stages evenly (stream-K: Osama et al. 2023, "Stream-K"): sums of a piece that
-another block began are left to it in a workspace.
+take whole ones and share out the stages of what is left evenly (stream-K: Osama et al. 2023,
+"Stream-K"): sums of a piece that another block began are left to it in a workspace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -28,10 +29,11 @@ from qcompiler.kernels.cuda_code import (
     cuda_kernel,
     registers,
     tokens_of,
-    value,
 )
+from qcompiler.kernels.cuda_epilogue import TOGETHER, store_together
 from qcompiler.kernels.cuda_hopper import GROUP, Ring
-from qcompiler.kernels.cuda_tall import BATCH, CHUNK, STRIDE, TURNED, Tall
+from qcompiler.kernels.cuda_pieces import OwnPieces
+from qcompiler.kernels.cuda_tall import CHUNK, STRIDE, Tall
 from qcompiler.kernels.cuda_units import UNIT, UNIT_ROWS
 from qcompiler.kernels.cuda_unpack import unpack
 from qcompiler.kernels.cuda_weights import LIFT, ROWS, Weights, Widened
@@ -63,8 +65,8 @@ def gemm_hopper(
     x_units = -(-form.depth // CHUNK)  # along a row
     last_unit = -(-tokens // UNIT_ROWS) - 1
     slot_bytes, at_weights = how.slot(form), how.tokens * form.stage * 2
+    splits = how.clustered(form)
     stages = -(-form.stages // splits)
-    splits = -(-form.stages // stages)  # none is left without work
     words = form.bits // 4
     bytes_of_stage = at_weights + how.weight_bytes(form)
     size = how.tokens // 2  # sums of a thread for 64 rows
@@ -82,68 +84,54 @@ def gemm_hopper(
         group = T.Bind(thread // GROUP)
         ring = Ring(memory, how.ring * slot_bytes, how.ring)
         emitter = Emitter(expression, buffers)
-        ring.start(thread, each // WARP, warps=True)
+        ring.start(thread, each // WARP)
         call("qc_sync")
-
-        def place_of(piece: Any) -> tuple[Any, Any]:
-            """A piece's tokens and rows, in pieces."""
-            whole = T.Bind(piece // (how.band * across))
-            height = T.Bind(T.min(down - whole * how.band, how.band))
-            rest = T.Bind(piece % (how.band * across))
-            return T.Bind(whole * how.band + rest % height), T.Bind(rest // height)
 
         if blocks:
             workspace, flags = buffers[2 + form.scaled_after :][:2]
-            every = T.Bind(down * across * form.stages)
-            first = T.Bind(block * every // blocks)
-            count = T.Bind((block + 1) * every // blocks - first)
-        else:
-            first = T.Bind(split * stages)
-            count = T.Bind(T.min(stages, form.stages - first))
-            only = place_of(block)
 
-        def at(step: Any) -> tuple[Any, Any, Any]:
-            """Tokens, rows and the stage of the block's step."""
-            if not blocks:
-                return *only, first + step
-            where = T.Bind(first + step)
-            return *place_of(T.Bind(where // form.stages)), T.Bind(where % form.stages)
+        own = OwnPieces(how, form, tokens, block, split)
 
         def produce() -> None:
             call(f"qc_registers_dec_{how.registers[0]}")
             with T.If(thread == each), T.Then():
-                # The previous kernel made the activations, but not the weights.
-                early = min(how.ring, stages)
-                for stage in range(early):
-                    with T.If(stage < count), T.Then():
-                        call("qc_barrier_expect", ring.full(stage), bytes_of_stage)
-                        bring_weights(at(stage), stage)
-                call("qc_after_previous")
-                call("qc_let_next")
-                for stage in range(early):
-                    with T.If(stage < count), T.Then():
-                        bring_activations(at(stage), stage)
-                with T.If(count > early), T.Then(), T.serial(0, count - early) as later:
-                    stage = T.Bind(later + early)
-                    slot = T.Bind(stage % how.ring)
-                    call("qc_barrier_wait", ring.free(slot), (stage // how.ring + 1) % 2)
-                    call("qc_barrier_expect", ring.full(slot), bytes_of_stage)
-                    where = at(stage)
-                    bring_weights(where, slot)
-                    bring_activations(where, slot)
 
-        def bring_weights(where: Any, slot: Any) -> None:
-            _, row_block, stage = where
-            start = slot * slot_bytes + at_weights
+                def bring(
+                    _: Any, where: tuple[Any, Any], start: Any, count: Any, done: Any
+                ) -> None:
+                    early = min(how.ring, stages)
+                    with T.If(done == 0), T.Then():
+                        # The previous kernel made the activations, but not the weights.
+                        for stage in range(early):
+                            with T.If(stage < count), T.Then():
+                                bring_weights(where[1], start + stage, stage)
+                        call("qc_after_previous")
+                        call("qc_let_next")
+                        for stage in range(early):
+                            with T.If(stage < count), T.Then():
+                                bring_activations(where[0], start + stage, stage)
+                    there = T.Bind(T.Select(done == 0, T.min(early, count), 0))
+                    with T.serial(0, count - there) as later:
+                        stage = T.Bind(there + later)
+                        step = T.Bind(done + stage)
+                        slot = T.Bind(step % how.ring)
+                        call("qc_barrier_wait", ring.free(slot), (step // how.ring + 1) % 2)
+                        bring_weights(where[1], start + stage, slot)
+                        bring_activations(where[0], start + stage, slot)
+
+                own.each(bring)
+
+        def bring_weights(row_block: Any, stage: Any, slot: Any) -> None:
+            call("qc_barrier_expect", ring.full(slot), bytes_of_stage)
+            start = T.Bind(slot * slot_bytes + at_weights)
             for tile in range(how.rows // ROWS):
                 row = T.min(row_block * (how.rows // ROWS) + tile, form.tiles - 1)
                 source = (T.cast(row, "int64") * form.stages + stage) * form.stage_bytes
                 call("qc_bulk_copy", address(memory, start + tile * form.stage_bytes),
                      address(packed, source), form.stage_bytes, ring.full(slot))  # fmt: skip
 
-        def bring_activations(where: Any, slot: Any) -> None:
-            token_block, _, stage = where
-            start = slot * slot_bytes
+        def bring_activations(token_block: Any, stage: Any, slot: Any) -> None:
+            start = T.Bind(slot * slot_bytes)
             for chunk in range(chunks):
                 to = start + chunk * (how.tokens * 128)
                 if how.mapped:
@@ -181,7 +169,8 @@ def gemm_hopper(
                         unpack(form, a, packed_step, memory, base, chunk * 4 + step, lane)
 
             def release(slot: Any) -> None:
-                call("qc_barrier_arrive_warp", ring.free(slot), lane)
+                with T.If(lane == 0), T.Then():
+                    call("qc_barrier_arrive", ring.free(slot))
 
             def sum_up(done: Any, count: Any) -> None:
                 """The sums of the block's `count` stages after its first `done`."""
@@ -219,35 +208,31 @@ def gemm_hopper(
                 for total in totals:
                     call("qc_settle", address(total, 0, size), size)
 
-            if not blocks:
-                sum_up(0, count)
-                call("qc_after_previous")  # before anything is written
-                if splits > 1:
-                    share(totals, lane, warp)
-                else:
-                    call("qc_sync_readers", each)
-                    finish(totals, lane, warp, only, 0)
-                return
-            call("qc_after_previous")
-            last = first + count
-            own = T.Bind(first // form.stages)
-            with T.serial(0, (last - 1) // form.stages - own + 1) as turn:
-                piece = T.Bind(own + turn)
-                start = T.Bind(T.max(first, piece * form.stages))
-                stop = T.Bind(T.min(last, (piece + 1) * form.stages))
-                done = T.Bind(start - first)
-                many = T.Bind(stop - start)
-                sum_up(done, many)
-                release((done + many + how.ring - 1) % how.ring)
+            def add_up(piece: Any, where: Any, start: Any, count: Any, done: Any) -> None:
+                sum_up(done, count)
+                if not blocks:
+                    call("qc_after_previous")  # before anything is written
+                    if splits > 1:
+                        share(totals, lane, warp, where)
+                    else:
+                        call("qc_sync_readers", each)
+                        finish(totals, lane, warp, where, 0)
+                    return
+                with T.If(count > 0), T.Then():
+                    release((done + count + how.ring - 1) % how.ring)
                 # Who has a piece's first stages finishes it: others have theirs ready by then.
-                with T.If(start == piece * form.stages):
+                with T.If(start == 0):
                     with T.Then():
-                        final = T.Bind(((piece + 1) * form.stages * blocks - 1) // every)
-                        with T.If(final > block), T.Then():
-                            add_others(totals, final)
-                        finish(totals, lane, warp, place_of(piece), after)
+                        if own.common:
+                            with T.If(piece < own.common), T.Then():
+                                add_others(totals, piece)
+                        finish(totals, lane, warp, where, after)
                     with T.Else():
                         leave(totals)
+
+            if blocks:
+                call("qc_after_previous")
+            own.each(add_up)
 
         def fours_of(totals: list[Any], i: Any) -> Any:
             return address(totals[i // (size // 4)], i % (size // 4) * 4, 4)
@@ -264,9 +249,9 @@ def gemm_hopper(
             with T.If(thread == 0), T.Then():
                 call("qc_flag_set", address(flags, block))
 
-        def add_others(totals: list[Any], final: Any) -> None:
-            """Add what the next blocks up to `final` left of this piece, in their order."""
-            with T.serial(0, final - block) as other:
+        def add_others(totals: list[Any], piece: Any) -> None:
+            """Add what the next blocks left of this piece, in their order."""
+            with T.serial(0, own.last_of(piece) - block) as other:
                 of = T.Bind(block + 1 + other)
                 with T.If(thread == 0), T.Then():
                     call("qc_flag_wait", address(flags, of))
@@ -278,42 +263,66 @@ def gemm_hopper(
                     call("qc_flag_clear", address(flags, of))
 
         def write(where: tuple[Any, Any], token: Any, row: Any, found: Any) -> None:
-            token_block, row_block = where
-            m = T.Bind(token_block * how.tokens + token)
-            n = T.Bind(row_block * how.rows + row)
-            with T.If(T.And(m < tokens, n < form.rows)), T.Then():
+            """Four rows' sums of a token."""
+            m = T.Bind(where[0] * how.tokens + token)
+            n = T.Bind(where[1] * how.rows + row)
+
+            def made(i: int) -> Any:
+                one = found[i]
                 if form.scaled_after:
-                    found = found * buffers[2][n]
+                    one = one * buffers[2][n + i]
                 if isinstance(form, Widened):
-                    found = found * T.float32(1 / LIFT)
-                emitter.vector(emitter.coordinates(m), n, 1, T.Bind(found))
+                    one = one * T.float32(1 / LIFT)
+                return T.Bind(one)
+
+            with T.If(T.And(m < tokens, n < form.rows)), T.Then():
+                place = emitter.coordinates(m)
+                if form.rows % TOGETHER == 0:
+                    store_together(emitter, place, n, [made(i) for i in range(TOGETHER)])
+                    return
+                for i in range(TOGETHER):
+                    with T.If(n + i < form.rows), T.Then():
+                        emitter.vector(place, n + i, 1, made(i))
+
+        def turn_round(
+            where: tuple[Any, Any], mine: Any, token: Any, row: Any, count: int,
+            sums: Callable[[int, int], Any],
+        ) -> None:  # fmt: skip
+            """Write a warp's sums of 16 rows by 8 · count tokens, turned round in `mine`.
+
+            sums(column, e) are four of a thread for each eight tokens, of two tokens and two rows.
+            """
+            lane = T.Bind(thread % WARP)
+            call("qc_sync_warp")
+            for column in range(count):
+                for e in range(4):
+                    at = (column * 8 + lane % 4 * 2 + e % 2) * STRIDE + lane // 4 + e // 2 * 8
+                    call("qc_put", address(memory, mine + at * 4), sums(column, e))
+            call("qc_sync_warp")
+            for column in range(count):
+                held = registers(TOGETHER, "float32")
+                at = (column * 8 + lane % 8) * STRIDE + lane // 8 * TOGETHER
+                call("qc_move16", address(held, 0, TOGETHER), address(memory, mine + at * 4))
+                write(where, token + column * 8 + lane % 8, row + lane // 8 * TOGETHER, held)
 
         def finish(
             totals: list[Any], lane: Any, warp: Any, where: tuple[Any, Any], start: int
         ) -> None:
             """Each warp turns its sums round in shared memory, some tokens at a time."""
-            mine = T.Bind(start + thread // WARP * TURNED)
+            mine = T.Bind(start + thread // WARP * how.turned)
+            many = how.batch // 8
             for part in range(how.parts):
-                for batch in range(0, how.tokens, BATCH):
-                    call("qc_sync_warp")
-                    for column in range(BATCH // 8):
-                        for e in range(4):
-                            at = (column * 8 + lane % 4 * 2 + e % 2) * STRIDE
-                            at = at + lane // 4 + e // 2 * 8
-                            found = totals[part][(batch // 8 + column) * 4 + e]
-                            call("qc_put", address(memory, mine + at * 4), found)
-                    call("qc_sync_warp")
-                    with T.serial(0, BATCH // 2) as i:
-                        token, row = T.Bind(i * 2 + lane // 16), T.Bind(lane % 16)
-                        found = value("qc_get", address(memory, mine + (token * STRIDE + row) * 4))
-                        row = (group * how.parts + part) * 64 + warp * 16 + row
-                        write(where, batch + token, row, found)
+                row = T.Bind((group * how.parts + part) * 64 + warp * 16)
+                for first in range(0, how.tokens // 8, many):
+                    sums = partial(_of_columns, totals[part], first)
+                    turn_round(where, mine, first * 8, row, many, sums)
 
-        def share(totals: list[Any], lane: Any, warp: Any) -> None:
+        def share(totals: list[Any], lane: Any, warp: Any, where: tuple[Any, Any]) -> None:
             """Leave the sums in shared memory; each block adds its share up, in order of blocks."""
             call("qc_sync_readers", each)
             per = size // 4  # of a part
-            mine = -(-fours // splits)
+            many = -(-fours // splits)
+            mine = T.Bind(how.tokens * how.rows * 4 + thread // WARP * how.turned)
 
             def place(i: Any) -> Any:
                 return address(memory, (i * each + thread) * 16)
@@ -321,18 +330,16 @@ def gemm_hopper(
             for i in range(fours):
                 call("qc_move16", place(i), fours_of(totals, i))
             call("qc_cluster_meet")
-            with T.serial(0, mine) as turn:
-                i = T.Bind(split * mine + turn)
+            with T.serial(0, many) as turn:
+                i = T.Bind(split * many + turn)
                 with T.If(i < fours), T.Then():
                     held = registers(4, "float32")
                     for e in range(4):
                         T.buffer_store(held, T.float32(0), [e])
                     for of in range(splits):
                         call("qc_add16_of", address(held, 0, 4), place(i), of)
-                    row = (group * how.parts + i // per) * 64 + warp * 16 + lane // 4
-                    for e in range(4):
-                        token = i % per * 8 + lane % 4 * 2 + e % 2
-                        write(only, token, row + e // 2 * 8, held[e])
+                    row = T.Bind((group * how.parts + i // per) * 64 + warp * 16)
+                    turn_round(where, mine, i % per * 8, row, 1, lambda _, e: held[e])
             call("qc_cluster_meet")  # none leaves while others read its memory
 
         with T.If(group == readers):
@@ -341,3 +348,8 @@ def gemm_hopper(
             with T.Else():
                 multiply()
     return made
+
+
+def _of_columns(total: Any, first: int, column: int, e: int) -> Any:
+    """A thread's e-th sum of column `first + column`, each of eight tokens."""
+    return total[(first + column) * 4 + e]

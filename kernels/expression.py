@@ -146,32 +146,27 @@ class Emitter:
 
     def vector(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> None:
         """Compute and store `lanes` elements from (row, column); `anchor` is value 0."""
-        values: list[Any] = []
-        for step in self.expression.steps:
-            given = [values[i] for i in step.values]
-            value = self._value(step, given, row, column, lanes, anchor)
-            values.append(self._named(step, value, lanes))
+        values = self.values(row, column, lanes, anchor)
         for index, access in self.expression.stores:
-            value, dtype = values[index], access.dtype
-            have = self.expression.steps[index].dtype
-            if dtype == "bool":
-                value = select(
-                    value, code.spread(T.uint8(1), lanes), code.spread(T.uint8(0), lanes)
-                )
-            elif dtype == NARROW:
-                if have != dtype:
-                    value = code.round_bfloat16(code.bind(value), lanes)
-                value = code.narrow(value, lanes)
-            elif have != dtype or dtype in ("int8", "uint8"):
-                value = code.cast(value, dtype, lanes)
-            stride = access.strides[-1] if access.strides else 1
-            code.store(
-                self.buffers[access.argument],
-                self.start(access, row, column),
-                value,
-                lanes,
-                stride,
-            )
+            self.store(index, access, row, column, lanes, values[index])
+
+    def store(
+        self, index: int, access: Access, row: list[Any], column: Any, lanes: int, value: Any
+    ) -> None:
+        """Store `lanes` elements of step `index`'s value."""
+        dtype = access.dtype
+        have = self.expression.steps[index].dtype
+        if dtype == "bool":
+            value = select(value, code.spread(T.uint8(1), lanes), code.spread(T.uint8(0), lanes))
+        elif dtype == NARROW:
+            if have != dtype:
+                value = code.round_bfloat16(code.bind(value), lanes)
+            value = code.narrow(value, lanes)
+        elif have != dtype or dtype in ("int8", "uint8"):
+            value = code.cast(value, dtype, lanes)
+        stride = access.strides[-1] if access.strides else 1
+        at = self.start(access, row, column)
+        code.store(self.buffers[access.argument], at, value, lanes, stride)
 
     def _value(
         self, step: Step, given: list[Any], row: list[Any], column: Any, lanes: int, anchor: Any
@@ -246,12 +241,16 @@ class Emitter:
 
     def value(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> Any:
         """The last step's value, where the expression is another kernel's input."""
+        return self.values(row, column, lanes, anchor)[-1]
+
+    def values(self, row: list[Any], column: Any, lanes: int, anchor: Any = None) -> list[Any]:
+        """Each step's value."""
         values: list[Any] = []
         for step in self.expression.steps:
             given = [values[i] for i in step.values]
             value = self._value(step, given, row, column, lanes, anchor)
             values.append(self._named(step, value, lanes))
-        return values[-1]
+        return values
 
     def _named(self, step: Step, value: Any, lanes: int) -> Any:
         """A step's value, computed once; TVM's analyzer fails on some."""

@@ -266,7 +266,7 @@ def test_pieces_are_as_many_as_run_at_once(cases: ModuleType) -> None:
     form = Weights(4096, 4096)
     found = {m: choose_tall(m, form) for m in (128, 256, 512, 1024, 4096)}
     assert [(how.tokens, how.rows, how.splits) for how in found.values()] == [
-        (64, 128, 2), (128, 128, 2), (128, 128, 1), (256, 128, 1), (128, 256, 1),
+        (64, 128, 2), (128, 128, 2), (128, 128, 1), (256, 128, 1), (256, 128, 1),
     ]  # fmt: skip
 
 
@@ -277,6 +277,8 @@ def test_pieces_that_do_not_divide_are_shared_out_evenly() -> None:
     assert (how.blocks, how.splits) == (132, 1)
     assert how.workspace(1024, form) == 132 * how.tokens * how.rows
     assert choose_tall(1024, form).blocks == 0
+    # Two whole ones for each and the 80 that are left: those are shared out.
+    assert how.common(1024, form) == 80
     assert choose_tall(1024, Weights(4096, 4096), stream=True).blocks == 0
 
 
