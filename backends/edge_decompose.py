@@ -22,10 +22,13 @@ from qcompiler.errors import UnsupportedError
 
 aten = torch.ops.aten
 
+REDUCTIONS = frozenset({
+    aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default,
+    aten.amin.default,
+})  # fmt: skip
 # Known at the level below: recorded when torch reaches them.
-BASIC = ELEMENTWISE | {
-    aten._softmax.default, aten.mean.dim, aten.mean.default, aten.sum.dim_IntList,
-    aten.sum.default, aten.amax.default, aten.amin.default, aten.cat.default,
+BASIC = ELEMENTWISE | REDUCTIONS | {
+    aten._softmax.default, aten.cat.default,
     aten.constant_pad_nd.default, aten.bmm.default, aten.mm.default,
     aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, *FOLDS, *RANKS, *SCATTERS,
 }  # fmt: skip
@@ -79,13 +82,16 @@ class Recorder(TorchDispatchMode):
             kept = self._unmasked(*args)
             if kept is not None:
                 return kept
+        if func in REDUCTIONS and args[0].ndim == 0 and args[0].is_floating_point():
+            with self:
+                return args[0].clone()
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)
         call = [func, *pytree.tree_leaves((args, kwargs))]
         reducible = func not in BASIC and not any(_same(call, other) for other in self.reducing)
         if reducible and (not _is_view(func) or func._can_decompose()):
-            simpler = self._simpler(func)
+            simpler = self._simpler(func, args)
             if simpler is not None:
                 self.reducing.append(call)
                 try:
@@ -102,12 +108,13 @@ class Recorder(TorchDispatchMode):
             raise UnsupportedError(f"the code generator does not know '{func}'")
         return result
 
-    def _simpler(self, func: Any) -> Callable[..., Any] | None:
+    def _simpler(self, func: Any, args: Any) -> Callable[..., Any] | None:
         """The op in terms of others."""
         known = self.decompositions.get(func)
         if known is None and func.namespace == "prims":  # what torch's own references end in
             packet = getattr(aten, func._schema.name.removeprefix("prims::"), None)
-            names = ("self", "Tensor", "default", "Tensor_Tensor")
+            number = len(args) > 1 and not isinstance(args[1], Tensor)
+            names = (*["Scalar"] * number, "self", "Tensor", "default", "Tensor_Tensor")
             known = next((getattr(packet, n) for n in names if hasattr(packet, n)), None)
         if known is None and func._can_decompose():
             known = func.decompose

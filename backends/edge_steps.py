@@ -68,6 +68,7 @@ LOGICAL = {  # on bool; integers bit by bit
     aten.__or__.Scalar: "or", aten.bitwise_xor.Tensor: "xor", aten.bitwise_xor.Scalar: "xor",
     aten.__xor__.Tensor: "xor", aten.__xor__.Scalar: "xor", aten.logical_xor.default: "xor",
 }  # fmt: skip
+BOOLEAN = {"mul": "and", "minimum": "and", "add": "or", "maximum": "or"}  # on bool
 SPARSE = "sparse"  # Σ_k table[columns[:, k]] · values[:, k]: `qc::sparse_linear`, transposed
 LOOKUPS = frozenset(
     {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default,
@@ -144,11 +145,12 @@ def write(op: Op, steps: Steps) -> int:
             return steps.value(False, kind)
         return steps.step("isnan", kind, steps.value(args[0], "float32"))
     if target in BINARY:
-        return steps.step(
-            BINARY[target], kind, steps.value(args[0], kind), steps.value(args[1], kind)
-        )
+        name = BINARY[target]
+        name = BOOLEAN.get(name, name) if kind == "bool" else name
+        return steps.step(name, kind, steps.value(args[0], kind), steps.value(args[1], kind))
     if target in SCALED:
         name, swapped = SCALED[target]
+        name = BOOLEAN.get(name, name) if kind == "bool" else name
         alpha = op.kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         a, b = (args[1], args[0]) if swapped else (args[0], args[1])
         right = steps.value(b, kind)

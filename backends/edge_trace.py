@@ -194,6 +194,13 @@ class _Tracer(Interpreter):
             moved = args[0].movedim(args[1], -1)
             found = self.call_function(target, (moved, -1, *args[2:]), kwargs)
             return found.movedim(-1, args[1])
+        if target is aten.matmul.default and min(args[0].ndim, args[1].ndim) == 1:
+            return self._vector_product(*args)
+        if target is aten.scaled_dot_product_attention.default and args[0].ndim < 4:
+            wide = [x[None] if isinstance(x, Tensor) else x for x in args]
+            mask = kwargs.get("attn_mask")
+            more = kwargs if mask is None else {**kwargs, "attn_mask": mask[None]}
+            return self.call_function(target, tuple(wide), more)[0]
         if target is aten.layer_norm.default and len(args[1]) > 1:
             return self._wide_norm(*args, **kwargs)
         if target is ops.sparse_linear:
@@ -208,6 +215,16 @@ class _Tracer(Interpreter):
         target = RECURRENT.get(target, target)
         with self.mode, self.recorder:
             return target(*args, **kwargs)
+
+    def _vector_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A product with a vector, as one of matrices of one row or column."""
+        rows, columns = a.ndim > 1, b.ndim > 1
+        with self.mode, self.recorder:
+            a, b = a if rows else a[None], b if columns else b[:, None]
+        made = self.call_function(aten.matmul.default, (a, b), {})
+        made = made if columns else made[..., 0]
+        found: Tensor = made if rows else made[..., 0] if not columns else made[..., 0, :]
+        return found
 
     def _weight(
         self, q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int
