@@ -6,6 +6,7 @@ declared here, after ONNX Runtime's ContribOperators.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -265,6 +266,18 @@ def _relu6(x: Any) -> Any:
     return _clamp(x, 0.0, 6.0)
 
 
+def _log_sigmoid(x: Any) -> Any:
+    """−log(1 + e^−x): the exporter's log of a sigmoid is −∞ from −18 on."""
+    return op.Neg(op.Softplus(op.Neg(x)))
+
+
+def _logaddexp(a: Any, b: Any) -> Any:
+    """The larger and what the other adds, log(1 + e^−|a − b|); log 2 where both are the same."""
+    same = op.Add(a, op.CastLike(op.Constant(value_float=math.log(2)), a))
+    apart = op.Add(op.Max(a, b), op.Softplus(op.Neg(op.Abs(op.Sub(a, b)))))
+    return op.Where(op.Equal(a, b), same, apart)
+
+
 def _slice(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     def bound(value: Any, default: int) -> Any:
         if value is None or isinstance(value, int):
@@ -305,4 +318,6 @@ def translations(generated: bool = False) -> dict[Callable[..., Any], Callable[.
         aten.clamp.default: _clamp,
         aten.hardtanh.default: lambda x, low=-1.0, high=1.0: _clamp(x, low, high),
         aten.relu6.default: _relu6,
+        aten.log_sigmoid.default: _log_sigmoid,
+        aten.logaddexp.default: _logaddexp,
     }

@@ -59,6 +59,7 @@ def normalize(draft: Draft) -> None:
     _fold_constants(draft)
     _make_linears(draft)
     _spell_paddings(draft)
+    _spell_divisors(draft)
     _fold_batch_norms(draft)
     _recognise_rms_norms(draft)
     _recognise_activations(draft)
@@ -190,6 +191,20 @@ def _spell_paddings(draft: Draft) -> None:
         args = (x, weight, bias, stride, halves, dilation, groups)
         draft.swap(conv, draft.call(plain, *args, before=conv))
         draft.graph.erase_node(conv)
+
+
+def _spell_divisors(draft: Draft) -> None:
+    """Sums of windows divided by a number of the user's own, as a multiple of their means."""
+    for pool in draft.calls(aten.avg_pool2d.default):
+        given = {a.name: a.default_value for a in aten.avg_pool2d.default._schema.arguments}
+        given |= dict(pool.kwargs) | dict(zip(given, pool.args, strict=False))
+        x, kernel, stride, padding, beyond, _, divisor = given.values()
+        if divisor is None or beyond:  # windows beyond the border have fewer elements
+            continue
+        elements = math.prod([*kernel] * (2 if len(kernel) == 1 else 1))
+        mean = draft.call(pool.target, x, kernel, stride, padding, False, True, before=pool)
+        draft.swap(pool, draft.call(aten.mul.Tensor, mean, elements / divisor, before=pool))
+        draft.graph.erase_node(pool)
 
 
 def _fold_batch_norms(draft: Draft) -> None:

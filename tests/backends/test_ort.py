@@ -562,6 +562,29 @@ def test_clamp_of_floats_and_integers(low: Any, high: Any, tmp_path: Path) -> No
         assert torch.equal(got, expected)
 
 
+class Extremes(nn.Module):
+    """Functions whose simple formulas overflow, and means by numbers of the user's own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        image = x.reshape(1, 1, 4, 4)
+        pooled = F.avg_pool2d(image, 3, 2, 1, divisor_override=2)
+        return F.logsigmoid(x), torch.logaddexp(x, x.flip(0)), torch.logaddexp(x, x), pooled
+
+
+def test_functions_far_from_zero(tmp_path: Path) -> None:
+    x = torch.linspace(-100, 100, 16)
+    ort.lower(normalize(capture(Extremes(), (x,))), tmp_path)
+    for got, want in zip(ort.load(tmp_path)(x), Extremes()(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_divisor_that_onnx_has_not_is_refused(tmp_path: Path) -> None:
+    pool = nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2)
+    program = normalize(capture(pool, (torch.randn(1, 3, 8, 8),)))
+    with pytest.raises(UnsupportedError, match="divisor_override"):
+        ort.lower(program, tmp_path)
+
+
 def test_an_output_named_like_an_input_is_refused(tmp_path: Path) -> None:
     program = capture(nn.Linear(3, 3), (torch.randn(2, 3),))
     with pytest.raises(UnsupportedError, match=r"output name 'input' is the name of an input"):
