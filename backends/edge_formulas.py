@@ -115,6 +115,10 @@ def _distances(x: Tensor, y: Tensor, p: float, mode: int | None) -> Tensor:
     apart = (x.unsqueeze(-2) - y.unsqueeze(-3)).abs()
     if p == 2:
         return (apart * apart).sum(-1).sqrt()
+    if p == math.inf:
+        return apart.amax(-1)
+    if p == 0:
+        return (apart != 0).to(x.dtype).sum(-1)
     return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
 
 

@@ -198,7 +198,8 @@ def _spell_divisors(draft: Draft) -> None:
     for pool in draft.calls(aten.avg_pool2d.default):
         given = {a.name: a.default_value for a in aten.avg_pool2d.default._schema.arguments}
         given |= dict(pool.kwargs) | dict(zip(given, pool.args, strict=False))
-        x, kernel, stride, padding, beyond, _, divisor = given.values()
+        values: Any = given.values()
+        x, kernel, stride, padding, beyond, _, divisor = values
         if divisor is None or beyond:  # windows beyond the border have fewer elements
             continue
         elements = math.prod([*kernel] * (2 if len(kernel) == 1 else 1))

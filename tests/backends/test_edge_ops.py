@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,7 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
         lambda m, x: (x.var(-1), x.std((1, 2)), x.var(1, correction=0), x.logsumexp(-1),
                       x.softmax(1).view(-1), x.log_softmax(0), F.normalize(x, dim=1),
                       x.amax((0, 2)), x.min(), F.cosine_similarity(x, x.flip(1), dim=-1),
-                      torch.cdist(x, x.flip(1) * 2)),
+                      *(torch.cdist(x, x.flip(1) * 2, p) for p in (0.0, 2.0, math.inf))),
         {}, (X3,),
     ),
     "along a dimension": (
