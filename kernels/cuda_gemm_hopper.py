@@ -84,7 +84,7 @@ def gemm_hopper(
         group = T.Bind(thread // GROUP)
         ring = Ring(memory, how.ring * slot_bytes, how.ring)
         emitter = Emitter(expression, buffers)
-        ring.start(thread, each // WARP)
+        ring.start(thread, each // WARP, warps=True)
         call("qc_sync")
 
         if blocks:
@@ -169,8 +169,7 @@ def gemm_hopper(
                         unpack(form, a, packed_step, memory, base, chunk * 4 + step, lane)
 
             def release(slot: Any) -> None:
-                with T.If(lane == 0), T.Then():
-                    call("qc_barrier_arrive", ring.free(slot))
+                call("qc_barrier_arrive_warp", ring.free(slot), lane)
 
             def sum_up(done: Any, count: Any) -> None:
                 """The sums of the block's `count` stages after its first `done`."""

@@ -261,6 +261,16 @@ def test_blocks_of_a_piece_are_a_cluster(cases: ModuleType) -> None:
     assert "__launch_bounds__(384, 2) __cluster_dims__(1, 2, 1)" in generate([made], "sm_90a")
 
 
+def test_a_stage_is_given_back_once_all_lanes_have_read_it(cases: ModuleType) -> None:
+    """By the warp, which meets first: one lane's arrival says nothing of the others' reads."""
+    for case in (cases.Case("hopper", 128, 4096, 4096), cases.Case("hopper", 70, 300, 576)):
+        made, _ = cases.kernel(case)
+        source = generate([made], "sm_90a")
+        assert "qc_barrier_init_warps(" in source.partition("__launch_bounds__")[2]
+        assert "qc_barrier_arrive_warp(" in source.partition("__launch_bounds__")[2]
+        assert "qc_barrier_arrive(" not in source
+
+
 def test_pieces_are_as_many_as_run_at_once(cases: ModuleType) -> None:
     """Few tokens: small pieces that several blocks share; many: the largest alone."""
     form = Weights(4096, 4096)
