@@ -22,6 +22,11 @@ from qcompiler.errors import UnsupportedError
 
 aten = torch.ops.aten
 
+# In place, but they only say how the memory is walked.
+WALKS = frozenset({
+    aten.as_strided_.default, aten.unsqueeze_.default, aten.squeeze_.default, aten.squeeze_.dim,
+    aten.squeeze_.dims, aten.transpose_.default, aten.t_.default,
+})  # fmt: skip
 REDUCTIONS = frozenset({
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default,
     aten.amin.default,
@@ -67,7 +72,7 @@ class Recorder(TorchDispatchMode):
         if not any(isinstance(t, FakeTensor) for t in tensors):
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        if func is aten.as_strided_.default:  # only says how the memory is walked
+        if func in WALKS:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)

@@ -56,6 +56,8 @@ class Weights:
         assert storage.constant is not None
         if storage not in self.known:
             flat = storage.constant.contiguous().reshape(-1)
+            if flat.stride() != (1,):  # one number, expanded: contiguous, whatever its stride
+                flat = flat.clone(memory_format=torch.contiguous_format)
             data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             name = hashlib.sha256(data).digest()
             if name not in self.places:
