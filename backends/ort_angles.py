@@ -36,6 +36,7 @@ BFLOAT16 = {
     "ScatterND", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softmax", "Split", "Sqrt",
     "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
+NO_FLOAT16 = {"Range"}  # operators that ONNX has not in float16
 LOOK_UPS = ("Gather", "GatherElements", "GatherND")
 
 
@@ -56,13 +57,13 @@ def keep_wide(
         The indices of the nodes that stay as they are, and the initializers that stay float32.
     """
     graph, types = model.graph, _types(model)
-    kept = _angles(model, types)
-    if kind != HALF:
-        kept |= {
-            i
-            for i, node in enumerate(graph.node)
-            if node.op_type not in BFLOAT16 and _floats((*node.input, *node.output), types)
-        }
+    angles = _angles(model, types)
+    kept = angles | {
+        i
+        for i, node in enumerate(graph.node)
+        if (node.op_type in NO_FLOAT16 if kind == HALF else node.op_type not in BFLOAT16)
+        and _floats((*node.input, *node.output), types)
+    }
     if not kept:
         return set(), set()
     floats = {name for i in kept for name in _floats(graph.node[i].output, types)}
@@ -79,7 +80,7 @@ def keep_wide(
             contents[other] = contents[name]
     narrow = {name: f"{name}_narrow" for name in inside & outside & floats}
     # Angles read no floats but one another's and constants.
-    given = {n for i in kept for n in _floats(graph.node[i].input, types) if kind != HALF}
+    given = {n for i in kept - angles for n in _floats(graph.node[i].input, types)}
     wide = {name: f"{name}_wide" for name in sorted(given - inside - held.keys())}
     nodes: list[onnx.NodeProto] = []
     indices, widened = set(), set()

@@ -275,6 +275,23 @@ def test_float16_keeps_angles_and_guards(tmp_path: Path, torchlib_once: None) ->
     assert sorted(shared) == [TensorProto.FLOAT, TensorProto.FLOAT16]  # the gains in both
 
 
+class Stepped(torch.nn.Module):
+    """A step from number to number, counted in floats: ONNX has no Range in float16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.linspace(0, 0.5, 5)
+
+
+def test_float16_keeps_what_onnx_has_not_in_it(tmp_path: Path, torchlib_once: None) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half().float()
+    ort.lower(normalize(capture(Stepped(), (x,))), tmp_path, half="float16")
+    session = onnxruntime.InferenceSession(tmp_path / MODEL, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    (got,) = session.run(None, {name: x.half().numpy()})
+    assert error(got, Stepped()(x)) < CLOSE
+    assert "Range" in [node.op_type for node in onnx.load(tmp_path / MODEL).graph.node]
+
+
 def test_what_the_target_refuses() -> None:
     target = Target.parse("ort:cuda")
     four = QType.parse("int4:g32")
