@@ -90,6 +90,9 @@ class Recorder(TorchDispatchMode):
         if func in REDUCTIONS and args[0].ndim == 0 and args[0].is_floating_point():
             with self:
                 return args[0].clone()
+        if func in (aten.amax.default, aten.amin.default) and args[0].dtype == torch.bool:
+            with self:
+                return func(args[0].to(torch.int32), *args[1:], **kwargs) != 0
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)

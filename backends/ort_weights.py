@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from qcompiler.errors import UnsupportedError, first_line
 from qcompiler.qtype import pack
 
 Array = NDArray[Any]
@@ -107,6 +108,9 @@ def save(model: onnx.ModelProto, held: Mapping[str, Array], path: Path, external
         held: that content.
         path: of the file.
         external: write large initializers to `<path>.data`.
+
+    Raises:
+        UnsupportedError: if an operator does not take the types that it is given.
     """
     place = path.with_name(f"{path.name}.data") if external else path
     with place.open("wb") as file:
@@ -124,6 +128,8 @@ def save(model: onnx.ModelProto, held: Mapping[str, Array], path: Path, external
     checked.write_bytes(described.SerializeToString())
     try:
         onnx.checker.check_model(checked, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UnsupportedError(f"no ONNX form: {first_line(error)}") from error
     finally:
         if not external:
             checked.unlink()

@@ -59,7 +59,10 @@ def bench(
     base = artifact.folder / REFERENCE
     kept = (ort.MODEL, FLOATING) if float_target(str(target)) == "torch:cuda" else (ort.MODEL,)
     if not all((base / name).is_file() for name in kept):
-        raise InputError(f"{folder} keeps no float model; compile with --set keep_reference=true")
+        raise InputError(
+            f"{folder} keeps no float model; compile with --set keep_reference=true (of some no "
+            "ONNX model can be made: compile said so)"
+        )
     writes = bool(artifact.manifest.get("generation"))
     usual = "ort-int4" if writes else "ort-dynamic"
     against = list(dict.fromkeys(usual if name == "ort" else name for name in against))

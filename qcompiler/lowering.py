@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ class Lowered:
     Attributes:
         run: the compiled model on flat inputs.
         run_float: the float model, for ONNX Runtime on this machine; None where this machine is
-            not the target's, so that no time means anything.
+            not the target's, so that no time means anything, or the model has no ONNX form.
         audit: as the manifest holds it.
         model_bytes, float_bytes: sizes.
         fit: kept batches → batches that the artifact takes.
@@ -318,10 +319,19 @@ def _edge(job: Job) -> Lowered:
     )  # fmt: skip
     seconds = time.perf_counter() - since
     gpu = target.device == "cuda"
-    reference = _reference(job, "float16" if gpu else "")  # peers run it on the GPU too
     run, absent = _edge_run(folder, target, job.quantized)
     emulator = " ".join(getattr(run, "emulator", ()))
     notes = []
+    timed, reference = not (emulator or absent), folder / REFERENCE
+    try:
+        _reference(job, "float16" if gpu else "")  # peers run it on the GPU too
+        float_bytes = model_size(reference / ort.MODEL)
+    except UnsupportedError as error:
+        timed = False
+        shutil.rmtree(reference)  # what there is of it
+        reference.mkdir()
+        float_bytes = sum(x.numel() * x.element_size() for x in job.plain.constants().values())
+        notes.append(f"not timed beside its float model, which ONNX Runtime would run: {error}")
     if absent:
         notes.append(_not_run(absent))
     if gpu:
@@ -343,10 +353,9 @@ def _edge(job: Job) -> Lowered:
         )
     extra = {"entries": limits["entries"], "code_seconds": seconds, "emulator": emulator}
     sizes = (
-        sum((folder / name).stat().st_size for name in edge_artifact.files(target)),
-        model_size(reference / ort.MODEL),
-    )
-    run_float = None if emulator or absent else _later(partial(_float, job.plain, reference, gpu))
+        sum((folder / name).stat().st_size for name in edge_artifact.files(target)), float_bytes,
+    )  # fmt: skip
+    run_float = _later(partial(_float, job.plain, reference, gpu)) if timed else None
     described = asdict(audit) | {"time_share": []}
     if "capacity" in limits:
         extra["capacity"] = limits["capacity"]

@@ -60,6 +60,7 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
     ),
     "truth": (
         lambda m, x: (((x > 0) + (x > 1)).float(), (x > 0) * (x < 1), torch.maximum(x > 0, x > 1),
+                      (x > 1).amax(-1), (x > 0).amin((0, 2)),
                       (1 / x.relu()).isfinite(), x.isclose(x.flip(0)),
                       torch.logaddexp(x, x.flip(0))),
         {}, (X3,),

@@ -1,0 +1,54 @@
+"""What a backend makes, and the float model beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler.artifact import REFERENCE
+from qcompiler.backends import ort
+from qcompiler.benching import bench
+from qcompiler.deliver import verify
+from qcompiler.errors import InputError, UnsupportedError
+
+
+class Lengths(nn.Module):
+    """Of vectors of two numbers: an op that ONNX has not."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.hypot(x, y)
+
+
+class Either(nn.Module):
+    """A sum of truth values, which ONNX has not; the largest of them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x > 0) + (x > 1), (x > 0).amax(-1)
+
+
+def test_code_is_made_where_the_float_model_has_no_onnx_form(tmp_path: Path) -> None:
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    inputs = torch.randn(3, 8), torch.randn(3, 8)
+    made = qcompiler.compile(
+        Lengths(), inputs, calibration=[inputs] * 2, target="tvm:native", recipe="fp32",
+        out=tmp_path / "out",
+    )  # fmt: skip
+    (said,) = made.manifest["warnings"]
+    assert said.startswith("not timed beside its float model, which ONNX Runtime would run: no ")
+    assert made.manifest["latency"] == []
+    assert made.manifest["size"]["float_bytes"] == 0
+    assert not [*(made.folder / REFERENCE).glob("*.onnx")]
+    torch.testing.assert_close(made.load()(*inputs), torch.hypot(*inputs))
+    assert verify(made.folder)["ok"]
+    with pytest.raises(InputError, match="keeps no float model"):
+        bench(made.folder)
+
+
+def test_types_that_onnx_does_not_take_are_refused(tmp_path: Path) -> None:
+    program = qcompiler.capture(Either(), (torch.randn(2, 3),))
+    with pytest.raises(UnsupportedError, match=r"no ONNX form: .*Add.*bool"):
+        ort.lower(program, tmp_path)
