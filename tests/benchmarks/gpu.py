@@ -12,9 +12,9 @@ it: a CUDA graph of launches that read the weight from one place after another, 
 cache holds; the median of several replays. ONNX Runtime takes part where onnxruntime-gpu is
 installed. Then whole programs (`gpu_programs.py`), a decoder of Llama-2-7B's shape (`decoder.py`),
 and the tests marked `gpu`, which want TVM and nvcc too and say that they are skipped without. What
-it prints is a table; FILE.json has all of it, each test's outcome too. `--small` leaves out what
-is timed, the decoder and the tests: the small cases and the programs, which are what `sanitize`
-puts under memcheck and racecheck (`gpu_sanitize.py`).
+it prints is a table; FILE.json has all of it, each test's outcome too, and is written after each of
+these. `--small` leaves out what is timed, the decoder and the tests: the small cases and the
+programs, which are what `sanitize` puts under memcheck and racecheck (`gpu_sanitize.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -143,25 +143,37 @@ def run(folder: Path, out: Path | None, small: bool, only: str) -> int:
         summary["onnxruntime"] = onnxruntime.__version__
     except ImportError:
         summary["onnxruntime"] = None
+    parts: list[tuple[str, Callable[[], Any]]] = []
     if not only:
-        summary["programs"] = told = gpu_programs.run(folder)
-        wrong += sum(said != "ok" for said in told.values())
+        parts.append(("programs", lambda: gpu_programs.run(folder)))
     if not small:
         if (folder / DECODER).is_dir():
-            summary["decoder"] = decoder.run(folder / DECODER)
-        summary["tests"] = found = gpu_tests.run()
-        wrong += sum(test["outcome"] == "failed" for test in found)
-    if out is not None:
-        short = [
-            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-            for row in table
-        ]
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in short)
-        head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
-        out.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+            parts.append(("decoder", lambda: decoder.run(folder / DECODER)))
+        parts.append(("tests", gpu_tests.run))
+    save(summary, out)  # what is known is kept, whatever becomes of the rest
+    for name, part in parts:
+        summary[name] = part()
+        save(summary, out)
+    wrong += sum(said != "ok" for said in summary.get("programs", {}).values())
+    wrong += sum(test["outcome"] == "failed" for test in summary.get("tests", ()))
     print({k: v for k, v in summary.items() if k not in ("rows", "tests")})
     print(f"{wrong} wrong, of {len(table)} and the tests" if wrong else f"all {len(table)} right")
     return int(wrong > 0 or not table)
+
+
+def save(summary: dict[str, Any], out: Path | None) -> None:
+    """Write what has been found so far, a line a case, in place of what was written before."""
+    if out is None:
+        return
+    short = [
+        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in summary["rows"]
+    ]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in short)
+    head = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    part.replace(out)
 
 
 def measure(
