@@ -31,6 +31,7 @@ REDUCTIONS = frozenset({
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default,
     aten.amin.default,
 })  # fmt: skip
+EXTREMES = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
 # Known at the level below: recorded when torch reaches them.
 BASIC = ELEMENTWISE | REDUCTIONS | {
     aten._softmax.default, aten.cat.default,
@@ -90,9 +91,10 @@ class Recorder(TorchDispatchMode):
         if func in REDUCTIONS and args[0].ndim == 0 and args[0].is_floating_point():
             with self:
                 return args[0].clone()
-        if func in (aten.amax.default, aten.amin.default) and args[0].dtype == torch.bool:
+        if func in EXTREMES and args[0].dtype == torch.bool:
             with self:
-                return func(args[0].to(torch.int32), *args[1:], **kwargs) != 0
+                found = func(args[0].to(torch.int32), *args[1:], **kwargs)
+                return (found[0] != 0, found[1]) if isinstance(found, tuple) else found != 0
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)

@@ -130,7 +130,9 @@ def group(trace: Trace, direct: Mapping[Op, Sequence[int]]) -> Grouping:
             if any(storage is op.out.storage for storage in own):
                 continue
             mine = [r for r in reader.refs() if r.storage is op.out.storage]
-            fits = edge_steps.writes(reader) or reader.target in ROWS or reader.target in REDUCE
+            fits = edge_steps.writes(reader) or reader.target in ROWS
+            # Integers are put in order first, which is another walk.
+            fits = fits or (reader.target in REDUCE and not in_integers(reader))
             if not fits or not all(_same_walk(r, op.out) for r in mine):
                 return False
         return True

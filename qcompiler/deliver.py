@@ -227,7 +227,9 @@ def _lowering_bound(errors: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:
     found = [*manifest["audit"]["broken"], *manifest["mixed"].get("warnings", ())]
-    if not manifest["errors"]["quantization"]:
+    if not any("float" in output["dtype"] for output in manifest["outputs"]):
+        found.append("not verified: none of its outputs are floats, and no others are compared")
+    elif not manifest["errors"]["quantization"]:
         found.append(
             "not verified: no batch of the data has a size that there is code for; give sizes of "
             "the data (--bucket)"

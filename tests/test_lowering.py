@@ -48,6 +48,19 @@ def test_code_is_made_where_the_float_model_has_no_onnx_form(tmp_path: Path) -> 
         bench(made.folder)
 
 
+class Signs(nn.Module):
+    """Integers alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).long().sum(1)
+
+
+def test_integers_are_not_verified(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    made = qcompiler.compile(Signs(), (x,), target="ort:cpu", recipe="fp32", out=tmp_path / "out")
+    assert any(said.startswith("not verified: none of its") for said in made.manifest["warnings"])
+
+
 def test_types_that_onnx_does_not_take_are_refused(tmp_path: Path) -> None:
     program = qcompiler.capture(Either(), (torch.randn(2, 3),))
     with pytest.raises(UnsupportedError, match=r"no ONNX form: .*Add.*bool"):

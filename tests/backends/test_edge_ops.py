@@ -65,6 +65,11 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
                       torch.logaddexp(x, x.flip(0))),
         {}, (X3,),
     ),
+    "integers of floats": (
+        lambda m, x: ((x * 3).int().sum(1), (x * 3).int().amin(0), (x > 0).to(torch.int32).amax(1),
+                      (x > 0).amin(1, keepdim=True), (x * 3).long().sum((0, 2)), *(x > 0).max(1)),
+        {}, (X3,),
+    ),
     "vectors and numbers": (
         lambda m, x: (x[0, 0] @ x[0, 1], x @ x[0, 0], x[0, :, 0] @ x, x[0] @ x[0, 0],
                       x.sum().mean() + x.amax().sum(), torch.quantile(x, 0.3),
