@@ -27,10 +27,8 @@ WALKS = frozenset({
     aten.as_strided_.default, aten.unsqueeze_.default, aten.squeeze_.default, aten.squeeze_.dim,
     aten.squeeze_.dims, aten.transpose_.default, aten.t_.default,
 })  # fmt: skip
-REDUCTIONS = frozenset({
-    aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default,
-    aten.amin.default,
-})  # fmt: skip
+SUMS = frozenset({aten.sum.dim_IntList, aten.sum.default})
+REDUCTIONS = SUMS | {aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default}
 EXTREMES = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
 # Known at the level below: recorded when torch reaches them.
 BASIC = ELEMENTWISE | REDUCTIONS | {
@@ -88,9 +86,11 @@ class Recorder(TorchDispatchMode):
             kept = self._unmasked(*args)
             if kept is not None:
                 return kept
-        if func in REDUCTIONS and args[0].ndim == 0 and args[0].is_floating_point():
+        if func in REDUCTIONS and args[0].ndim == 0:
+            whole = func in SUMS and not args[0].is_floating_point()
             with self:
-                return args[0].clone()
+                made = kwargs.get("dtype") or (torch.int64 if whole else args[0].dtype)
+                return args[0].clone().to(made)
         if func in EXTREMES and args[0].dtype == torch.bool:
             with self:
                 found = func(args[0].to(torch.int32), *args[1:], **kwargs)

@@ -67,7 +67,8 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
     ),
     "integers of floats": (
         lambda m, x: ((x * 3).int().sum(1), (x * 3).int().amin(0), (x > 0).to(torch.int32).amax(1),
-                      (x > 0).amin(1, keepdim=True), (x * 3).long().sum((0, 2)), *(x > 0).max(1)),
+                      (x > 0).amin(1, keepdim=True), x.long().amax().amin(0), x.int().amax().sum(),
+                      (x * 3).long().sum((0, 2)), *(x > 0).max(1)),
         {}, (X3,),
     ),
     "vectors and numbers": (
