@@ -62,7 +62,12 @@ def session_options(path: Path) -> Any:
 
 
 def open_session(path: Path, options: Any, providers: Sequence[Any] = (CPU,)) -> Any:
-    """The session; an `InputError` where the library of the model's own operators is missing."""
+    """The session.
+
+    Raises:
+        InputError: where the library of the model's own operators is missing.
+        UnsupportedError: where ONNX Runtime has no kernel for an operator.
+    """
     import onnxruntime
 
     try:
@@ -75,4 +80,8 @@ def open_session(path: Path, options: Any, providers: Sequence[Any] = (CPU,)) ->
             ) from error
         if LIBRARY in str(error):
             raise InputError(f"{path}: {first_line(error)}") from error
+        if "NOT_IMPLEMENTED" in str(error):
+            raise UnsupportedError(
+                f"ONNX Runtime does not run {path.name}: {first_line(error)}"
+            ) from error
         raise

@@ -22,7 +22,7 @@ from qcompiler import explaining, integer
 from qcompiler.artifact import REFERENCE, Artifact
 from qcompiler.bench import interleave
 from qcompiler.data import Data
-from qcompiler.errors import VerifyError, first_line
+from qcompiler.errors import UnsupportedError, VerifyError, first_line
 from qcompiler.findings import INNER
 from qcompiler.lowering import Job, Lowered, Run, integer_layers, lower
 from qcompiler.manifest import Compiled, manifest_of
@@ -94,17 +94,21 @@ def deliver(
         artifacts.save_batches(folder, f"{kind}-captured", captured, list(names))
         artifacts.save_batches(folder, f"{kind}-quantized", quantized, list(names))
     known.clear()
-    latency = []
-    if lowered.run_float is not None and batches:  # held out
+    latency, run_float = [], lowered.run_float
+    if run_float is not None and batches:  # held out
         say("time")
-        latency.append(_timed(lowered.run_float, run, batches[0]))
+        try:
+            latency.append(_timed(run_float, run, batches[0]))
+        except UnsupportedError as error:
+            run_float = None
+            lowered.notes.append(f"not timed beside its float model: {error}")
     metric = None
-    if spec.metric is not None and lowered.run_float is not None:
+    if spec.metric is not None and run_float is not None:
         say(f"metric: {spec.metric_name}")
         spec_of = compiled.source.exported.call_spec.out_spec
         metric = {
             "name": spec.metric_name,
-            "float": spec.metric(_as_module(lowered.run_float, inputs, spec_of)),
+            "float": spec.metric(_as_module(run_float, inputs, spec_of)),
             "quantized": spec.metric(_as_module(run, inputs, spec_of)),
         }
     for name, source in spec.files.items():

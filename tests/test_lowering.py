@@ -48,6 +48,35 @@ def test_code_is_made_where_the_float_model_has_no_onnx_form(tmp_path: Path) -> 
         bench(made.folder)
 
 
+class Chosen(nn.Module):
+    """Truth values, from which ONNX Runtime chooses on no device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 1, x > 0, x < -1).float()
+
+
+@pytest.mark.parametrize("target", ["ort:cpu", "tvm:native"])
+def test_what_onnx_runtime_does_not_run(target: str, tmp_path: Path) -> None:
+    """Is refused there, and not timed beside elsewhere."""
+    x = torch.randn(3, 8)
+
+    def build() -> qcompiler.Artifact:
+        return qcompiler.compile(
+            Chosen(), (x,), calibration=[(x,)] * 2, target=target, recipe="fp32",
+            out=tmp_path / "out",
+        )  # fmt: skip
+
+    if target == "ort:cpu":
+        with pytest.raises(UnsupportedError, match=r"ONNX Runtime does not run .*Where"):
+            build()
+        return
+    pytest.importorskip("tvm", reason="the extra tvm is not installed")
+    made = build()
+    (said,) = made.manifest["warnings"]
+    assert said.startswith("not timed beside its float model: ONNX Runtime does not run")
+    assert torch.equal(made.load()(x), Chosen()(x))
+
+
 class Signs(nn.Module):
     """Integers alone."""
 
