@@ -201,7 +201,35 @@ class Emitter:
             return q * given[1]
         if step.op in UNARY:
             return unary(step.op, lanes, step.dtype, given[0], step.numbers)
+        if self._simplified(step):
+            given = [code.opaque(value, lanes) for value in given]
         return binary(step.op, lanes, step.dtype, *given)
+
+    def _simplified(self, step: Step) -> bool:
+        """Whether TVM's simplifier would take floats for real numbers, without NaN and rounding.
+
+        x · 0 and 0 / x are 0 to it, x − x too, (x + y) − y is x, and x = x always.
+        """
+        steps = self.expression.steps
+        operands = [steps[i] for i in step.values]
+        if any(operand.dtype not in (FLOAT, NARROW) for operand in operands):
+            return False
+        if step.op in ("mul", "div"):
+            return any(s.op == "constant" and s.numbers[0] == 0 for s in operands)
+        if step.op not in ("sub", "eq", "ne"):
+            return False
+        a, b = step.values
+        summands = steps[a].values if step.op == "sub" and steps[a].op == "add" else ()
+        return any(self._same(i, b) for i in (a, *summands))
+
+    def _same(self, i: int, j: int) -> bool:
+        """Whether two steps compute the same."""
+        a, b = (self.expression.steps[n] for n in (i, j))
+        return i == j or (
+            replace(a, values=()) == replace(b, values=())
+            and len(a.values) == len(b.values)
+            and all(map(self._same, a.values, b.values))
+        )
 
     def _cast(self, step: Step, value: Any, lanes: int) -> Any:
         have = self.expression.steps[step.values[0]].dtype

@@ -142,8 +142,8 @@ def binary(name: str, lanes: int, dtype: str, a: Any, b: Any) -> Any:
             return code.intrinsic("llvm.pow", code.named(FLOAT, lanes), a, b)
         case "eq":
             return T.EQ(a, b)
-        case "ne":
-            return T.NE(a, b)
+        case "ne":  # of floats T.NE is false beside NaN
+            return select(T.EQ(a, b), truth(False, lanes), truth(True, lanes))
         case "lt":
             return a < b
         case "le":

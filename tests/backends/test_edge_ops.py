@@ -166,6 +166,13 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
          "wide": nn.ConvTranspose2d(8, 4, (2, 3), stride=(1, 3), dilation=(2, 1), bias=False),
          "line": nn.ConvTranspose1d(8, 3, 4, stride=2)}, (X4,),
     ),
+    "floats that are no real numbers": (
+        lambda m, x, y: (x * 0.0, 0.0 / x, x - x, (x + y) - y, (x + y) - x, (x + 1e8) - 1e8,
+                         torch.where(x == x, x, y), x != x, x != y, x != 0,
+                         torch.addr(x[:1], y, y, beta=0, alpha=0)),
+        {}, (torch.tensor([math.nan, math.inf, -math.inf, 1.1, 0.0, 1e30]),
+             torch.tensor([1.0, 2.0, math.nan, math.inf, 3.3, 2.5])),
+    ),
     "recurrent": (
         lambda m, x: (m.lstm(x)[0], m.both(x)[0], *m.gru(x), m.rnn(x)[0]),
         {"lstm": nn.LSTM(8, 5, batch_first=True), "gru": nn.GRU(8, 5),
