@@ -25,6 +25,7 @@ from qcompiler.backends.ort_cache import (
     prune_logits,
     use_grouped_attention,
 )
+from qcompiler.backends.ort_formulas import refuse
 from qcompiler.backends.ort_half import halve
 from qcompiler.backends.ort_phases import (
     DECODE,
@@ -41,7 +42,6 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.generated import Generate
 from qcompiler.op_families import CONVS, LINEAR
 from qcompiler.program import Program
-from qcompiler.rewrite import operand
 
 __all__ = ["MODEL", "SHARED", "load", "load_model", "lower", "session"]
 
@@ -127,12 +127,7 @@ def _save(
 
 
 def _export(program: Program, generated: bool) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
-    for node in program.exported.graph.nodes:
-        if node.target is torch.ops.aten.avg_pool2d.default and operand(node, 6) is not None:
-            raise UnsupportedError(  # the exporter would leave the divisor out
-                f"no ONNX form: '{node.name}' divides windows that reach beyond the border by a "
-                "number of its own; leave out ceil_mode or divisor_override"
-            )
+    refuse(program)
     try:
         with _quiet(), torch.no_grad():
             exported = torch.onnx.export(

@@ -16,6 +16,7 @@ from onnxscript import ir, opset23
 from onnxscript.values import Op, Opset
 
 from qcompiler import cached, ops
+from qcompiler.backends import ort_formulas
 from qcompiler.qtype import QType
 
 aten = torch.ops.aten
@@ -320,4 +321,9 @@ def translations(generated: bool = False) -> dict[Callable[..., Any], Callable[.
         aten.relu6.default: _relu6,
         aten.log_sigmoid.default: _log_sigmoid,
         aten.logaddexp.default: _logaddexp,
+        aten.conv3d.default: ort_formulas.conv3d,
+        aten.native_batch_norm.default: ort_formulas.batch_norm,
+        aten._native_batch_norm_legit.default: ort_formulas.batch_norm,
+        aten._native_batch_norm_legit.no_stats: ort_formulas.batch_norm_of_batch,
+        aten._native_batch_norm_legit_functional.default: ort_formulas.batch_norm_functional,
     }

@@ -48,6 +48,7 @@ _CURVED = {
 }
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _NAMED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # "same" and "valid"
+_POOLS = (aten.avg_pool2d.default, aten.avg_pool3d.default)
 _LAST = 9223372036854775807
 
 
@@ -195,14 +196,16 @@ def _spell_paddings(draft: Draft) -> None:
 
 def _spell_divisors(draft: Draft) -> None:
     """Sums of windows divided by a number of the user's own, as a multiple of their means."""
-    for pool in draft.calls(aten.avg_pool2d.default):
-        given = {a.name: a.default_value for a in aten.avg_pool2d.default._schema.arguments}
+    for pool in draft.calls(*_POOLS):
+        schema: Any = pool.target
+        given = {a.name: a.default_value for a in schema._schema.arguments}
         given |= dict(pool.kwargs) | dict(zip(given, pool.args, strict=False))
         values: Any = given.values()
         x, kernel, stride, padding, beyond, _, divisor = values
         if divisor is None or beyond:  # windows beyond the border have fewer elements
             continue
-        elements = math.prod([*kernel] * (2 if len(kernel) == 1 else 1))
+        dims = 2 + _POOLS.index(schema)
+        elements = math.prod([*kernel] * (dims if len(kernel) == 1 else 1))
         mean = draft.call(pool.target, x, kernel, stride, padding, False, True, before=pool)
         draft.swap(pool, draft.call(aten.mul.Tensor, mean, elements / divisor, before=pool))
         draft.graph.erase_node(pool)

@@ -578,10 +578,60 @@ def test_functions_far_from_zero(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_divisor_that_onnx_has_not_is_refused(tmp_path: Path) -> None:
-    pool = nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2)
-    program = normalize(capture(pool, (torch.randn(1, 3, 8, 8),)))
-    with pytest.raises(UnsupportedError, match="divisor_override"):
+class Volumes(nn.Module):
+    """What torch's exporter writes wrongly: batch statistics, volumes and their divisors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 3, (1, 2, 3), padding="same", bias=False)
+        self.norm = nn.BatchNorm3d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        assert mean is not None
+        assert variance is not None
+        normal = F.batch_norm(y, mean.clone(), variance.clone(), training=True, eps=0.1)
+        # The op itself keeps the statistics of the batch.
+        kept = torch.native_batch_norm(
+            y, None, None, mean.clone(), variance.clone(), True, 0.5, 0.1
+        )
+        pooled = F.avg_pool3d(x, (2, 3, 2), 2, (1, 1, 0), divisor_override=5)
+        return y, normal, F.batch_norm(y, None, None, training=True), *kept, pooled, self.norm(y)
+
+
+def test_what_the_exporter_writes_wrongly(tmp_path: Path) -> None:
+    x = torch.randn(2, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    module = Volumes().eval()
+    ort.lower(normalize(capture(module, (x,))), tmp_path)
+    for got, want in zip(ort.load(tmp_path)(x), module(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2), "divisor_override"),
+        (torch.special.log_ndtr, "inaccurate far from zero"),
+        (torch.special.erfcx, "inaccurate far from zero"),
+        (lambda x: F.pad(x, (-8, 9, 0, 0), "replicate"), "cuts off all"),
+        (
+            lambda x: F.interpolate(x, (5, 5), mode="bilinear", antialias=True, align_corners=True),
+            "antialias and align_corners",
+        ),
+        (
+            lambda x: x.scatter_reduce(3, (x > 0).long(), x, "mean"),
+            "the mean in each place",
+        ),
+    ],
+)
+def test_what_onnx_has_not_is_refused(function: Any, reason: str, tmp_path: Path) -> None:
+    class Applied(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return function(x)
+
+    program = normalize(capture(Applied(), (torch.randn(1, 3, 8, 8),)))
+    with pytest.raises(UnsupportedError, match=reason):
         ort.lower(program, tmp_path)
 
 
