@@ -208,7 +208,7 @@ class Emitter:
     def _simplified(self, step: Step) -> bool:
         """Whether TVM's simplifier would take floats for real numbers, without NaN and rounding.
 
-        x · 0 and 0 / x are 0 to it, x − x too, (x + y) − y is x, and x = x always.
+        x · 0 and 0 / x are 0 to it, x − x too, (x + y) − y and y − (y − x) are x, and x = x always.
         """
         steps = self.expression.steps
         operands = [steps[i] for i in step.values]
@@ -219,8 +219,13 @@ class Emitter:
         if step.op not in ("sub", "eq", "ne"):
             return False
         a, b = step.values
-        summands = steps[a].values if step.op == "sub" and steps[a].op == "add" else ()
-        return any(self._same(i, b) for i in (a, *summands))
+        if self._same(a, b):
+            return True
+        sums = ("add", "sub")
+        return step.op == "sub" and (
+            (steps[a].op in sums and any(self._same(i, b) for i in steps[a].values))
+            or (steps[b].op in sums and any(self._same(i, a) for i in steps[b].values))
+        )
 
     def _same(self, i: int, j: int) -> bool:
         """Whether two steps compute the same."""
