@@ -1,11 +1,12 @@
 """Ops that torch's exporter writes wrongly in ONNX: right forms, and refusals where there is none.
 
 The exporter writes a batch normalization by the batch's own statistics as one by the running ones,
-and gives a 3-dimensional convolution without bias one of two dimensions.
+gives a 3-dimensional convolution without bias one of two dimensions, and angles of −π for π.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,6 +80,23 @@ def conv3d(
         x, weight, bias, strides=three(stride), pads=three(padding) * 2, dilations=three(dilation),
         group=groups,
     )  # fmt: skip
+
+
+def atan2(y: Any, x: Any) -> Any:
+    """The angle of (x, y); the exporter's is −π on the negative axis, and 0 / 0 in the middle."""
+    if y.dtype not in (1, 10, 11, 16):  # of integers
+        y, x = op.Cast(y, to=1), op.Cast(x, to=1)
+    zero, half_turn, one = (op.CastLike(op.Constant(value_float=n), x) for n in (0.0, math.pi, 1.0))
+
+    def negative(t: Any) -> Any:  # −0 too
+        return op.Less(op.Where(op.Equal(t, zero), op.Div(one, t), t), zero)
+
+    both = op.And(op.IsInf(x), op.IsInf(y))
+    middle = op.And(op.Equal(x, zero), op.Equal(y, zero))
+    ratio = op.Where(both, op.Mul(op.Sign(x), op.Sign(y)), op.Div(y, op.Where(middle, one, x)))
+    turn = op.Where(negative(y), op.Neg(half_turn), half_turn)
+    slope = op.Where(middle, y, op.Atan(ratio))
+    return op.Where(negative(x), op.Add(slope, turn), slope)
 
 
 _POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}

@@ -321,6 +321,7 @@ def translations(generated: bool = False) -> dict[Callable[..., Any], Callable[.
         aten.relu6.default: _relu6,
         aten.log_sigmoid.default: _log_sigmoid,
         aten.logaddexp.default: _logaddexp,
+        aten.atan2.default: ort_formulas.atan2,
         aten.conv3d.default: ort_formulas.conv3d,
         aten.native_batch_norm.default: ort_formulas.batch_norm,
         aten._native_batch_norm_legit.default: ort_formulas.batch_norm,

@@ -608,6 +608,20 @@ def test_what_the_exporter_writes_wrongly(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+class Angles(nn.Module):
+    def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.atan2(x[:, None], x), torch.atan2(n[:, None], n)
+
+
+def test_angles_all_round(tmp_path: Path) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0, 3.0, -7.0, inf, -inf, nan, 1e-30, -1e30])
+    n = torch.tensor([0, 1, -1, 3, -7])
+    ort.lower(normalize(capture(Angles(), (x, n))), tmp_path)
+    for got, want in zip(ort.load(tmp_path)(x, n), Angles()(x, n), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
