@@ -7,6 +7,7 @@ Sources: LayerNorm, Ba et al. 2016, eq. 4; RMSNorm, Zhang and Sennrich 2019, eq.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -235,7 +236,7 @@ def reduction(
             value = value * code.number(sign, lanes)
             return code.maximum(total, value) if largest else total + value
 
-        start = -3.4e38 if largest else 0.0
+        start = -math.inf if largest else 0.0
 
         def one(place: list[Any], column: Any, lanes: int) -> None:
             """Reduce at `lanes` neighbouring outputs at once (or at one, lanes being 1)."""
