@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from qcompiler.backends.edge_formulas import FORMULAS, cut_and_padded
+from qcompiler.backends.edge_formulas import FORMULAS, cut_and_padded, integer_product
 from qcompiler.backends.edge_loops import FOLDS, RANKS, SCATTERS
 from qcompiler.backends.edge_steps import ELEMENTWISE
 from qcompiler.errors import UnsupportedError
@@ -95,6 +95,9 @@ class Recorder(TorchDispatchMode):
             with self:
                 found = func(args[0].to(torch.int32), *args[1:], **kwargs)
                 return (found[0] != 0, found[1]) if isinstance(found, tuple) else found != 0
+        if func in (aten.mm.default, aten.bmm.default) and not args[0].is_floating_point():
+            with self:
+                return integer_product(*args)
         if func is aten.constant_pad_nd.default and min(args[1], default=0) < 0:
             with self:
                 return cut_and_padded(*args)

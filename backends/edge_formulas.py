@@ -122,6 +122,11 @@ def _distances(x: Tensor, y: Tensor, p: float, mode: int | None) -> Tensor:
     return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
 
 
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Products of integers, (…, m, k) by (…, k, n): matrices are multiplied as floats elsewhere."""
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2).to(a.dtype)
+
+
 def cut_and_padded(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
     """Padding by less than nothing cuts."""
     for place, dim in enumerate(range(x.ndim - 1, x.ndim - 1 - len(pads) // 2, -1)):

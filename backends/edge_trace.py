@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompiler import ops
 from qcompiler.backends.edge_decompose import Recorder
-from qcompiler.backends.edge_formulas import RECURRENT, transposed_convolution
+from qcompiler.backends.edge_formulas import RECURRENT, integer_product, transposed_convolution
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_steps import SPARSE
 from qcompiler.cached import CACHED
@@ -196,6 +196,14 @@ class _Tracer(Interpreter):
             return found.movedim(-1, args[1])
         if target is aten.matmul.default and min(args[0].ndim, args[1].ndim) == 1:
             return self._vector_product(*args)
+        if (
+            target in (aten.matmul.default, aten.linear.default)
+            and not tensors[0].dtype.is_floating_point
+        ):
+            with self.mode, self.recorder:
+                weight = args[1].t() if target is aten.linear.default else args[1]
+                made = integer_product(args[0], weight)
+                return made if len(args) < 3 or args[2] is None else made + args[2]
         if target is aten.scaled_dot_product_attention.default and args[0].ndim < 4:
             wide = [x[None] if isinstance(x, Tensor) else x for x in args]
             mask = kwargs.get("attn_mask")

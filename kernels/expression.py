@@ -201,6 +201,10 @@ class Emitter:
             return q * given[1]
         if step.op in UNARY:
             return unary(step.op, lanes, step.dtype, given[0], step.numbers)
+        kinds = {self.expression.steps[i].dtype for i in step.values}
+        if step.op in ("eq", "ne") and kinds == {"bool"}:  # LLVM would compare them as floats
+            unequal = binary("xor", lanes, "bool", *given)
+            return unequal if step.op == "ne" else unary("not", lanes, "bool", unequal, ())
         if self._simplified(step):
             given = [code.opaque(value, lanes) for value in given]
         return binary(step.op, lanes, step.dtype, *given)

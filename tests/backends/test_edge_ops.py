@@ -177,6 +177,13 @@ GROUPS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[Tensor, 
         {}, (torch.tensor([math.nan, math.inf, -math.inf, 1.1, 0.0, 1e30]),
              torch.tensor([1.0, 2.0, math.nan, math.inf, 3.3, 2.5])),
     ),
+    "products of integers, truth values compared": (
+        lambda m, x, y: ((x.int() @ y.int()).float(), (x.long() @ y.long()[0]).float(),
+                         torch.nn.functional.linear(x.int(), y.int().mT[0], y.int()[0, 0]).float(),
+                         ((x > 0) == (x > 1)).float(), ((x > 0) != (x > 1)).float(),
+                         torch.div((x * 9).int(), 3, rounding_mode="floor").float()),
+        {}, (torch.randn(2, 5, 8) * 3, torch.randn(2, 8, 8) * 3),
+    ),
     "recurrent": (
         lambda m, x: (m.lstm(x)[0], m.both(x)[0], *m.gru(x), m.rnn(x)[0]),
         {"lstm": nn.LSTM(8, 5, batch_first=True), "gru": nn.GRU(8, 5),
