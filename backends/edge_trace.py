@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompiler import ops
 from qcompiler.backends.edge_decompose import Recorder
-from qcompiler.backends.edge_formulas import RECURRENT, integer_product, transposed_convolution
+from qcompiler.backends.edge_formulas import RECURRENT, transposed_convolution
 from qcompiler.backends.edge_ops import Op, Ref, Storage, Trace, Weight
 from qcompiler.backends.edge_steps import SPARSE
 from qcompiler.cached import CACHED
@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 OVERWRITE = "overwrite"  # the target of an op that writes a tensor into part of a copy of another
 TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
+MATRICES = frozenset({aten.linear.default, aten.matmul.default})  # of integers: decomposed too
 # Taken as they are, not decomposed.
 NATIVE = frozenset(
     {
@@ -196,14 +197,6 @@ class _Tracer(Interpreter):
             return found.movedim(-1, args[1])
         if target is aten.matmul.default and min(args[0].ndim, args[1].ndim) == 1:
             return self._vector_product(*args)
-        if (
-            target in (aten.matmul.default, aten.linear.default)
-            and not tensors[0].dtype.is_floating_point
-        ):
-            with self.mode, self.recorder:
-                weight = args[1].t() if target is aten.linear.default else args[1]
-                made = integer_product(args[0], weight)
-                return made if len(args) < 3 or args[2] is None else made + args[2]
         if target is aten.scaled_dot_product_attention.default and args[0].ndim < 4:
             wide = [x[None] if isinstance(x, Tensor) else x for x in args]
             mask = kwargs.get("attn_mask")
@@ -213,7 +206,8 @@ class _Tracer(Interpreter):
             return self._wide_norm(*args, **kwargs)
         if target is ops.sparse_linear:
             return self._sparse(*args, **kwargs)
-        if target in NATIVE:
+        whole = target in MATRICES and not tensors[0].is_floating_point()
+        if target in NATIVE and not whole:
             with self.mode:
                 result = target(*args, **kwargs)
             self.record(target, args, kwargs, result)
