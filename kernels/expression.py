@@ -222,22 +222,13 @@ class Emitter:
             return any(s.op == "constant" and s.numbers[0] == 0 for s in operands)
         if step.op not in ("sub", "eq", "ne"):
             return False
-        a, b = step.values
-        if self._same(a, b):
+        a, b = step.values  # equal steps are one step
+        if a == b:
             return True
         sums = ("add", "sub")
         return step.op == "sub" and (
-            (steps[a].op in sums and any(self._same(i, b) for i in steps[a].values))
-            or (steps[b].op in sums and any(self._same(i, a) for i in steps[b].values))
-        )
-
-    def _same(self, i: int, j: int) -> bool:
-        """Whether two steps compute the same."""
-        a, b = (self.expression.steps[n] for n in (i, j))
-        return i == j or (
-            replace(a, values=()) == replace(b, values=())
-            and len(a.values) == len(b.values)
-            and all(map(self._same, a.values, b.values))
+            (steps[a].op in sums and b in steps[a].values)
+            or (steps[b].op in sums and a in steps[b].values)
         )
 
     def _cast(self, step: Step, value: Any, lanes: int) -> Any:
